@@ -1,0 +1,1 @@
+"""The one generation loop and everything that plugs into it."""

@@ -1,0 +1,1 @@
+"""Images to token pyramids and back: scale schedules, multi-scale residual quantisers, the tokenizer model."""

@@ -1,0 +1,137 @@
+"""The tokenizer: diffusers' convolutional encoder and decoder around a multi-scale quantiser.
+
+Shapes: B images, C latent channels, H W the latent grid. Images are float RGB in [-1, 1], (B, 3, stride*H, stride*W).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from tokenizer.quantizer import MultiScaleQuantizer, QuantizerOutput
+from tokenizer.schedule import ScaleSchedule
+
+
+@dataclass
+class TokenizerOutput:
+    """A training pass of the tokenizer.
+
+    Attributes:
+        reconstruction: (B, 3, h, w), not clamped.
+        quantized: the quantiser's output, with its VQ loss and the token ids.
+    """
+
+    reconstruction: torch.Tensor
+    quantized: QuantizerOutput
+
+
+class MultiScaleVQ(ModelMixin, ConfigMixin):
+    """Multi-scale residual VQ autoencoder (VAR, section 3.2; the "vq-f16" convolutional shape of VQGAN).
+
+    Args:
+        channels: width of each resolution level, fine to coarse; n levels give stride 2**(n-1).
+        layers_per_block: residual blocks a level in the encoder (the decoder has one more).
+        attention: single-head self-attention at the coarsest level and in the middle.
+        latent_channels: C, also the width of a code.
+        vocab_size: codes in the codebook.
+        schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
+        phi_ratio, num_phis, cosine, beta: see `MultiScaleQuantizer`.
+        norm_groups: groups of every GroupNorm.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        channels: list[int] = (160, 160, 320, 320, 640),
+        layers_per_block: int = 2,
+        attention: bool = True,
+        latent_channels: int = 32,
+        vocab_size: int = 4096,
+        schedule: list[list[int]] | str = "var256",
+        phi_ratio: float = 0.5,
+        num_phis: int = 4,
+        cosine: bool = False,
+        beta: float = 0.25,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        self.schedule = ScaleSchedule.of(schedule)
+        self.register_to_config(schedule=self.schedule.spec, channels=list(channels))
+        plain = len(channels) - 1
+        shared = {"norm_num_groups": norm_groups, "layers_per_block": layers_per_block, "mid_block_add_attention": attention}
+        self.encoder = Encoder(
+            in_channels=3,
+            out_channels=latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * plain + (("Attn" if attention else "") + "DownEncoderBlock2D",),
+            block_out_channels=tuple(channels),
+            double_z=False,
+            **shared,
+        )
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=3,
+            up_block_types=(("Attn" if attention else "") + "UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
+            block_out_channels=tuple(channels),
+            **shared,
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
+        self.quantizer = MultiScaleQuantizer(
+            vocab_size=vocab_size,
+            channels=latent_channels,
+            phi_ratio=phi_ratio,
+            num_phis=num_phis,
+            num_scales=len(self.schedule),
+            cosine=cosine,
+            beta=beta,
+        )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent cell along a side."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images of this tokenizer's own schedule."""
+        h, w = self.schedule.latent_hw
+        return h * self.stride, w * self.stride
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, h, w) in [-1, 1] to continuous latents (B, C, H, W)."""
+        return self.quant_conv(self.encoder(image))
+
+    def decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) to images (B, 3, h, w), not clamped."""
+        return self.decoder(self.post_quant_conv(f_hat_BCHW.to(self.dtype)))
+
+    def forward(self, image: torch.Tensor) -> TokenizerOutput:
+        """The training pass: encode, quantise with a straight-through gradient, decode."""
+        quantized = self.quantizer(self.encode(image), self.schedule)
+        return TokenizerOutput(self.decode(quantized.f_hat_BCHW), quantized)
+
+    @torch.no_grad()
+    def image_to_tokens(self, image: torch.Tensor, schedule: ScaleSchedule | None = None) -> list[torch.Tensor]:
+        """Images (B, 3, h, w) in [-1, 1] to one (B, l) int64 tensor of tokens per scale.
+
+        Raises:
+            ValueError: if the images' size is not that of the schedule's latent grid.
+        """
+        schedule = schedule or self.schedule
+        expected = tuple(side * self.stride for side in schedule.latent_hw)
+        if tuple(image.shape[-2:]) != expected:
+            raise ValueError(f"image is {tuple(image.shape[-2:])} pixels (h, w); schedule {schedule.text} needs {expected}")
+        return self.quantizer.encode(self.encode(image.to(self.dtype)), schedule)
+
+    @torch.no_grad()
+    def tokens_to_image(self, ids: list[torch.Tensor], schedule: ScaleSchedule | None = None) -> torch.Tensor:
+        """Tokens of all scales to images (B, 3, h, w), clamped to [-1, 1]."""
+        return self.decode(self.quantizer.partial_sums(ids, schedule or self.schedule)[-1]).clamp(-1, 1)

@@ -1,0 +1,1 @@
+"""Next-scale prediction transformers: layers, conditioning, heads, masks, caches."""
