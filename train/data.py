@@ -1,0 +1,256 @@
+"""Training images: one config, one function, five sources.
+
+`build_dataset(config, split)` gives items {"image": uint8 (3, H, W) in [0, 255], "label": int, "caption": str}.
+Map-style data sets are wrapped in a KeyedDataset and read in the order of a KeyedSampler; streams come in an order of
+their own (train/stream.py). No global random state is read anywhere.
+"""
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from train.images import CorruptLog, ImageDataset, RowReader, Transform
+from train.order import KeyedDataset, KeyedSampler, permute
+from train.pixels import MAX_PIXELS
+from train.sources import (
+    Columns,
+    FolderSource,
+    TableSource,
+    choose_columns,
+    class_names,
+    folder_classes,
+    get,
+    load_tables,
+    undecoded,
+)
+from train.stream import StreamDataset, StreamLoader
+
+__all__ = [
+    "CorruptLog",
+    "DataConfig",
+    "ImageDataset",
+    "KeyedDataset",
+    "KeyedSampler",
+    "StreamDataset",
+    "StreamLoader",
+    "build_dataset",
+    "permute",
+]
+
+SOURCES = ("scenes", "folder", "parquet", "datasets", "webdataset")
+VAL_NAMES = ("validation", "val", "valid", "dev")
+VAL_SCENES = 2**31  # data-set seed of the validation scenes
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What to train on. Raises ValueError naming the field that is wrong."""
+
+    source: Literal["scenes", "folder", "parquet", "datasets", "webdataset"] = "scenes"
+    path: str | list[str] | None = None  # folder; parquet or tar file(s), folder or glob; Hub name or folder
+    val_path: str | list[str] | None = None  # the same for validation; None: the source's own split, or a hash split
+    subset: str | None = None  # configuration of a Hub data set
+    train_split: str = "train"  # name of the training split or sub-folder
+    val_split: str | None = None  # name of the validation one; None: validation, val, valid or dev if there is one
+    val_fraction: float = 0.02  # share of the images hashed into validation where no validation data is given
+    size: int | tuple[int, int] = 256  # pixels: square side, or (h, w)
+    resize_factor: float = 1.125  # the short side is resized to resize_factor * size before the crop
+    flip: bool = False  # mirror half of the training images; not with captions that say left or right
+    image_column: str | None = None  # None: image, jpg, jpeg, png, webp or img, the first there is
+    label_column: str | None = None  # None: label, cls, json.label or json.cls if there; without one every label is 0
+    caption_column: str | None = None  # None: text, caption, txt, json.text or json.caption; else the class name
+    streaming: bool = False  # read forwards without a local copy (parquet, datasets, webdataset)
+    shuffle_buffer: int = 1000  # streaming: records shuffled together, per worker
+    limit: int | None = None  # only the first so many images
+    num_scenes: int = 100_000  # scenes: images in an epoch (validation: num_scenes * val_fraction)
+    max_pixels: int = MAX_PIXELS  # larger images count as corrupt
+    cache_dir: str | None = None  # where `datasets` keeps its Arrow copies; None: its default
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} must be one of {', '.join(SOURCES)}")
+        if self.source == "scenes" and self.path is not None:
+            raise ValueError(f"path={self.path!r}: source='scenes' is drawn, it takes no path")
+        if self.source != "scenes" and not self.path:
+            raise ValueError(f"path is required for source={self.source!r}")
+        if len(self.hw) != 2 or min(self.hw) < 1:
+            raise ValueError(f"size={self.size!r} must be a positive number of pixels or a pair (h, w) of them")
+        if self.resize_factor < 1:
+            raise ValueError(f"resize_factor={self.resize_factor} must be at least 1")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
+        for name in ("limit", "num_scenes", "max_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer} must be at least 0")
+        if self.streaming and self.source in ("scenes", "folder"):
+            raise ValueError(f"streaming=True: source={self.source!r} is not streamed; it needs no local copy anyway")
+        if self.source == "scenes" and (self.flip or self.hw[0] != self.hw[1]):
+            raise ValueError("source='scenes' is square and says left and right: flip must be False, size one number")
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """(h, w) of the crops."""
+        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+    def transform(self, split: str, seed: int) -> Transform:
+        """How the images of a split are cropped."""
+        return Transform(
+            hw=self.hw,
+            resize_factor=self.resize_factor,
+            flip=self.flip,
+            max_pixels=self.max_pixels,
+            train=split == "train",
+            seed=seed,
+        )
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """The named columns, as `choose_columns` takes them."""
+        return {"image": self.image_column, "label": self.label_column, "caption": self.caption_column}
+
+
+class SceneImages(Dataset):
+    """Drawn scenes (DESIGN 4); `classes` are the six tags. Rendered at the wanted size, so nothing is cropped."""
+
+    def __init__(self, n: int, *, seed: int, size: int):
+        from evaluation.scenes import TAGS, SceneDataset
+
+        self.scenes = SceneDataset(n, seed=seed, size=size)
+        self.classes, self.num_classes = tuple(TAGS), len(TAGS)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.scenes[index]
+
+
+def in_validation(name: str, fraction: float) -> bool:
+    """The hash split: true for about `fraction` of all names, and for the same ones whatever else there is."""
+    return zlib.crc32(name.encode()) < fraction * 2**32
+
+
+def _hashed(source, config: DataConfig, split: str) -> np.ndarray:
+    wanted = split == "val"
+    keep = [i for i in range(len(source)) if in_validation(source.name(i), config.val_fraction) == wanted]
+    return np.array(keep, dtype=np.int64)
+
+
+def _pick_split(names: list[str], config: DataConfig, split: str) -> tuple[str, bool]:
+    """(split name, hash it?) among the splits or sub-folders a source has."""
+    val = [name for name in ([config.val_split] if config.val_split else VAL_NAMES) if name in names]
+    if config.val_split and not val:
+        raise ValueError(f"val_split={config.val_split!r} is not one of {', '.join(names)}")
+    if split == "val" and val:
+        return val[0], False
+    if config.train_split not in names and len(names) > 1:
+        raise ValueError(f"train_split={config.train_split!r} is not one of {', '.join(names)}")
+    train = config.train_split if config.train_split in names else names[0]
+    return train, not val and config.val_path is None
+
+
+def _open_folder(config: DataConfig, split: str) -> tuple[FolderSource, bool]:
+    root = Path(str(config.path))
+    if not root.is_dir():
+        raise FileNotFoundError(f"path={config.path!r} is not a folder")
+    wanted = {config.train_split, config.val_split, *VAL_NAMES}
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name in wanted)
+    train, hashed = root, config.val_path is None
+    if config.train_split in names:
+        train = root / config.train_split
+        name, hashed = _pick_split(names, config, split)
+        folder = root / name
+    else:
+        folder = root
+    if split == "val" and config.val_path is not None:
+        folder, hashed = Path(str(config.val_path)), False
+    classes = folder_classes(train) if folder != train else None
+    return FolderSource(folder, classes=classes or None, columns=config.columns), hashed
+
+
+def _open_table(config: DataConfig, split: str):
+    """(`datasets` table, hash it?)"""
+    options = {"subset": config.subset, "streaming": config.streaming, "cache_dir": config.cache_dir}
+    if split == "val" and config.val_path is not None:
+        tables = load_tables(config.source, config.val_path, **options)
+        return tables[_pick_split(list(tables), config, "train")[0]], False
+    tables = load_tables(config.source, config.path, **options)
+    name, hashed = _pick_split(list(tables), config, split)
+    return tables[name], hashed
+
+
+def _table_columns(rows, config: DataConfig) -> Columns:
+    schema = rows.features or next(iter(rows.take(1)), None)
+    if not schema:
+        raise ValueError(f"path={config.path!r} holds no rows")
+    return choose_columns(schema, **config.columns, where=repr(config.path))
+
+
+def _build_table(config: DataConfig, split: str) -> tuple[TableSource, bool]:
+    rows, hashed = _open_table(config, split)
+    classes = _build_table(config, "train")[0].classes if split == "val" and not hashed else None
+    return TableSource(rows, _table_columns(rows, config), title=repr(config.path), classes=classes), hashed
+
+
+def _build_stream(config: DataConfig, split: str, seed: int, corrupt: CorruptLog) -> StreamDataset:
+    rows, hashed = _open_table(config, split)
+    columns = _table_columns(rows, config)
+    classes = class_names(rows, columns.label)
+    label_type = get(dict(rows.features or {}), columns.label) if columns.label else None
+    if classes is None and getattr(label_type, "dtype", "") == "string":
+        raise ValueError(
+            f"label_column={columns.label!r} is text: a stream cannot number it; store integers or ClassLabel"
+        )
+    if config.limit is not None:
+        rows = rows.take(config.limit)
+    cut = config.val_fraction
+    part = None if not hashed else (0.0, cut) if split == "val" else (cut, 1.0)
+    number = len(classes) if classes else (None if columns.label else 1)
+    return StreamDataset(
+        undecoded(rows, columns.image),
+        RowReader(columns, classes, config.transform(split, seed), corrupt, part=part),
+        window=config.shuffle_buffer if split == "train" else 0,
+        repeat=split == "train",
+        seed=seed,
+        num_classes=number,
+        classes=classes,
+    )
+
+
+def build_dataset(
+    config: DataConfig,
+    split: Literal["train", "val"] = "train",
+    *,
+    seed: int = 0,
+    corrupt_log: str | os.PathLike | None = None,
+) -> ImageDataset | SceneImages | StreamDataset:
+    """The images of one split; items {"image": uint8 (3, H, W) in [0, 255], "label": int, "caption": str}.
+
+    Training crops are random, keyed by (seed, epoch, image); validation crops are central. A StreamDataset comes
+    with `config.streaming`, otherwise a map-style data set for KeyedDataset. corrupt_log: a file that collects the
+    names of unreadable images. Raises ValueError or FileNotFoundError in one line for a path, split, column or class
+    that is not there, and for a split without images.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split={split!r} must be 'train' or 'val'")
+    corrupt = CorruptLog(corrupt_log)
+    if config.source == "scenes":
+        n = config.num_scenes if split == "train" else max(1, round(config.num_scenes * config.val_fraction))
+        return SceneImages(min(n, config.limit or n), seed=VAL_SCENES if split == "val" else 0, size=config.hw[0])
+    if config.streaming:
+        return _build_stream(config, split, seed, corrupt)
+    source, hashed = (_open_folder if config.source == "folder" else _build_table)(config, split)
+    indices = _hashed(source, config, split) if hashed else np.arange(len(source))
+    if len(indices) == 0:
+        raise ValueError(
+            f"split={split!r} of path={config.path!r} has no images ({len(source)} in all): "
+            f"give val_path or another val_fraction than {config.val_fraction}"
+        )
+    return ImageDataset(source, indices[: config.limit], config.transform(split, seed), corrupt)

@@ -1,0 +1,99 @@
+"""Bytes -> RGB -> the square (or h x w) uint8 crop a model is trained on.
+
+Shape letters: 3 channels, H height, W width of the crop.
+"""
+
+import io
+import os
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb warning level: about 9,459 x 9,459
+
+
+class CorruptImage(ValueError):
+    """An image that cannot be read; the message is the reason."""
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey (`I;16*`, or `I` as some files are opened) scaled to 8 bits; Pillow's own convert would clip it."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise CorruptImage(f"integer pixels of [{values.min()}, {values.max()}] are outside 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to upright 8-bit RGB: EXIF orientation applied, transparency composited on white.
+
+    Raises CorruptImage for float pixels, whose range no file states.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise CorruptImage("float pixels have no stated range; save the image as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode(
+    source: bytes | str | os.PathLike | Image.Image, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """One image file (bytes or path) or Pillow image as 8-bit RGB.
+
+    at_least: lets a JPEG be decoded at 1/2, 1/4 or 1/8 size as long as both sides stay at least this many pixels.
+    max_pixels: larger images are refused before their pixels are decoded.
+    Raises CorruptImage with the reason, whatever the decoder raised.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        file: BinaryIO | str | os.PathLike = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise CorruptImage(f"{width}x{height} pixels are more than max_pixels={max_pixels}")
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            return to_rgb(image)
+    except CorruptImage:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, zlib.error, ...
+        raise CorruptImage(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
+
+
+def crop(
+    image: Image.Image,
+    size: tuple[int, int],
+    *,
+    resize_factor: float = 1.125,
+    uniforms: tuple[float, float] | None = None,
+    mirror: bool = False,
+) -> torch.Tensor:
+    """Resize so that the image just covers `resize_factor * size` (LANCZOS), then cut `size` out of it.
+
+    size: (h, w) of the crop.  uniforms: two numbers in [0, 1) that place it (down, across); None is the centre.
+    Returns uint8 (3, h, w) in [0, 255].  VAR's training transform (papers 1.4) for a square size.
+    """
+    height, width = size
+    scale = max(round(resize_factor * height) / image.height, round(resize_factor * width) / image.width)
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    room_w, room_h = resized[0] - width, resized[1] - height
+    if uniforms is None:
+        left, top = room_w // 2, room_h // 2
+    else:
+        top, left = int(uniforms[0] * (room_h + 1)), int(uniforms[1] * (room_w + 1))
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)[top : top + height, left : left + width]
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(rearrange(pixels, "h w c -> c h w")))

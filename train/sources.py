@@ -1,0 +1,307 @@
+"""Where labelled, captioned images come from: folders, and tables read with Hugging Face `datasets`.
+
+A source answers `len(source)`, `source.record(i)` and `source.name(i)` (stable, for the hash split), and carries
+`classes` (names in the order of the labels, or None) and `num_classes`. Nothing is decoded here.
+"""
+
+import csv
+import glob
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
+LABEL_KEYS = ("label", "cls", "json.label", "json.cls")
+CAPTION_KEYS = ("text", "caption", "txt", "json.text", "json.caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One undecoded image: `image` is encoded bytes, a path or a Pillow image; `caption` one text or several."""
+
+    name: str
+    image: Any
+    label: int
+    caption: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Column names; a dotted name (`json.caption`) reaches into a column of objects. label, caption: None if absent."""
+
+    image: str
+    label: str | None = None
+    caption: str | None = None
+
+
+def get(row: dict, column: str) -> Any:
+    """row["a"]["b"] for column "a.b" (or row["a.b"] where that is a column); None where a part is absent."""
+    if column in row:
+        return row[column]
+    head, _, tail = column.partition(".")
+    inner = row.get(head)
+    return get(inner, tail) if tail and isinstance(inner, dict) else None
+
+
+def choose_columns(row: dict, *, image: str | None, label: str | None, caption: str | None, where: str) -> Columns:
+    """The columns to read from rows like `row`: those named, else the first usual name that is there.
+
+    Raises ValueError, listing the columns there are, for a named column that is absent or for no image column.
+    """
+
+    def choose(field: str, named: str | None, usual: tuple[str, ...]) -> str | None:
+        names = (named,) if named else usual
+        found = next((name for name in names if name in row or get(row, name) is not None), None)
+        if found is None and (named or field == "image_column"):
+            raise ValueError(f"{field}={named!r}: {where} has no column {' or '.join(names)}; it has {', '.join(row)}")
+        return found
+
+    return Columns(
+        image=choose("image_column", image, IMAGE_KEYS),
+        label=choose("label_column", label, LABEL_KEYS),
+        caption=choose("caption_column", caption, CAPTION_KEYS),
+    )
+
+
+def class_caption(classes: tuple[str, ...] | None, label: int) -> str:
+    """The caption of an image that has none: the name of its class with underscores as spaces, or nothing."""
+    return classes[label].replace("_", " ") if classes and 0 <= label < len(classes) else ""
+
+
+def _as_caption(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(str(text) for text in value) or ""
+    return "" if value is None else str(value).strip()
+
+
+class FolderSource:
+    """Images in class sub-folders, or flat in one folder; see docs/data.md for the layouts.
+
+    classes: fixes the label order (the training folder's, for a validation folder). Raises FileNotFoundError for a
+    missing folder, ValueError for one without images or with a class that `classes` lacks.
+    """
+
+    def __init__(self, root: str | os.PathLike, *, classes: tuple[str, ...] | None = None, columns: dict | None = None):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"path={str(root)!r} is not a folder")
+        metadata = next((self.root / name for name in METADATA_FILES if (self.root / name).is_file()), None)
+        if metadata is not None:
+            files, labels, self._captions, found = _read_metadata(metadata, columns or {}, classes)
+        else:
+            files, labels, found = _scan(self.root, classes)
+            self._captions = None
+        if not files:
+            raise ValueError(f"path={str(root)!r} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        self.classes = found
+        self.num_classes = len(found) if found else max(labels) + 1
+        self._files = np.array([os.fsencode(name) for name in files])  # one buffer: workers share it copy-free
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """Path of image `index` below the root."""
+        return os.fsdecode(bytes(self._files[index]))
+
+    def record(self, index: int) -> Record:
+        name, label = self.name(index), int(self._labels[index])
+        path = self.root / name
+        if self._captions is not None:
+            caption = self._captions[index]
+        else:
+            sidecar = path.with_suffix(".txt")
+            caption = sidecar.read_text("utf-8").strip() if sidecar.is_file() else None
+        return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
+
+
+def folder_classes(root: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the sub-folders of `root` that hold images, sorted: index = label."""
+    with os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return tuple(name for name in names if next(_images(Path(root) / name), None) is not None)
+
+
+def _images(folder: Path):
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[int], tuple[str, ...] | None]:
+    files = [os.path.relpath(name, root) for name in _images(root)]
+    tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in files]
+    own = tuple(sorted({top for top in tops if top is not None}))
+    if not own:
+        return files, [0] * len(files), classes
+    if None in tops:
+        loose = files[tops.index(None)]
+        raise ValueError(f"path={str(root)!r} mixes loose images ({loose}) with class folders ({own[0]}); use one kind")
+    classes = classes or own
+    if unknown := sorted(set(own) - set(classes)):
+        raise ValueError(f"path={str(root)!r} has class folder {unknown[0]!r}, which the training data lacks")
+    index = {name: label for label, name in enumerate(classes)}
+    return files, [index[top] for top in tops], classes
+
+
+def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
+    """The Hugging Face imagefolder convention: one row per image with `file_name` and any label and caption."""
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = []
+            for number, line in enumerate(file, 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not rows:
+        return [], [], [], classes
+    chosen = choose_columns(rows[0], **{**columns, "image": "file_name"}, where=str(path))
+    captions = [_as_caption(get(row, chosen.caption)) for row in rows] if chosen.caption else None
+    labels = [get(row, chosen.label) for row in rows] if chosen.label else [0] * len(rows)
+    if path.suffix == ".csv" and all(str(label).lstrip("-").isdigit() for label in labels):
+        labels = [int(label) for label in labels]
+    if any(isinstance(label, str) for label in labels):
+        classes = classes or tuple(sorted({str(label) for label in labels}))
+        labels = [label_index(str(label), classes, str(path)) for label in labels]
+    captions = captions or [class_caption(classes, label) for label in labels]
+    return [row["file_name"] for row in rows], labels, captions, classes
+
+
+def label_index(value: Any, classes: tuple[str, ...] | None, where: str) -> int:
+    """A label as an integer: integers stay, None is -1 (unlabelled), a name is looked up in `classes`."""
+    if value is None:
+        return -1
+    if isinstance(value, str):
+        if classes is None or value not in classes:
+            raise ValueError(
+                f"label {value!r} of {where} is not one of {', '.join(classes or ())[:200] or 'the classes'}"
+            )
+        return classes.index(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"label {value!r} of {where} must be an integer or a class name") from None
+
+
+def read_row(row: dict, columns: Columns, classes: tuple[str, ...] | None, name: str) -> Record:
+    """A table's row as a Record. The image may be {"bytes", "path"}, bytes or a path."""
+    image = get(row, columns.image)
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and "://" in image:
+        import fsspec
+
+        with fsspec.open(image, "rb") as file:
+            image = file.read()
+    label = label_index(get(row, columns.label), classes, name) if columns.label else 0
+    caption = _as_caption(get(row, columns.caption)) if columns.caption else class_caption(classes, label)
+    return Record(name, image, label, caption)
+
+
+def undecoded(table: Any, column: str) -> Any:
+    """A `datasets` table whose image column comes as {"bytes", "path"} instead of decoded."""
+    import datasets
+
+    if isinstance((table.features or {}).get(column), datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def class_names(table: Any, column: str | None) -> tuple[str, ...] | None:
+    """Names of a ClassLabel column, or None."""
+    feature = (table.features or {}).get(column) if column else None
+    return tuple(feature.names) if hasattr(feature, "names") else None
+
+
+class TableSource:
+    """A map-style `datasets.Dataset`: parquet files, tar shards or a Hub data set, memory-mapped as Arrow."""
+
+    def __init__(self, table: Any, columns: Columns, *, title: str, classes: tuple[str, ...] | None = None):
+        self.table, self.columns, self.title = undecoded(table, columns.image), columns, title
+        self.classes = class_names(table, columns.label) or classes
+        values = [0] if columns.label is None else _distinct(table, columns.label)
+        if self.classes is None and any(isinstance(value, str) for value in values):
+            self.classes = tuple(sorted(str(value) for value in values))
+        largest = max((label_index(value, self.classes, title) for value in values), default=-1)
+        self.num_classes = len(self.classes) if self.classes else largest + 1
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def record(self, index: int) -> Record:
+        return read_row(self.table[index], self.columns, self.classes, self.name(index))
+
+
+def _distinct(table: Any, column: str) -> list:
+    if column in table.column_names:
+        return table.unique(column)
+    return list({get(row, column) for row in table.select_columns([column.partition(".")[0]])})
+
+
+def _checked(path: str | list[str], suffix: str) -> dict[str, Any]:
+    """`data_dir` or `data_files` for `load_dataset`, after checking that local files exist."""
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise ValueError("path is an empty list: name at least one file")
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        if not glob.glob(os.path.join(glob.escape(paths[0]), "**", f"*{suffix}"), recursive=True):
+            raise ValueError(f"path={paths[0]!r} holds no *{suffix} files")
+        return {"data_dir": paths[0]}
+    for one in paths:
+        if "://" not in one and not glob.glob(one, recursive=True):
+            raise FileNotFoundError(f"path={one!r} does not exist")
+    return {"data_files": paths}
+
+
+def load_tables(
+    source: str,
+    path: str | list[str],
+    *,
+    subset: str | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """Split name -> `datasets.Dataset` (or IterableDataset when streaming) of one source.
+
+    source: "parquet", "webdataset" or "datasets" (a Hub name, a folder `load_dataset` knows or one of `save_to_disk`).
+    Raises FileNotFoundError or ValueError in one line for what cannot be found or read, ImportError without `datasets`.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(f"source={source!r} needs the datasets package: pip install 'nextscale[data]'") from None
+    options = {"streaming": streaming, "cache_dir": cache_dir}
+    try:
+        if source == "datasets":
+            if not isinstance(path, str):
+                raise ValueError(f"path={path!r}: source='datasets' takes one name or folder")
+            folder = Path(path)
+            if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+                tables = datasets.load_from_disk(path)
+                if streaming:
+                    raise ValueError(f"path={path!r} was written by save_to_disk, which cannot be streamed")
+            else:
+                tables = datasets.load_dataset(path, subset, **options)
+        else:
+            suffix = {"parquet": ".parquet", "webdataset": ".tar"}[source]
+            tables = datasets.load_dataset(source, **_checked(path, suffix), **options)
+    except (datasets.exceptions.DatasetsError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"path={path!r} cannot be read as {source}: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from error
+    return dict(tables) if isinstance(tables, dict) else {"train": tables}

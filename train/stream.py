@@ -1,0 +1,143 @@
+"""Data sets that are only read forwards: tar shards, parquet or Hub data, streamed, sharded and resumed exactly.
+
+Records are shuffled in windows: `window` records are read, permuted by a key of (seed, epoch, window number) and
+handed out. A rolling buffer cannot be resumed without its contents; a window is read again from where it began.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+Reader = Callable[[dict, int], dict | None]  # (row, epoch) -> item, or None for a row to leave out
+
+
+class StreamDataset(IterableDataset):
+    """Items of a `datasets.IterableDataset`, split over processes (`for_rank`) and loader workers.
+
+    rows: the undecoded stream.  read: makes an item of a row.  window: records shuffled together, 0 or 1 for none.
+    repeat: go on into the next epoch for ever (training); otherwise one epoch.  The order depends on seed, epoch, rank,
+    world and the number of workers, and on nothing else. `state_dict` is right after each item in the process that
+    iterates; with workers, use StreamLoader.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        read: Reader,
+        *,
+        window: int,
+        repeat: bool,
+        seed: int,
+        num_classes: int | None = None,
+        classes: tuple[str, ...] | None = None,
+    ):
+        self.rows, self.read, self.window, self.repeat, self.seed = rows, read, max(window, 1), repeat, seed
+        self.num_classes, self.classes = num_classes, classes
+        self._progress = {"epoch": 0, "window": 0, "begin": None, "done": 0}
+
+    def for_rank(self, rank: int, world: int) -> "StreamDataset":
+        """The part of process `rank` of `world`: whole shards where they divide evenly, else every world-th record."""
+        from datasets.distributed import split_dataset_by_node
+
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be in [0, world={world}), not {rank}")
+        part = copy.copy(self)
+        part.rows = split_dataset_by_node(self.rows, rank, world)
+        return part
+
+    def state_dict(self) -> dict:
+        """Where the stream stands: plain numbers, strings, lists and dicts."""
+        return copy.deepcopy(self._progress)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Make the next iteration go on after the item at which `state` was taken."""
+        self._progress = copy.deepcopy(state)
+
+    def _epoch_rows(self, epoch: int, begin: dict | None) -> Any:
+        rows = self.rows.with_format(None)  # a fresh object: its position is ours alone
+        if self.window > 1:
+            rows.set_epoch(1 + int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))  # shuffles shards
+        if begin is not None:
+            rows.load_state_dict(begin)
+        return rows
+
+    def __iter__(self) -> Iterator[dict]:
+        at = self._progress
+        epoch, number, begin, done = at["epoch"], at["window"], at["begin"], at["done"]
+        while True:
+            rows = self._epoch_rows(epoch, begin)
+            records = iter(rows)
+            empty = number == 0
+            while window := list(islice(records, self.window)):
+                empty = False
+                order = np.random.default_rng((self.seed, epoch, number)).permutation(len(window))
+                for place in range(done, len(window)):
+                    item = self.read(window[order[place] if self.window > 1 else place], epoch)
+                    self._progress = {"epoch": epoch, "window": number, "begin": begin, "done": place + 1}
+                    if item is not None:
+                        yield item
+                number, done, begin = number + 1, 0, rows.state_dict()
+            if empty or not self.repeat:
+                return
+            epoch, number, begin, done = epoch + 1, 0, None, 0
+
+
+class _Batches(IterableDataset):
+    """In each worker: (worker id, progress after the batch, batch). Workers before `turn` begin with an empty turn."""
+
+    def __init__(self, dataset: StreamDataset, batch_size: int, states: dict[int, dict], turn: int):
+        self.dataset, self.batch_size, self.states, self.turn = dataset, batch_size, states, turn
+
+    def __iter__(self) -> Iterator[tuple[int, dict, dict | None]]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        if worker in self.states:
+            self.dataset.load_state_dict(self.states[worker])
+        if worker < self.turn:
+            yield worker, self.dataset.state_dict(), None
+        items = iter(self.dataset)
+        while len(batch := list(islice(items, self.batch_size))) == self.batch_size:
+            yield worker, self.dataset.state_dict(), default_collate(batch)
+
+
+class StreamLoader:
+    """Full batches of a StreamDataset from any number of workers, resumable to the batch.
+
+    `state_dict()` belongs to the last batch handed out, not to what workers have read ahead. Raises ValueError when a
+    state is loaded that another number of workers or another batch size wrote.
+    """
+
+    def __init__(self, dataset: StreamDataset, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False):
+        self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
+        self._states: dict[int, dict] = {}
+        self._turn = 0
+
+    def state_dict(self) -> dict:
+        """JSON-able apart from integer keys written as strings."""
+        workers = {str(worker): state for worker, state in self._states.items()}
+        return {"workers": workers, "turn": self._turn, **self._layout()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in self._layout().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"{name}={value}: the stream was saved with {name}={state[name]}; resume with the same"
+                )
+        self._states = {int(worker): progress for worker, progress in state["workers"].items()}
+        self._turn = state["turn"]
+
+    def _layout(self) -> dict[str, int]:
+        return {"num_workers": self.num_workers, "batch_size": self.batch_size}
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = _Batches(self.dataset, self.batch_size, dict(self._states), self._turn)
+        loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        for worker, progress, batch in loader:
+            if batch is not None:
+                self._states[worker] = progress
+                self._turn = (worker + 1) % max(self.num_workers, 1)
+                yield batch
