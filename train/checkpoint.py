@@ -1,0 +1,82 @@
+"""Checkpoints as directories that exist only when they are complete.
+
+A checkpoint is written under `.tmp-step_...`, flushed to disk, then renamed: a kill at any instant leaves either no
+`step_...` directory or a whole one. `latest` is a symbolic link swapped in one rename.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+STEP = re.compile(r"step_(\d+)$")
+PARTIAL = ".tmp-"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint directory's name."""
+    return int(STEP.match(checkpoint.name)[1])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first. Anything else there, such as a write cut short, is ignored."""
+    found = [path for path in folder.glob("step_*") if STEP.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Make `folder/step_...` with what `write(directory)` puts into it, then drop all but the newest `keep`.
+
+    Call it in one process only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover)
+    final = folder / f"step_{step:08d}"
+    partial = folder / f"{PARTIAL}{final.name}"
+    partial.mkdir()
+    write(partial)
+    _flush_tree(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _flush(folder)
+    for old in complete_checkpoints(folder)[:-keep]:
+        # Renamed first: a kill while the files go must not leave half a directory under a complete one's name.
+        doomed = old.with_name(f"{PARTIAL}old-{old.name}")
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to `target` in one atomic step, replacing an older link."""
+    fresh = link.with_name(f"{PARTIAL}{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    os.replace(fresh, link)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _flush(path)
+    _flush(folder)

@@ -1,0 +1,139 @@
+"""Settings shared by every stage, and the command line that reads them: defaults < YAML < flags.
+
+A stage builds one parser out of keyword-only dataclasses and model signatures; a mistyped key is an error. The
+resolved configuration is saved beside the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """How long, how fast and where a run goes.
+
+    Args:
+        run_dir: folder of the run, made if missing; the same folder again resumes it.
+        total_images: images to train on, over all processes.
+        batch_size: images per optimiser step, over all processes.
+        micro_batch: images per forward pass and process; as many as fit the batch when null.
+        seed: of the data's order, crops, prompt dropping and initial weights.
+        precision: no (float32), bf16 or fp16; what `accelerate launch` says when null.
+        ema: decay of the averaged weights that are validated and exported; 0 turns averaging off.
+        log_every: steps between lines of metrics.jsonl.
+        validate_every: steps between validations and preview grids.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints to keep.
+        validation_images: images a validation looks at.
+        workers: data loading processes per training process; 0 loads in the training process.
+        compile: compile the parts of fixed shape with torch.compile.
+        cpu: train on the CPU even if there is a GPU.
+        tensorboard: also write a tensorboard log.
+        bar_every: seconds between updates of the progress bar.
+    """
+
+    run_dir: str = "runs/unnamed"
+    total_images: int = 1_000_000
+    batch_size: int = 64
+    micro_batch: int | None = None
+    seed: int = 0
+    precision: str | None = None
+    ema: float = 0.999
+    log_every: int = 50
+    validate_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    validation_images: int = 256
+    workers: int = 1
+    compile: bool = False
+    cpu: bool = False
+    tensorboard: bool = False
+    bar_every: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("total_images", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.precision not in (None, "no", "bf16", "fp16"):
+            raise ValueError(f"run.precision must be no, bf16 or fp16, got {self.precision!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"run.ema must be in [0, 1), got {self.ema}")
+        if self.seed < 0 or self.workers < 0:
+            raise ValueError(f"run.seed and run.workers must be 0 or more, got {self.seed} and {self.workers}")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return Path(self.run_dir) / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics file, one JSON object per line."""
+        return Path(self.run_dir) / "metrics.jsonl"
+
+    def micro(self, processes: int) -> int:
+        """Images per forward pass of one process."""
+        return self.micro_batch or max(1, self.batch_size // processes)
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes per optimiser step."""
+        return self.batch_size // (self.micro(processes) * processes)
+
+    def check_split(self, processes: int) -> None:
+        """Raise ValueError unless batch_size = a whole number x micro_batch x processes."""
+        if self.batch_size % (self.micro(processes) * processes):
+            raise ValueError(
+                f"run.batch_size {self.batch_size} must be a multiple of micro_batch x processes = "
+                f"{self.micro(processes)} x {processes}"
+            )
+
+
+def base_parser(description: str) -> ArgumentParser:
+    """A parser with --config; a stage adds its own dataclasses."""
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags go over it")
+    return parser
+
+
+def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None:
+    """Write the resolved configuration to RUN_DIR/config.yaml, on the main process."""
+    from train.checkpoint import write_atomically
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    text = parser.dump(config, skip_none=False)
+    write_atomically(Path(run_dir) / "config.yaml", text)
+
+
+def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Run a stage's `work(argv)`; user mistakes become one line on stderr.
+
+    Returns:
+        0; 2 for bad input; 3 for a loss that is not finite; 128 + signal when stopped.
+    """
+    from train.loop import NonFiniteError, Stopped
+
+    try:
+        work(argv)
+    except (ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
+        return _say(error, 2)
+    except NonFiniteError as error:
+        return _say(error, 3)
+    except Stopped as stopped:
+        return _say(stopped, stopped.code)
+    return 0
+
+
+def _say(error: BaseException, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"{'' if code > 100 else 'error: '}{' '.join(lines)}", file=sys.stderr)
+    return code

@@ -1,0 +1,194 @@
+"""What the stages minimise. An objective is a module whose forward is the loss (see `train.loop.Objective`).
+
+Shapes: B images, K scales, l tokens of one scale, L of all, V codes, C latent channels, N vectors in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokenizer.losses import (
+    LpipsLoss,
+    PatchDiscriminator,
+    adaptive_weight,
+    gradient_loss,
+    hinge_d_loss,
+    hinge_g_loss,
+    pixel_loss,
+)
+from tokenizer.model import MultiScaleVQ
+from train.loop import Batch, Clock, Metrics, Objective, Processes
+from train.optimizers import Branch, OptimizerConfig
+from train.order import uniforms
+
+USED = 0.08  # a code counts as used by a scale above this share of its fair share of hits (VAR's statistic)
+
+
+@dataclass(kw_only=True)
+class TokenizerLossConfig:
+    """Weights of the tokenizer's loss terms, and the care of its codebook.
+
+    Args:
+        l1: of the mean absolute pixel error.
+        l2: of the mean squared pixel error.
+        gradient: of the error of finite differences (edges).
+        perceptual: of the perceptual distance.
+        perceptual_kind: none, or lpips (needs the lpips extra).
+        vq: of the quantiser's own loss.
+        adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
+        adversary_start: share of training after which the adversary joins, in [0, 1].
+        adversary_width, adversary_layers: shape of the discriminator.
+        restart_every: steps between restarts of dead codes; 0 never restarts.
+        dead_below: a code is dead when its average hits fall below this share of an equal split, over all scales.
+        restart_until: share of training after which the codebook is left alone, in [0, 1].
+    """
+
+    l1: float = 0.2
+    l2: float = 1.0
+    gradient: float = 0.0
+    perceptual: float = 1.0
+    perceptual_kind: str = "none"
+    vq: float = 1.0
+    adversary: float = 0.0
+    adversary_start: float = 0.2
+    adversary_width: int = 64
+    adversary_layers: int = 3
+    restart_every: int = 100
+    dead_below: float = 0.03
+    restart_until: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.perceptual_kind not in ("none", "lpips"):
+            raise ValueError(f"loss.perceptual_kind must be none or lpips, got {self.perceptual_kind!r}")
+
+
+class TokenizerObjective(Objective):
+    """Reconstruction + perceptual + VQ (+ adversary) loss of a MultiScaleVQ (VAR, equation 5; VQGAN, equation 7).
+
+    A batch is {"image": (B, 3, h, w) float in [-1, 1]}.
+    """
+
+    def __init__(
+        self, vqvae: MultiScaleVQ, config: TokenizerLossConfig, optimizer: OptimizerConfig, adversary: OptimizerConfig
+    ):
+        super().__init__()
+        self.vqvae, self.config = vqvae, config
+        self.optimizer, self.adversary_optimizer = optimizer, adversary
+        self.perceptual = LpipsLoss() if config.perceptual_kind == "lpips" else None
+        self.discriminator = None
+        if config.adversary > 0:
+            self.discriminator = PatchDiscriminator(config.adversary_width, config.adversary_layers)
+        self.find_unused = self.discriminator is not None
+        # Hits of each code at each scale over its fair share (B * l / V), an exponential average over steps.
+        self.register_buffer("usage_KV", torch.ones(len(vqvae.schedule), vqvae.config.vocab_size))
+
+    def branches(self) -> dict[str, Branch]:
+        """The tokenizer, and its adversary if there is one."""
+        found = {"main": Branch(self.optimizer, self.vqvae.named_parameters(prefix="vqvae"))}
+        if self.discriminator is not None:
+            named = self.discriminator.named_parameters(prefix="discriminator")
+            found["adversary"] = Branch(self.adversary_optimizer, named)
+        return found
+
+    def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
+        """Loss and metrics of a batch; in eval mode also PSNR (dB) and SSIM, and no adversary."""
+        config, image = self.config, batch["image"]
+        output = self.vqvae(image)
+        reconstruction = output.reconstruction
+        pixel = pixel_loss(reconstruction, image, l1=config.l1, l2=config.l2)
+        metrics = {"pixel": pixel, "vq": output.quantized.loss}
+        likelihood = pixel
+        if config.gradient > 0:
+            metrics["gradient"] = gradient_loss(reconstruction, image)
+            likelihood = likelihood + config.gradient * metrics["gradient"]
+        if self.perceptual is not None:
+            metrics["perceptual"] = self.perceptual(reconstruction, image)
+            likelihood = likelihood + config.perceptual * metrics["perceptual"]
+        loss = likelihood + config.vq * output.quantized.loss
+        if not self.training:
+            return loss, {**metrics, **reconstruction_quality(reconstruction, image)}
+        if self.discriminator is not None and clock.progress >= config.adversary_start:
+            adversarial, d_metrics = self.adversarial_losses(reconstruction, image, likelihood)
+            loss, metrics = loss + adversarial, {**metrics, **d_metrics}
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return loss, {**metrics, "hits_KV": count_hits(output.quantized.ids, self.vqvae.config.vocab_size)}
+
+    def adversarial_losses(
+        self, reconstruction: torch.Tensor, image: torch.Tensor, likelihood: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The generator's and the discriminator's losses as one scalar: neither sends gradients into the other's weights."""
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        fooled = hinge_g_loss(torch.func.functional_call(self.discriminator, fixed, (reconstruction,)))
+        weight = adaptive_weight(likelihood, fooled, self.vqvae.decoder.conv_out.weight)
+        judged = hinge_d_loss(self.discriminator(image), self.discriminator(reconstruction.detach()))
+        metrics = {"adversarial": fooled, "adaptive_weight": weight, "discriminator": judged}
+        return self.config.adversary * weight * fooled + judged, metrics
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, metrics: Metrics, clock: Clock, processes: Processes) -> None:
+        """Update the usage statistic; now and then restart dead codes at vectors of the present batch."""
+        hits_KV = processes.reduce(metrics["hits_KV"])
+        share_K1 = hits_KV.sum(dim=1, keepdim=True) / self.usage_KV.shape[1]
+        decay = 0.9 if clock.step < 100 else 0.99
+        self.usage_KV.lerp_(hits_KV / share_K1, 1 - decay)
+        every = self.config.restart_every
+        if every and clock.step % every == 0 and clock.progress <= self.config.restart_until:
+            self.restart_codes(batch["image"], share_K1, clock, processes)
+
+    @torch.no_grad()
+    def restart_codes(
+        self, image: torch.Tensor, share_K1: torch.Tensor, clock: Clock, processes: Processes
+    ) -> None:
+        """Move codes that no scale uses to residual vectors of `image`; at step 0 all codes, to start where the data is.
+
+        Drawn with a generator keyed by (seed, step), scales equally often; every process takes process 0's.
+        """
+        codebook = self.vqvae.quantizer.codebook.weight
+        total_V = (self.usage_KV * share_K1).sum(dim=0) / share_K1.sum()
+        dead_V = total_V < self.config.dead_below
+        if clock.step == 0:
+            dead_V = torch.ones_like(dead_V)
+        if not dead_V.any():
+            return
+        was_training = self.training
+        self.eval()
+        residuals = self.vqvae.quantizer(self.vqvae.encode(image), self.vqvae.schedule).residuals_NC
+        self.train(was_training)
+        generator = torch.Generator().manual_seed(int(uniforms(1, clock.seed, clock.step, 1)[0] * 2**53))
+        scale_N = torch.randint(len(residuals), (len(dead_V),), generator=generator).tolist()
+        place_N = torch.rand(len(dead_V), generator=generator).tolist()
+        drawn_VC = torch.stack([residuals[k][int(u * len(residuals[k]))] for k, u in zip(scale_N, place_N)])
+        drawn_VC = processes.broadcast(drawn_VC.to(codebook.dtype))
+        codebook.copy_(torch.where(dead_V[:, None], drawn_VC, codebook))
+        self.usage_KV.masked_fill_(dead_V, 1.0)
+
+    def statistics(self) -> dict[str, float]:
+        """Share of codes in use, by scale and by any scale."""
+        used_KV = self.usage_KV >= USED
+        names = [f"usage_{h}x{w}" for h, w in self.vqvae.schedule.sides]
+        return dict(zip([*names, "usage"], [*used_KV.float().mean(1).tolist(), used_KV.any(0).float().mean().item()]))
+
+    def compile_parts(self) -> None:
+        """Compile the convolutional halves."""
+        self.vqvae.encoder.compile()
+        self.vqvae.decoder.compile()
+
+
+def count_hits(ids: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """How often each code was chosen at each scale: K tensors (B, l) to (K, V) float32."""
+    return torch.stack([torch.bincount(ids_Bl.flatten(), minlength=vocab_size).float() for ids_Bl in ids])
+
+
+def reconstruction_quality(reconstruction: torch.Tensor, image: torch.Tensor) -> Metrics:
+    """PSNR in dB and SSIM of images in [-1, 1], each a mean over the batch."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    shown, wanted = (reconstruction.float().clamp(-1, 1) + 1) / 2, (image.float() + 1) / 2
+    return {
+        "psnr": peak_signal_noise_ratio(shown, wanted, data_range=1.0, dim=(1, 2, 3)),
+        "ssim": structural_similarity_index_measure(shown, wanted, data_range=1.0),
+    }

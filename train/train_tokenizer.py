@@ -1,0 +1,91 @@
+"""Train a tokenizer: `accelerate launch -m train.train_tokenizer --config configs/tokenizer/scenes.yaml`.
+
+Flags go over the file (`--run.seed=1 --optimizer.lr=1e-4`); the same command again resumes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tokenizer.model import MultiScaleVQ
+from train.config import RunConfig, base_parser, exit_code, save_config
+from train.data import DataConfig, build_dataset
+from train.loop import Batch, Task, run
+from train.objectives import TokenizerLossConfig, TokenizerObjective
+from train.optimizers import OptimizerConfig
+
+
+def parser():
+    """The command line: run, data, tokenizer, loss, optimizer, adversary."""
+    made = base_parser("Train a multi-scale tokenizer.")
+    made.add_class_arguments(RunConfig, "run")
+    made.add_class_arguments(DataConfig, "data")
+    made.add_class_arguments(MultiScaleVQ, "tokenizer")
+    made.add_class_arguments(TokenizerLossConfig, "loss")
+    made.add_class_arguments(OptimizerConfig, "optimizer")
+    made.add_class_arguments(OptimizerConfig, "adversary")
+    return made
+
+
+def to_images(batch: Batch) -> Batch:
+    """uint8 (B, 3, h, w) to float in [-1, 1], channels last."""
+    image = batch["image"].float().div(127.5).sub(1)
+    return {**batch, "image": image.contiguous(memory_format=torch.channels_last)}
+
+
+def export_weights(folder: Path, objective: TokenizerObjective, weights: dict | None) -> None:
+    """Write `folder/vqvae` in diffusers layout, float32 and contiguous."""
+    copy = MultiScaleVQ.from_config(objective.vqvae.config)
+    state = objective.vqvae.state_dict()
+    if weights is not None:
+        state = {name.removeprefix("vqvae."): w for name, w in weights.items() if name.startswith("vqvae.")}
+    copy.load_state_dict(state)
+    copy.save_pretrained(folder / "vqvae")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and train.
+
+    Raises:
+        ValueError: on settings that do not fit together.
+    """
+    made = parser()
+    config = made.parse_args(argv)
+    built = made.instantiate(config)
+    run_config: RunConfig = built.run
+    torch.manual_seed(run_config.seed)
+    vqvae = built.tokenizer.to(memory_format=torch.channels_last)
+    data: DataConfig = built.data
+    if tuple(data.hw) != vqvae.image_hw:
+        raise ValueError(
+            f"data.size {data.hw} must be {vqvae.image_hw}: stride {vqvae.stride} times the last scale of "
+            f"tokenizer.schedule {vqvae.schedule.text}"
+        )
+    objective = TokenizerObjective(vqvae, built.loss, built.optimizer, built.adversary)
+    val_data = build_dataset(data, "val", seed=run_config.seed)
+    shown = torch.stack([val_data[i]["image"] for i in range(min(16, len(val_data)))])
+
+    def preview(trained: TokenizerObjective) -> dict[str, torch.Tensor]:
+        image = to_images({"image": shown.to(trained.vqvae.device)})["image"]
+        rebuilt = trained.vqvae(image).reconstruction
+        rows = zip(image.split(8), rebuilt.float().split(8))
+        return {"reconstructions": torch.cat([half for pair in rows for half in pair])}
+
+    save_config(made, config, run_config.run_dir)
+    task = Task(
+        objective=objective,
+        train_data=build_dataset(data, "train", seed=run_config.seed),
+        val_data=val_data,
+        prepare=to_images,
+        export=export_weights,
+        preview=preview,
+    )
+    run(task, run_config)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
