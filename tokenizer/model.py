@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.nn import functional as F
 
 from tokenizer.quantizer import MultiScaleQuantizer, QuantizerOutput
 from tokenizer.schedule import ScaleSchedule
@@ -34,7 +35,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
     """Multi-scale residual VQ autoencoder (VAR, section 3.2; the "vq-f16" convolutional shape of VQGAN).
 
     Args:
-        channels: width of each resolution level, fine to coarse; n levels give stride 2**(n-1).
+        channels: width of each resolution level, fine to coarse; n levels give stride patch * 2**(n-1).
         layers_per_block: residual blocks a level in the encoder (the decoder has one more).
         attention: single-head self-attention at the coarsest level and in the middle.
         latent_channels: C, also the width of a code.
@@ -42,6 +43,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
         phi_ratio, num_phis, cosine, beta: see `MultiScaleQuantizer`.
         norm_groups: groups of every GroupNorm.
+        patch: pixels folded into channels before the encoder and unfolded after the decoder (1: none); saves the
+            costly finest level.
     """
 
     _supports_gradient_checkpointing = True
@@ -61,14 +64,19 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         cosine: bool = False,
         beta: float = 0.25,
         norm_groups: int = 32,
+        patch: int = 1,
     ):
         super().__init__()
         self.schedule = ScaleSchedule.of(schedule)
         self.register_to_config(schedule=self.schedule.spec, channels=list(channels))
         plain = len(channels) - 1
-        shared = {"norm_num_groups": norm_groups, "layers_per_block": layers_per_block, "mid_block_add_attention": attention}
+        shared = {
+            "norm_num_groups": norm_groups,
+            "layers_per_block": layers_per_block,
+            "mid_block_add_attention": attention,
+        }
         self.encoder = Encoder(
-            in_channels=3,
+            in_channels=3 * patch**2,
             out_channels=latent_channels,
             down_block_types=("DownEncoderBlock2D",) * plain + (("Attn" if attention else "") + "DownEncoderBlock2D",),
             block_out_channels=tuple(channels),
@@ -77,7 +85,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         )
         self.decoder = Decoder(
             in_channels=latent_channels,
-            out_channels=3,
+            out_channels=3 * patch**2,
             up_block_types=(("Attn" if attention else "") + "UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
             block_out_channels=tuple(channels),
             **shared,
@@ -97,7 +105,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
     @property
     def stride(self) -> int:
         """Pixels per latent cell along a side."""
-        return 2 ** (len(self.config.channels) - 1)
+        return self.config.patch * 2 ** (len(self.config.channels) - 1)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -107,11 +115,11 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, h, w) in [-1, 1] to continuous latents (B, C, H, W)."""
-        return self.quant_conv(self.encoder(image))
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(image, self.config.patch)))
 
     def decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) to images (B, 3, h, w), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat_BCHW.to(self.dtype)))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(f_hat_BCHW.to(self.dtype))), self.config.patch)
 
     def forward(self, image: torch.Tensor) -> TokenizerOutput:
         """The training pass: encode, quantise with a straight-through gradient, decode."""
@@ -128,7 +136,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         schedule = schedule or self.schedule
         expected = tuple(side * self.stride for side in schedule.latent_hw)
         if tuple(image.shape[-2:]) != expected:
-            raise ValueError(f"image is {tuple(image.shape[-2:])} pixels (h, w); schedule {schedule.text} needs {expected}")
+            raise ValueError(
+                f"image is {tuple(image.shape[-2:])} pixels (h, w); schedule {schedule.text} needs {expected}"
+            )
         return self.quantizer.encode(self.encode(image.to(self.dtype)), schedule)
 
     @torch.no_grad()

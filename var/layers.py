@@ -1,0 +1,228 @@
+"""Building blocks of the transformer: attention, feed-forward, adaptive layer norm, 2-D rotary positions.
+
+Shapes: B images, l query tokens, S key tokens, T text tokens, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from tokenizer.schedule import ScaleSchedule
+from var.cache import KVCache
+
+EPS = 1e-6
+
+
+def layer_norm(x_BlD: torch.Tensor) -> torch.Tensor:
+    """Layer norm without parameters."""
+    return F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=EPS)
+
+
+def modulate(x_BlD: torch.Tensor, scale_B1D: torch.Tensor, shift_B1D: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm: LN(x) * (1 + scale) + shift."""
+    return torch.addcmul(shift_B1D, layer_norm(x_BlD), scale_B1D + 1)
+
+
+def attention(
+    q_BHld: torch.Tensor,
+    k_BHSd: torch.Tensor,
+    v_BHSd: torch.Tensor,
+    mask: torch.Tensor | BlockMask | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention to (B, l, H*d): one SDPA call, or flex_attention where the mask is a BlockMask."""
+    if isinstance(mask, BlockMask):
+        flex = _compiled_flex if q_BHld.is_cuda else flex_attention
+        out = flex(q_BHld, k_BHSd, v_BHSd, block_mask=mask, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q_BHld, k_BHSd, v_BHSd, attn_mask=mask, scale=scale)
+    return rearrange(out, "b h l d -> b l (h d)")
+
+
+_compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def rope_table(schedule: ScaleSchedule, scales: range, head_width: int, device: torch.device | str) -> torch.Tensor:
+    """Complex rotations (l, d/2) of the tokens of `scales`: rows turn the first half of the pairs, columns the second.
+
+    A cell i of h rows sits at round(i * grid_h / h) on the schedule's reference grid, so positions mean the same
+    place at every scale (Infinity, "normalised" 2-D RoPE).
+    """
+    exponents = torch.arange(0, head_width // 2, 2, dtype=torch.float32, device=device) / (head_width // 2)
+    frequencies = 10000.0**-exponents  # d/4 of them
+    grid_h, grid_w = schedule.grid_hw
+    angles = []
+    for h, w in (schedule.sides[k] for k in scales):
+        rows = (torch.arange(h, device=device) * (grid_h / h)).round()
+        columns = (torch.arange(w, device=device) * (grid_w / w)).round()
+        row_angle = torch.outer(rows, frequencies)[:, None].expand(h, w, -1)
+        column_angle = torch.outer(columns, frequencies)[None].expand(h, w, -1)
+        angles.append(rearrange(torch.cat([row_angle, column_angle], dim=-1), "h w f -> (h w) f"))
+    angles_lf = torch.cat(angles)
+    return torch.polar(torch.ones_like(angles_lf), angles_lf)
+
+
+def rotate(x_BHld: torch.Tensor, table_lf: torch.Tensor) -> torch.Tensor:
+    """Rotate the interleaved pairs (2m, 2m+1) of the head width by a `rope_table`."""
+    pairs = torch.view_as_complex(x_BHld.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table_lf).flatten(-2).to(x_BHld.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, with cosine logits when `qk_norm` (VAR, appendix; official biases: q and v, not k)."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool):
+        super().__init__()
+        self.heads, self.qk_norm = heads, qk_norm
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+        if qk_norm:
+            self.log_scale_H11 = nn.Parameter(torch.full((heads, 1, 1), log(4.0)))
+        # Without the norm the official scale is 0.25 / sqrt(d).
+        self.scale = 1.0 if qk_norm else 0.25 / (width // heads) ** 0.5
+
+    def forward(
+        self,
+        x_BlD: torch.Tensor,
+        mask: torch.Tensor | BlockMask | None = None,
+        rope_lf: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        store: bool = True,
+    ) -> torch.Tensor:
+        """(B, l, D) to (B, l, D); keys of earlier scales come from `cache`, which also takes the new ones."""
+        q, k, v = (
+            rearrange(project(x_BlD), "b l (h d) -> b h l d", h=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        if self.qk_norm:  # the norm runs in float32 under autocast; the cache gets the compute dtype
+            strength = self.log_scale_H11.clamp(max=log(100.0)).exp()
+            q = (F.normalize(q.float(), dim=-1) * strength).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if rope_lf is not None:
+            q, k = rotate(q, rope_lf), rotate(k, rope_lf)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, store=store)
+        return self.to_out(attention(q, k, v, mask, self.scale))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to a text memory; keys and values are computed once an image by `memory`."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def memory(self, text_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, T, d) of the text."""
+        k, v = (
+            rearrange(project(text_BTD), "b t (h d) -> b h t d", h=self.heads) for project in (self.to_k, self.to_v)
+        )
+        return k, v
+
+    def forward(
+        self, x_BlD: torch.Tensor, memory: tuple[torch.Tensor, torch.Tensor], mask_B11T: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, l, D) to (B, l, D)."""
+        q = rearrange(self.to_q(x_BlD), "b l (h d) -> b h l d", h=self.heads)
+        return self.to_out(attention(q, *memory, mask_B11T))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BlD: torch.Tensor) -> torch.Tensor:
+        """(B, l, D) to (B, l, D)."""
+        return self.fc2(F.gelu(self.fc1(x_BlD), approximate="tanh"))
+
+
+class AdaLinear(nn.Sequential):
+    """SiLU, then a linear layer to `parts` modulation vectors: (B, D) to (B, parts, D)."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (B, parts, D)."""
+        return super().forward(cond_BD).unflatten(-1, (self.parts, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, optional cross-attention, feed-forward; each gated and modulated by the condition.
+
+    Args:
+        shared_ada: the modulation comes from a linear layer shared by all blocks, plus this block's own offset.
+        cross: attend to a text memory between the two.
+        drop_path: probability that training skips a branch for an image.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        qk_norm: bool,
+        shared_ada: bool,
+        cross: bool,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.drop_path = drop_path
+        self.attn = SelfAttention(width, heads, qk_norm=qk_norm)
+        self.ffn = FeedForward(width, hidden)
+        if shared_ada:
+            self.ada_offset_6D = nn.Parameter(torch.empty(6, width))
+        else:
+            self.ada = AdaLinear(width, 6)
+        if cross:
+            self.cross_norm = nn.LayerNorm(width, eps=EPS)
+            self.cross = CrossAttention(width, heads)
+
+    def modulation(self, cond_BD: torch.Tensor, shared_B6D: torch.Tensor | None) -> torch.Tensor:
+        """This block's gamma1, gamma2, scale1, scale2, shift1, shift2 (official order), (B, 6, D)."""
+        return self.ada(cond_BD) if shared_B6D is None else shared_B6D + self.ada_offset_6D
+
+    def forward(
+        self,
+        x_BlD: torch.Tensor,
+        ada_B6D: torch.Tensor,
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
+        memory_mask: torch.Tensor | None = None,
+        mask: torch.Tensor | BlockMask | None = None,
+        rope_lf: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        store: bool = True,
+    ) -> torch.Tensor:
+        """(B, l, D) to (B, l, D)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
+        attended = self.attn(modulate(x_BlD, scale1, shift1), mask, rope_lf, cache, layer, store)
+        x_BlD = x_BlD + self._drop(attended * gamma1)
+        if memory is not None:
+            x_BlD = x_BlD + self.cross(self.cross_norm(x_BlD), memory, memory_mask)
+        return x_BlD + self._drop(self.ffn(modulate(x_BlD, scale2, shift2)) * gamma2)
+
+    def _drop(self, branch_BlD: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch_BlD
+        keep = branch_BlD.new_empty(len(branch_BlD), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch_BlD * keep / (1 - self.drop_path)

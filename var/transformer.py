@@ -1,0 +1,227 @@
+"""The next-scale-prediction transformer (VAR, section 3; text options as in Infinity, section 3).
+
+Shapes: B images, l tokens of the scales at hand, L all tokens, C latent channels, D width, V codes, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import sqrt
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from tokenizer.schedule import ScaleSchedule
+from var.cache import KVCache
+from var.conditioning import ClassConditioner, Conditioning, Prompt, TextConditioner
+from var.heads import CategoricalHead
+from var.layers import AdaLinear, Block, rope_table
+from var.masks import attention_mask
+
+
+class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts all tokens of a scale at once from the scales before it.
+
+    Args:
+        depth, width, heads: blocks, D, attention heads.
+        vocab_size, latent_channels: V and C of the tokenizer.
+        schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
+        conditioning: "class" or "text".
+        num_classes: classes of a class model (index num_classes is the null class).
+        text_width, text_length: text encoder width and the longest prompt in tokens, for a text model.
+        mlp_ratio: hidden width of the feed-forward over D.
+        qk_norm: cosine attention with a learned temperature a head.
+        shared_ada: one modulation layer for all blocks plus an offset a block (VAR-d36, Infinity).
+        positions: "learned" (one vector a token, VAR), "rope" (2-D rotary, Infinity) or "both".
+        mask: "block_causal" (VAR) or "block_diagonal" (HMAR).
+        drop_path: largest stochastic depth, reached linearly at the last block.
+        level_table: rows of the level embedding; the number of scales when None.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _repeated_blocks = ("Block",)
+    _keep_in_fp32_modules = ("head",)
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        depth: int = 16,
+        width: int = 1024,
+        heads: int = 16,
+        vocab_size: int = 4096,
+        latent_channels: int = 32,
+        schedule: list[list[int]] | str = "var256",
+        conditioning: str = "class",
+        num_classes: int = 1000,
+        text_width: int = 256,
+        text_length: int = 128,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        shared_ada: bool = False,
+        positions: str = "learned",
+        mask: str = "block_causal",
+        drop_path: float = 0.0,
+        level_table: int | None = None,
+    ):
+        super().__init__()
+        _check_sizes(width=width, heads=heads, conditioning=conditioning, positions=positions)
+        self.schedule = ScaleSchedule.of(schedule)
+        self.register_to_config(schedule=self.schedule.spec)
+
+        if conditioning == "class":
+            self.conditioner = ClassConditioner(num_classes, width)
+        else:
+            self.conditioner = TextConditioner(text_width, width, max_length=text_length, pool_heads=heads)
+
+        first = self.schedule.lengths[0]
+        self.start_position_1lD = nn.Parameter(torch.empty(1, first, width))
+        self.input_proj = nn.Linear(latent_channels, width)
+        self.level_embedding = nn.Embedding(level_table or len(self.schedule), width)
+        self.position_1LD = nn.Parameter(torch.empty(1, self.schedule.total, width)) if positions != "rope" else None
+
+        self.ada_shared = AdaLinear(width, 6) if shared_ada else None
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                round(width * mlp_ratio),
+                qk_norm=qk_norm,
+                shared_ada=shared_ada,
+                cross=conditioning == "text",
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.head = CategoricalHead(width, vocab_size)
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    def null_prompt(self, prompt: Prompt) -> Prompt:
+        """The unconditional prompt of the same shape, for classifier-free guidance."""
+        return self.conditioner.null(prompt)
+
+    def condition(self, prompt: Prompt) -> Conditioning:
+        """Everything the blocks need of a prompt, once an image: start token, modulations, cross-attention keys."""
+        cond_BD, memory_BTD, mask_B11T = self.conditioner(prompt)
+        shared = None if self.ada_shared is None else self.ada_shared(cond_BD)
+        return Conditioning(
+            start_BD=cond_BD,
+            blocks=tuple(block.modulation(cond_BD, shared) for block in self.blocks),
+            head_B2D=self.head.modulation(cond_BD),
+            memory=() if memory_BTD is None else tuple(block.cross.memory(memory_BTD) for block in self.blocks),
+            memory_mask_B11T=mask_B11T,
+        )
+
+    def forward(
+        self,
+        x_BlC: torch.Tensor | None,
+        cond: Conditioning,
+        *,
+        scales: range | None = None,
+        cache: KVCache | None = None,
+        layers: Collection[int] | None = None,
+        attention_backend: str = "sdpa",
+    ) -> torch.Tensor:
+        """Hidden states (B, l, D) of the tokens of `scales`.
+
+        Args:
+            x_BlC: the quantiser's inputs of `scales`, scale 0 having none (None when only scale 0 is asked for).
+            cond: from `condition`.
+            scales: consecutive scales to run; all of them when None (training).
+            cache: holds the scales before `scales.start`, and takes the new ones.
+            layers: the blocks to run, the others pass their input on; all when None.
+            attention_backend: "sdpa" or "flex".
+        """
+        scales = scales if scales is not None else range(len(self.schedule))
+        h = self._embed(x_BlC, cond, scales)
+        mask = attention_mask(
+            self.schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
+        )
+        rope = self._rope(scales, h.device)
+        store = scales.stop < len(self.schedule)
+        for i, block in enumerate(self.blocks):
+            if layers is not None and i not in layers:
+                continue
+            memory = cond.memory[i] if cond.memory else None
+            arguments = (h, cond.blocks[i], memory, cond.memory_mask_B11T, mask, rope, cache, i, store)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                h = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                h = block(*arguments)
+        return h
+
+    def logits(self, hidden_BlD: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """Logits (B, l, V), float32."""
+        return self.head.project(self.head.features(hidden_BlD, cond.head_B2D))
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of this model's size."""
+        return KVCache(len(self.blocks), capacity=self.schedule.begins[-1])
+
+    def _embed(self, x_BlC: torch.Tensor | None, cond: Conditioning, scales: range) -> torch.Tensor:
+        parts = []
+        if scales.start == 0:
+            parts.append(cond.start_BD[:, None] + self.start_position_1lD)
+        if x_BlC is not None:
+            parts.append(self.input_proj(x_BlC.to(self.input_proj.weight.dtype)))
+        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        begin, end = self.schedule.begins[scales.start], self.schedule.ends[scales.stop - 1]
+        levels = torch.tensor(self.schedule.level_ids[begin:end], device=h.device)
+        h = h + self.level_embedding(levels)
+        return h if self.position_1LD is None else h + self.position_1LD[:, begin:end]
+
+    def _rope(self, scales: range, device: torch.device) -> torch.Tensor | None:
+        if self.config.positions == "learned":
+            return None
+        return rope_table(self.schedule, scales, self.config.width // self.config.heads, device)
+
+    @torch.no_grad()
+    def init_weights(self, *, gate_gain: float = 1e-3, ada_gain: float = 0.5, head_gain: float = 0.02) -> None:
+        """The official initialisation (VAR's `init_weights`): width-scaled, with almost closed gates.
+
+        Args:
+            gate_gain: gain of the two gate rows of every modulation ("alng": 1e-3 for d16, 1e-5 for d30).
+            ada_gain: gain of the other modulation rows and of the head's.
+            head_gain: gain of the output projection.
+        """
+        D, depth = self.config.width, len(self.blocks)
+        std = sqrt(1 / (3 * D))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+        for free in (self.start_position_1lD, self.position_1LD):
+            if free is not None:
+                nn.init.trunc_normal_(free, std=std)
+        if isinstance(self.conditioner, TextConditioner):
+            nn.init.trunc_normal_(self.conditioner.pool.query_Hd, std=std)
+            nn.init.trunc_normal_(self.conditioner.null_text_TE, std=1.2 / sqrt(self.config.text_width))
+        for block in self.blocks:
+            block.attn.to_out.weight.div_(sqrt(2 * depth))
+            block.ffn.fc2.weight.div_(sqrt(2 * depth))
+            if hasattr(block, "cross"):
+                block.cross.to_out.weight.div_(sqrt(2 * depth))
+            if self.ada_shared is None:
+                block.ada[1].weight[: 2 * D].mul_(gate_gain)
+                block.ada[1].weight[2 * D :].mul_(ada_gain)
+            else:
+                nn.init.trunc_normal_(block.ada_offset_6D, std=1 / sqrt(D))
+                block.ada_offset_6D[:2].mul_(gate_gain)
+                block.ada_offset_6D[2:].mul_(ada_gain)
+        self.head.proj.weight.mul_(head_gain)
+        self.head.ada[1].weight.mul_(ada_gain)
+
+
+def _check_sizes(*, width: int, heads: int, conditioning: str, positions: str) -> None:
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+    if conditioning not in ("class", "text"):
+        raise ValueError(f"conditioning must be class or text, got {conditioning!r}")
+    if positions not in ("learned", "rope", "both"):
+        raise ValueError(f"positions must be learned, rope or both, got {positions!r}")
