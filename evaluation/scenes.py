@@ -372,7 +372,8 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     scale = size / CANVAS
     for item in scene.objects:
         x0, y0, x1, y1 = (edge * scale for edge in item.box)
-        left, top, right, bottom = int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1))
+        left, top = max(int(x0), 0), max(int(y0), 0)
+        right, bottom = min(int(np.ceil(x1)), size), min(int(np.ceil(y1)), size)
         radius = item.diameter * scale / 2
         x_edges = (np.arange(left, right + 1) - item.cx * scale) / radius
         y_edges = (np.arange(top, bottom + 1) - item.cy * scale) / radius

@@ -7,6 +7,7 @@ their own (train/stream.py). No global random state is read anywhere.
 
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,15 +19,15 @@ from train.images import CorruptLog, ImageDataset, RowReader, Transform
 from train.order import KeyedDataset, KeyedSampler, permute
 from train.pixels import MAX_PIXELS
 from train.sources import (
+    SPLIT_NAMES,
     Columns,
     FolderSource,
     TableSource,
     choose_columns,
     class_names,
-    folder_classes,
     get,
     load_tables,
-    undecoded,
+    narrowed,
 )
 from train.stream import StreamDataset, StreamLoader
 
@@ -74,10 +75,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} must be one of {', '.join(SOURCES)}")
-        if self.source == "scenes" and self.path is not None:
-            raise ValueError(f"path={self.path!r}: source='scenes' is drawn, it takes no path")
+        if self.source == "scenes" and (self.path or self.val_path):
+            raise ValueError(f"path={self.path or self.val_path!r}: source='scenes' is drawn and takes no path")
         if self.source != "scenes" and not self.path:
             raise ValueError(f"path is required for source={self.source!r}")
+        for name in ("path", "val_path") if self.source in ("folder", "datasets") else ():
+            if isinstance(getattr(self, name), list):
+                raise ValueError(f"{name}={getattr(self, name)!r}: source={self.source!r} takes one path, not a list")
         if len(self.hw) != 2 or min(self.hw) < 1:
             raise ValueError(f"size={self.size!r} must be a positive number of pixels or a pair (h, w) of them")
         if self.resize_factor < 1:
@@ -132,21 +136,22 @@ class SceneImages(Dataset):
         return self.scenes[index]
 
 
-def in_validation(name: str, fraction: float) -> bool:
-    """The hash split: true for about `fraction` of all names, and for the same ones whatever else there is."""
-    return zlib.crc32(name.encode()) < fraction * 2**32
+def hash_split(names: Iterable[str], fraction: float) -> np.ndarray:
+    """Which of `names` are validation, as bool (n,): about `fraction` of them, by crc32, whatever else there is.
 
-
-def _hashed(source, config: DataConfig, split: str) -> np.ndarray:
-    wanted = split == "val"
-    keep = [i for i in range(len(source)) if in_validation(source.name(i), config.val_fraction) == wanted]
-    return np.array(keep, dtype=np.int64)
+    At least one of two or more is, so that a small folder can be validated; none if `fraction` is 0.
+    """
+    keys = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
+    chosen = keys < fraction * 2**32
+    if fraction > 0 and len(keys) > 1 and not chosen.any():
+        chosen[keys.argmin()] = True
+    return chosen
 
 
 def _pick_split(names: list[str], config: DataConfig, split: str) -> tuple[str, bool]:
     """(split name, hash it?) among the splits or sub-folders a source has."""
     val = [name for name in ([config.val_split] if config.val_split else VAL_NAMES) if name in names]
-    if config.val_split and not val:
+    if config.val_split and not val and config.val_path is None:
         raise ValueError(f"val_split={config.val_split!r} is not one of {', '.join(names)}")
     if split == "val" and val:
         return val[0], False
@@ -157,30 +162,35 @@ def _pick_split(names: list[str], config: DataConfig, split: str) -> tuple[str, 
 
 
 def _open_folder(config: DataConfig, split: str) -> tuple[FolderSource, bool]:
-    root = Path(str(config.path))
+    root = Path(config.path)
     if not root.is_dir():
         raise FileNotFoundError(f"path={config.path!r} is not a folder")
     wanted = {config.train_split, config.val_split, *VAL_NAMES}
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name in wanted)
-    train, hashed = root, config.val_path is None
+    folder, hashed = root, config.val_path is None
     if config.train_split in names:
-        train = root / config.train_split
         name, hashed = _pick_split(names, config, split)
         folder = root / name
-    else:
-        folder = root
     if split == "val" and config.val_path is not None:
-        folder, hashed = Path(str(config.val_path)), False
-    classes = folder_classes(train) if folder != train else None
-    return FolderSource(folder, classes=classes or None, columns=config.columns), hashed
+        folder, hashed = Path(config.val_path), False
+    classes = _open_folder(config, "train")[0].classes if split == "val" and not hashed else None
+    return FolderSource(folder, classes=classes, columns=config.columns), hashed
 
 
 def _open_table(config: DataConfig, split: str):
     """(`datasets` table, hash it?)"""
-    options = {"subset": config.subset, "streaming": config.streaming, "cache_dir": config.cache_dir}
+    options = {
+        "subset": config.subset,
+        "streaming": config.streaming,
+        "cache_dir": config.cache_dir,
+        "split_names": SPLIT_NAMES | {config.train_split, config.val_split},
+    }
     if split == "val" and config.val_path is not None:
         tables = load_tables(config.source, config.val_path, **options)
-        return tables[_pick_split(list(tables), config, "train")[0]], False
+        name = config.val_split or _pick_split(list(tables), config, "train")[0]
+        if name not in tables:
+            raise ValueError(f"val_split={name!r} is not one of {', '.join(tables)} in val_path={config.val_path!r}")
+        return tables[name], False
     tables = load_tables(config.source, config.path, **options)
     name, hashed = _pick_split(list(tables), config, split)
     return tables[name], hashed
@@ -212,15 +222,12 @@ def _build_stream(config: DataConfig, split: str, seed: int, corrupt: CorruptLog
         rows = rows.take(config.limit)
     cut = config.val_fraction
     part = None if not hashed else (0.0, cut) if split == "val" else (cut, 1.0)
-    number = len(classes) if classes else (None if columns.label else 1)
     return StreamDataset(
-        undecoded(rows, columns.image),
+        narrowed(rows, columns),
         RowReader(columns, classes, config.transform(split, seed), corrupt, part=part),
         window=config.shuffle_buffer if split == "train" else 0,
         repeat=split == "train",
         seed=seed,
-        num_classes=number,
-        classes=classes,
     )
 
 
@@ -247,7 +254,10 @@ def build_dataset(
     if config.streaming:
         return _build_stream(config, split, seed, corrupt)
     source, hashed = (_open_folder if config.source == "folder" else _build_table)(config, split)
-    indices = _hashed(source, config, split) if hashed else np.arange(len(source))
+    indices = np.arange(len(source))
+    if hashed:
+        validation = hash_split(map(source.name, indices), config.val_fraction)
+        indices = indices[validation == (split == "val")]
     if len(indices) == 0:
         raise ValueError(
             f"split={split!r} of path={config.path!r} has no images ({len(source)} in all): "

@@ -147,15 +147,17 @@ class RowReader:
     part: tuple[float, float] | None = None
 
     def __call__(self, row: dict, epoch: int) -> dict | None:
-        record = read_row(row, self.columns, self.classes, str(row.get("__key__") or ""))
-        name, image = record.name, record.image
+        name = str(row.get("__key__") or "")
         try:
-            image = image if isinstance(image, bytes) else Path(image or "").read_bytes()
-            key = zlib.crc32(image)
-            name = name or f"the image with crc32 {key:08x}"
+            record = read_row(row, self.columns, self.classes, name or "a row")
+            if isinstance(record.image, str):
+                name = name or record.image
+                record = replace(record, image=Path(record.image).read_bytes())
+            key = zlib.crc32(record.image or b"")
+            name = name or f"image with crc32 {key:08x}"
             if self.part is not None and not self.part[0] <= key / 2**32 < self.part[1]:
                 return None
-            return self.transform(replace(record, image=image), epoch, key)
+            return self.transform(record, epoch, key)
         except (CorruptImage, OSError) as error:
-            self.corrupt.add(name or str(record.image), str(error))
+            self.corrupt.add(name, str(error))
             return None

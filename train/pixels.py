@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb warning level: about 9,459 x 9,459
 
@@ -32,7 +32,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises CorruptImage for float pixels, whose range no file states.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise CorruptImage("float pixels have no stated range; save the image as 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -45,14 +46,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(
-    source: bytes | str | os.PathLike | Image.Image, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS
+    source: bytes | str | os.PathLike | Image.Image | None, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """One image file (bytes or path) or Pillow image as 8-bit RGB.
+    """One image file (bytes or path) or Pillow image as 8-bit RGB. None stands for a row without an image.
 
     at_least: lets a JPEG be decoded at 1/2, 1/4 or 1/8 size as long as both sides stay at least this many pixels.
     max_pixels: larger images are refused before their pixels are decoded.
     Raises CorruptImage with the reason, whatever the decoder raised.
     """
+    if source is None:
+        raise CorruptImage("there is no image")
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
@@ -63,6 +66,7 @@ def decode(
                 raise CorruptImage(f"{width}x{height} pixels are more than max_pixels={max_pixels}")
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
+            image.load()
             return to_rgb(image)
     except CorruptImage:
         raise
@@ -96,4 +100,4 @@ def crop(
     pixels = np.asarray(image)[top : top + height, left : left + width]
     if mirror:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(rearrange(pixels, "h w c -> c h w")))
+    return torch.from_numpy(np.array(rearrange(pixels, "h w c -> c h w"), order="C"))

@@ -8,6 +8,7 @@ import csv
 import glob
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_KEYS = ("label", "cls", "json.label", "json.cls")
 CAPTION_KEYS = ("text", "caption", "txt", "json.text", "json.caption")
+SPLIT_NAMES = frozenset(("train", "validation", "val", "valid", "dev", "test"))  # that folders of shards may use
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 
@@ -38,6 +40,11 @@ class Columns:
     image: str
     label: str | None = None
     caption: str | None = None
+
+    @property
+    def named(self) -> list[str]:
+        """The columns that are read."""
+        return [name for name in (self.image, self.label, self.caption) if name is not None]
 
 
 def get(row: dict, column: str) -> Any:
@@ -122,13 +129,6 @@ class FolderSource:
         return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
 
 
-def folder_classes(root: str | os.PathLike) -> tuple[str, ...]:
-    """Names of the sub-folders of `root` that hold images, sorted: index = label."""
-    with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    return tuple(name for name in names if next(_images(Path(root) / name), None) is not None)
-
-
 def _images(folder: Path):
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -210,12 +210,15 @@ def read_row(row: dict, columns: Columns, classes: tuple[str, ...] | None, name:
     return Record(name, image, label, caption)
 
 
-def undecoded(table: Any, column: str) -> Any:
-    """A `datasets` table whose image column comes as {"bytes", "path"} instead of decoded."""
+def narrowed(table: Any, columns: Columns) -> Any:
+    """A `datasets` table of the wanted columns alone, the image as {"bytes", "path"} instead of decoded."""
     import datasets
 
-    if isinstance((table.features or {}).get(column), datasets.Image):
-        return table.cast_column(column, datasets.Image(decode=False))
+    heads = [name if name in (table.features or {}) else name.partition(".")[0] for name in columns.named]
+    if table.features:
+        table = table.select_columns(sorted({*heads, *({"__key__"} & set(table.features))}))
+    if isinstance((table.features or {}).get(columns.image), datasets.Image):
+        return table.cast_column(columns.image, datasets.Image(decode=False))
     return table
 
 
@@ -229,7 +232,7 @@ class TableSource:
     """A map-style `datasets.Dataset`: parquet files, tar shards or a Hub data set, memory-mapped as Arrow."""
 
     def __init__(self, table: Any, columns: Columns, *, title: str, classes: tuple[str, ...] | None = None):
-        self.table, self.columns, self.title = undecoded(table, columns.image), columns, title
+        self.table, self.columns, self.title = narrowed(table, columns), columns, title
         self.classes = class_names(table, columns.label) or classes
         values = [0] if columns.label is None else _distinct(table, columns.label)
         if self.classes is None and any(isinstance(value, str) for value in values):
@@ -241,6 +244,7 @@ class TableSource:
         return len(self.table)
 
     def name(self, index: int) -> str:
+        """`row N`: the hash split goes by it, so appending rows moves none."""
         return f"row {index}"
 
     def record(self, index: int) -> Record:
@@ -253,19 +257,30 @@ def _distinct(table: Any, column: str) -> list:
     return list({get(row, column) for row in table.select_columns([column.partition(".")[0]])})
 
 
-def _checked(path: str | list[str], suffix: str) -> dict[str, Any]:
-    """`data_dir` or `data_files` for `load_dataset`, after checking that local files exist."""
+def _data_files(path: str | list[str], suffix: str, split_names: frozenset[str]) -> dict[str, list[str]]:
+    """Split -> files or globs; local ones are known to exist."""
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
         raise ValueError("path is an empty list: name at least one file")
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        if not glob.glob(os.path.join(glob.escape(paths[0]), "**", f"*{suffix}"), recursive=True):
-            raise ValueError(f"path={paths[0]!r} holds no *{suffix} files")
-        return {"data_dir": paths[0]}
+        return _by_split(Path(paths[0]), suffix, split_names)
     for one in paths:
         if "://" not in one and not glob.glob(one, recursive=True):
             raise FileNotFoundError(f"path={one!r} does not exist")
-    return {"data_files": paths}
+    return {"train": paths}
+
+
+def _by_split(folder: Path, suffix: str, split_names: frozenset[str]) -> dict[str, list[str]]:
+    """Files of a folder by split: a sub-folder named as a split, or a file name that begins with one; else train."""
+    files = sorted(folder.rglob(f"*{suffix}"))
+    if not files:
+        raise ValueError(f"path={str(folder)!r} holds no *{suffix} files")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        *folders, name = file.relative_to(folder).parts
+        words = [*folders, re.split(r"[^A-Za-z0-9]", name)[0]]
+        splits.setdefault(next((word for word in words if word in split_names), "train"), []).append(str(file))
+    return splits
 
 
 def load_tables(
@@ -275,9 +290,11 @@ def load_tables(
     subset: str | None = None,
     streaming: bool = False,
     cache_dir: str | None = None,
+    split_names: frozenset[str] = SPLIT_NAMES,
 ) -> dict[str, Any]:
     """Split name -> `datasets.Dataset` (or IterableDataset when streaming) of one source.
 
+    split_names: what counts as the name of a split in a folder of parquet or tar files.
     source: "parquet", "webdataset" or "datasets" (a Hub name, a folder `load_dataset` knows or one of `save_to_disk`).
     Raises FileNotFoundError or ValueError in one line for what cannot be found or read, ImportError without `datasets`.
     """
@@ -299,7 +316,7 @@ def load_tables(
                 tables = datasets.load_dataset(path, subset, **options)
         else:
             suffix = {"parquet": ".parquet", "webdataset": ".tar"}[source]
-            tables = datasets.load_dataset(source, **_checked(path, suffix), **options)
+            tables = datasets.load_dataset(source, data_files=_data_files(path, suffix, split_names), **options)
     except (datasets.exceptions.DatasetsError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"path={path!r} cannot be read as {source}: {str(error.__cause__ or error).splitlines()[0]}"

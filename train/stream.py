@@ -5,14 +5,14 @@ handed out. A rolling buffer cannot be resumed without its contents; a window is
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-Reader = Callable[[dict, int], dict | None]  # (row, epoch) -> item, or None for a row to leave out
+from train.images import CorruptLog, RowReader
 
 
 class StreamDataset(IterableDataset):
@@ -27,17 +27,31 @@ class StreamDataset(IterableDataset):
     def __init__(
         self,
         rows: Any,
-        read: Reader,
+        read: RowReader,
         *,
         window: int,
         repeat: bool,
         seed: int,
-        num_classes: int | None = None,
-        classes: tuple[str, ...] | None = None,
     ):
         self.rows, self.read, self.window, self.repeat, self.seed = rows, read, max(window, 1), repeat, seed
-        self.num_classes, self.classes = num_classes, classes
         self._progress = {"epoch": 0, "window": 0, "begin": None, "done": 0}
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in the order of the labels, where the source has names."""
+        return self.read.classes
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; None where only reading everything would tell."""
+        if self.classes is not None:
+            return len(self.classes)
+        return 1 if self.read.columns.label is None else None
+
+    @property
+    def corrupt(self) -> CorruptLog:
+        """The unreadable images met so far."""
+        return self.read.corrupt
 
     def for_rank(self, rank: int, world: int) -> "StreamDataset":
         """The part of process `rank` of `world`: whole shards where they divide evenly, else every world-th record."""
@@ -100,12 +114,12 @@ class _Batches(IterableDataset):
         if worker < self.turn:
             yield worker, self.dataset.state_dict(), None
         items = iter(self.dataset)
-        while len(batch := list(islice(items, self.batch_size))) == self.batch_size:
+        while batch := list(islice(items, self.batch_size)):
             yield worker, self.dataset.state_dict(), default_collate(batch)
 
 
 class StreamLoader:
-    """Full batches of a StreamDataset from any number of workers, resumable to the batch.
+    """Batches of a StreamDataset from any number of workers, resumable to the batch; all full while it repeats.
 
     `state_dict()` belongs to the last batch handed out, not to what workers have read ahead. Raises ValueError when a
     state is loaded that another number of workers or another batch size wrote.
