@@ -100,8 +100,8 @@ def build_optimizers(branch: Branch) -> list[torch.optim.Optimizer]:
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
-        fused = rest[0][1].device.type == "cuda"
-        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused, foreach=not fused))
+        fused = rest[0][1].device.type in ("cuda", "cpu")
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))
     return optimizers
 
 

@@ -1,0 +1,1 @@
+"""Training of every stage: one loop (`train.loop.run`), one objective per stage, entry points for `accelerate launch`."""
