@@ -1,0 +1,119 @@
+"""Randomness that belongs to an image, and the draw of tokens from logits.
+
+Shapes: B images, l tokens of one scale, L all tokens, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tokenizer.schedule import ScaleSchedule
+
+
+def derive_seed(*key: int) -> int:
+    """A 63-bit seed from non-negative integers; different keys give independent streams."""
+    low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return (int(high) << 31) ^ int(low)
+
+
+def image_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int = 1) -> torch.Tensor:
+    """All uniforms of the image that `seed` names: (L, draws_per_token) float32 in [0, 1), from its own CPU generator.
+
+    They are drawn once, before the loop, so an image does not depend on its batch, process or device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(schedule.total, draws_per_token, generator=generator)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which tokens may be drawn: temperature, then top-k, then top-p (the official order of filters).
+
+    Attributes:
+        top_k: keep the k most likely tokens and their ties; 0 keeps all.
+        top_p: then keep the smallest set with probability above p, in (0, 1]; 1 keeps all.
+        temperature: logits are divided by it, above 0.
+        temperature_last: divide after the filters instead of before (CoDe's order).
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+    temperature_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def __call__(self, logits_BlV: torch.Tensor) -> torch.Tensor:
+        """Logits with forbidden tokens at -inf; a new tensor."""
+        if not self.temperature_last and self.temperature != 1:
+            logits_BlV = logits_BlV / self.temperature
+        logits_BlV = keep_top_p(keep_top_k(logits_BlV, self.top_k), self.top_p)
+        return logits_BlV / self.temperature if self.temperature_last else logits_BlV
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Logits (..., V) with all below the k-th largest at -inf; ties with the k-th stay. k = 0 keeps all."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits (..., V) with the least likely tokens, jointly at most 1 - p, at -inf; the likeliest stays."""
+    if p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1)
+    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    drop[..., -1] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF draw: logits (..., V) and uniforms (...) in [0, 1) to int64 tokens (...).
+
+    A token of probability 0 is never drawn, whatever rounding does to the cumulative sum.
+    """
+    cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    total = cdf[..., -1:]
+    target = torch.minimum(uniforms[..., None].to(cdf) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[..., 0]
+
+
+def smooth_weights(logits_BlV: torch.Tensor, ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """Soft token weights (B, l, V) by Gumbel-softmax, for smoother pictures (VAR's `more_smooth`; never for FID).
+
+    Args:
+        logits_BlV: already filtered logits.
+        ratio: progress through the scales, in [0, 1]: later scales are sharper.
+        generator: CPU generator of the Gumbel noise.
+    """
+    exponential = torch.empty(logits_BlV.shape).exponential_(generator=generator).to(logits_BlV)
+    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    return F.softmax((logits_BlV * (1 + ratio) - exponential.log()) / tau, dim=-1)
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds as a list of integers in [0, 2**63).
+
+    Raises:
+        ValueError: if there are none, or one is out of range.
+    """
+    checked = [int(seed) for seed in seeds]
+    if not checked:
+        raise ValueError("seeds is empty: give one per image")
+    for seed in checked:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    return checked

@@ -1,0 +1,101 @@
+"""The one generation loop. Every method of the field is a plan, a cache or a hook given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sample.draw import check_seeds, derive_seed, draw, image_uniforms, smooth_weights
+from sample.guidance import mix
+from sample.plan import Plan
+from sample.state import GenerationState, Hook
+from tokenizer.quantizer import MultiScaleQuantizer
+from var.conditioning import Prompt
+
+
+def start(
+    plan: Plan,
+    quantizer: MultiScaleQuantizer,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    *,
+    negative: Prompt | None = None,
+) -> GenerationState:
+    """The state before the first scale: every image's uniforms drawn, an empty reconstruction.
+
+    Raises:
+        ValueError: if the numbers of seeds and prompts differ, or the quantiser is not the plan's.
+    """
+    seeds = check_seeds(seeds)
+    if len(seeds) != len(prompt):
+        raise ValueError(f"seeds must name one image per prompt: got {len(seeds)} seeds for {len(prompt)} prompts")
+    wanted = plan.stages[0].model.config
+    for name, mine, theirs in (
+        ("vocab_size", quantizer.vocab_size, wanted.vocab_size),
+        ("latent_channels", quantizer.channels, wanted.latent_channels),
+    ):
+        if mine != theirs:
+            raise ValueError(f"tokenizer and transformer do not belong together: {name} is {mine} and {theirs}")
+    device = next(plan.stages[0].model.parameters()).device
+    uniforms = torch.stack([image_uniforms(seed, plan.schedule) for seed in seeds]).to(device)
+    f_hat = quantizer.start(len(seeds), plan.schedule, device)
+    return GenerationState(plan, quantizer, prompt, negative, seeds, uniforms, f_hat)
+
+
+@torch.no_grad()
+def generate(
+    plan: Plan,
+    quantizer: MultiScaleQuantizer,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    *,
+    negative: Prompt | None = None,
+    hooks: Sequence[Hook] = (),
+    smooth: bool = False,
+) -> GenerationState:
+    """Generate one image per seed (VAR, section 3.3).
+
+    Args:
+        plan: which model, layers, guidance and filters make each scale.
+        prompt: B class labels or texts.
+        seeds: B integers in [0, 2**63); a seed names an image, whatever else is in the batch.
+        negative: what guidance pushes away from, instead of the learned null prompt.
+        hooks: called in order, at every scale.
+        smooth: add Gumbel-softmax mixes of codes instead of the drawn codes (VAR's `more_smooth`).
+
+    Returns:
+        The final state: `f_hat_BCHW` is ready for the decoder, `tokens` holds every scale.
+    """
+    state = start(plan, quantizer, prompt, seeds, negative=negative)
+    for stage in plan.stages:
+        state.enter(stage)
+        for k in stage.scales:
+            logits = scale_logits(state, k)
+            tokens = draw(logits, state.uniforms(k))
+            for hook in hooks:
+                tokens = hook.on_tokens(state, k, logits, tokens)
+            state.advance(k, tokens, smooth_code(state, k, logits) if smooth else None)
+            for hook in hooks:
+                hook.on_scale_end(state, k)
+    state.cache.reset()
+    return state
+
+
+def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
+    """Guided, filtered logits (B, l, V) of scale k; the cache takes its keys."""
+    stage, model = state.stage, state.stage.model
+    hidden = model(state.input(k), state.cond, scales=range(k, k + 1), cache=state.cache, layers=stage.layers)
+    features = model.head.features(hidden, state.cond.head_B2D)
+    if state.doubled:
+        features = mix(features, stage.guidance.weight(k, len(state.plan.schedule)))
+    return stage.filter(k)(model.head.project(features))
+
+
+def smooth_code(state: GenerationState, k: int, logits_BlV: torch.Tensor) -> torch.Tensor:
+    """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed."""
+    schedule = state.plan.schedule
+    ratio = k / max(len(schedule) - 1, 1)
+    generators = [torch.Generator().manual_seed(derive_seed(seed, k)) for seed in state.seeds]
+    weights = [smooth_weights(row[None], ratio, g) for row, g in zip(logits_BlV, generators)]
+    return state.quantizer.blend(torch.cat(weights), k, schedule)

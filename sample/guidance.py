@@ -1,0 +1,51 @@
+"""Classifier-free guidance: how strongly each scale is pushed away from the unconditional prediction.
+
+A schedule gives a weight t, and guided = (1 + t) * conditional - t * unconditional; t = 0 is no guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance weights over the scales.
+
+    Attributes:
+        scale: the weight t at the end of the ramp, or one weight a scale.
+        ramp: "linear" (VAR: t = scale * k / (K - 1), nothing at scale 0) or "constant".
+    """
+
+    scale: float | Sequence[float] = 1.5
+    ramp: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.ramp not in ("linear", "constant"):
+            raise ValueError(f"guidance ramp must be linear or constant, got {self.ramp!r}")
+        weights = self.scale if isinstance(self.scale, Sequence) else [self.scale]
+        for weight in weights:
+            if not weight >= 0:
+                raise ValueError(f"guidance must be 0 (none) or more, got {weight}")
+
+    def weight(self, k: int, num_scales: int) -> float:
+        """t of scale k."""
+        if isinstance(self.scale, Sequence):
+            return float(self.scale[k])
+        if self.ramp == "constant" or num_scales == 1:
+            return float(self.scale)
+        return self.scale * k / (num_scales - 1)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no scale is guided, so that the unconditional half need not run."""
+        return not any(self.scale) if isinstance(self.scale, Sequence) else self.scale == 0
+
+
+def mix(doubled: torch.Tensor, weight: float) -> torch.Tensor:
+    """Rows [conditional; unconditional] (2B, ...) to guided rows (B, ...)."""
+    conditional, unconditional = doubled.chunk(2)
+    return conditional if weight == 0 else torch.lerp(unconditional, conditional, 1 + weight)

@@ -1,0 +1,133 @@
+"""A plan says which model, which layers and which settings make each scale. Methods are plans; the loop reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from sample.draw import Filter
+from sample.guidance import Guidance
+from tokenizer.schedule import ScaleSchedule
+from var.cache import KVCache
+from var.transformer import NextScaleTransformer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive scales made by one model under one setting.
+
+    Attributes:
+        model: the transformer.
+        scales: which scales, e.g. range(0, 7).
+        layers: blocks to run; all when None. The others' cache is freed when the stage begins.
+        guidance: classifier-free guidance of these scales.
+        filters: what may be drawn; one for all scales of the stage, or one each.
+        new_cache: makes the stage's cache; the model's own when None.
+        attention_backend: "sdpa" or "flex", for a prefill.
+    """
+
+    model: NextScaleTransformer
+    scales: range
+    layers: Collection[int] | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+    filters: Filter | Sequence[Filter] = field(default_factory=Filter)
+    new_cache: Callable[[], KVCache] | None = None
+    attention_backend: str = "sdpa"
+
+    def filter(self, k: int) -> Filter:
+        """The filter of scale k."""
+        return self.filters if isinstance(self.filters, Filter) else self.filters[k - self.scales.start]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages that together make every scale once, in order.
+
+    Raises:
+        ValueError: if scales are left out or made twice, if stages disagree on the token schedule or vocabulary, or
+            if a stage names layers its model does not have.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("plan has no stage")
+        made = [k for stage in self.stages for k in stage.scales]
+        if made != list(range(len(self.schedule))):
+            raise ValueError(f"plan must make scales 0 to {len(self.schedule) - 1} once, in order; it makes {made}")
+        for stage in self.stages:
+            _check_stage(stage, self.stages[0].model)
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The token schedule of all stages."""
+        return self.stages[0].model.schedule
+
+    @property
+    def guided(self) -> bool:
+        """Whether any stage needs the unconditional half."""
+        return any(not stage.guidance.is_off for stage in self.stages)
+
+
+def plain(
+    model: NextScaleTransformer,
+    *,
+    guidance: float | Sequence[float] | Guidance = 1.5,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    layers: Collection[int] | None = None,
+) -> Plan:
+    """One model for all scales: VAR as published."""
+    stage = Stage(
+        model,
+        range(len(model.schedule)),
+        layers=layers,
+        guidance=guidance if isinstance(guidance, Guidance) else Guidance(guidance),
+        filters=Filter(top_k=top_k, top_p=top_p, temperature=temperature),
+    )
+    return Plan((stage,))
+
+
+def collaborative(
+    drafter: NextScaleTransformer,
+    refiner: NextScaleTransformer,
+    *,
+    handover: int,
+    guidance: float | Sequence[float] | Guidance = 1.5,
+    drafter_filters: Filter | Sequence[Filter] | None = None,
+    refiner_filters: Filter | Sequence[Filter] | None = None,
+) -> Plan:
+    """CoDe: `drafter` makes scales 0..handover-1, `refiner` the rest after prefilling its own cache.
+
+    Raises:
+        ValueError: if `handover` leaves either of them nothing to do.
+    """
+    K = len(drafter.schedule)
+    if not 0 < handover < K:
+        raise ValueError(f"handover must be in 1..{K - 1} scales, got {handover}")
+    shared = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    return Plan(
+        (
+            Stage(drafter, range(handover), guidance=shared, filters=drafter_filters or Filter()),
+            Stage(refiner, range(handover, K), guidance=shared, filters=refiner_filters or Filter()),
+        )
+    )
+
+
+def _check_stage(stage: Stage, first: NextScaleTransformer) -> None:
+    for name in ("schedule", "vocab_size", "latent_channels", "conditioning"):
+        mine, theirs = getattr(stage.model.config, name), getattr(first.config, name)
+        if mine != theirs:
+            raise ValueError(f"all models of a plan need the same {name}, got {theirs} and {mine}")
+    depth = len(stage.model.blocks)
+    if stage.layers is not None:
+        unknown = sorted(set(stage.layers) - set(range(depth)))
+        if unknown or not stage.layers:
+            raise ValueError(f"layers must be some of 0..{depth - 1}, got {sorted(stage.layers)}")
+    if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
+        raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
+    scale = stage.guidance.scale
+    if isinstance(scale, Sequence) and len(scale) != len(first.schedule):
+        raise ValueError(f"guidance needs one weight a scale, {len(first.schedule)}, got {len(scale)}")

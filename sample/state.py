@@ -1,0 +1,177 @@
+"""What a generation is in the middle of, and what may be hooked into it.
+
+Shapes: B images, C latent channels, H W the latent grid, l tokens of one scale, L all tokens, V codes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sample.draw import derive_seed, image_uniforms
+from sample.plan import Plan, Stage
+from tokenizer.quantizer import MultiScaleQuantizer
+from var.cache import KVCache
+from var.conditioning import Conditioning, Prompt
+
+
+@dataclass
+class GenerationState:
+    """A batch of images between two scales.
+
+    Attributes:
+        plan, quantizer: what is being run.
+        prompt: of each image.
+        negative: what guidance pushes away from; each model's own null prompt when None.
+        seeds: the name of each image.
+        uniforms_BLn: float32 in [0, 1), one row of draws per token.
+        f_hat_BCHW: the running reconstruction, float32.
+        tokens: int64 (B, l) of every finished scale.
+        inputs: float32 (B, l, C), the transformer input of scales 1.. made so far (one more than finished scales - 1).
+        stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when guided.
+        copies: images made from each seed by duplication, for fresh streams.
+    """
+
+    plan: Plan
+    quantizer: MultiScaleQuantizer
+    prompt: Prompt
+    negative: Prompt | None
+    seeds: list[int]
+    uniforms_BLn: torch.Tensor
+    f_hat_BCHW: torch.Tensor
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    stage: Stage | None = None
+    cond: Conditioning | None = None
+    cache: KVCache | None = None
+    copies: Counter = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def scale(self) -> int:
+        """The next scale to make; K when done."""
+        return len(self.tokens)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the transformer runs an unconditional half."""
+        return self.plan.guided
+
+    def input(self, k: int) -> torch.Tensor | None:
+        """The transformer's input of scale k, (B or 2B, l, C); None for scale 0."""
+        return self._double(self.inputs[k - 1]) if k else None
+
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage: a model that joins late conditions itself and prefills its cache in one masked pass.
+
+        The same model going on with other layers keeps its cache; layers that stop running give theirs back.
+        """
+        continues = self.stage is not None and self.stage.model is stage.model and stage.new_cache is None
+        if continues:
+            ran = set(_active(self.stage))
+            if not ran >= set(_active(stage)):
+                continues = False  # a layer would join without the keys of earlier scales
+        if continues:
+            self.cache.free_layers(ran - set(_active(stage)))
+            self.stage = stage
+            return
+        self.stage = stage
+        self.cond = self._condition(stage)
+        self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
+        if self.scale:
+            self._prefill(stage)
+
+    def uniforms(self, k: int) -> torch.Tensor:
+        """This scale's draws: (B, l) or, with several draws a token, (B, l, n)."""
+        schedule = self.plan.schedule
+        return self.uniforms_BLn[:, schedule.begins[k] : schedule.ends[k]].squeeze(-1)
+
+    def advance(self, k: int, tokens_Bl: torch.Tensor, code_BChw: torch.Tensor | None = None) -> None:
+        """Take scale k's tokens: add their codes to f_hat and prepare the next scale's input.
+
+        Args:
+            code_BChw: code map to add instead of the tokens' own (soft tokens).
+        """
+        schedule = self.plan.schedule
+        if code_BChw is None:
+            code_BChw = self.quantizer.lookup(tokens_Bl, k, schedule)
+        self.f_hat_BCHW = self.quantizer.accumulate(self.f_hat_BCHW, code_BChw, k, schedule)
+        self.tokens.append(tokens_Bl)
+        if k + 1 < len(schedule):
+            self.inputs.append(self.quantizer.next_input(self.f_hat_BCHW, k + 1, schedule))
+        self.cache.end_of_scale(k)
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
+        """Keep the images of `rows`, in that order; a row may be named several times.
+
+        The first copy of a row goes on with its own stream of uniforms; further copies get fresh ones for the scales
+        to come, derived from (seed, scale, copy).
+        """
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        if rows.tolist() == list(range(len(self))):
+            return
+        B, on_device = len(self), rows.to(self.f_hat_BCHW.device)
+        both = torch.cat([on_device, on_device + B]) if self.doubled else on_device
+        self.prompt = self.prompt.select(on_device)
+        self.negative = self.negative.select(on_device) if self.negative is not None else None
+        self.f_hat_BCHW = self.f_hat_BCHW[on_device]
+        self.tokens = [tokens[on_device] for tokens in self.tokens]
+        self.inputs = [x[on_device] for x in self.inputs]
+        self.uniforms_BLn = self.uniforms_BLn[on_device]
+        self._refresh_copies(rows.tolist())
+        self.seeds = [self.seeds[row] for row in rows.tolist()]
+        self.cond = self.cond.select(both)
+        self.cache.select(both)
+
+    def _refresh_copies(self, rows: list[int]) -> None:
+        begin, seen = self.plan.schedule.ends[self.scale - 1] if self.scale else 0, set()
+        for place, row in enumerate(rows):
+            if row in seen:
+                seed = self.seeds[row]
+                self.copies[seed] += 1
+                key = derive_seed(seed, self.scale, self.copies[seed])
+                fresh = image_uniforms(key, self.plan.schedule, self.uniforms_BLn.shape[-1])
+                self.uniforms_BLn[place, begin:] = fresh[begin:].to(self.uniforms_BLn)
+            seen.add(row)
+
+    def _condition(self, stage: Stage) -> Conditioning:
+        if not self.doubled:
+            return stage.model.condition(self.prompt)
+        negative = self.negative if self.negative is not None else stage.model.null_prompt(self.prompt)
+        return stage.model.condition(self.prompt.join(negative))
+
+    def _prefill(self, stage: Stage) -> None:
+        earlier = [self.input(k) for k in range(1, self.scale)]
+        stage.model(
+            torch.cat(earlier, dim=1) if earlier else None,
+            self.cond,
+            scales=range(self.scale),
+            cache=self.cache,
+            layers=stage.layers,
+            attention_backend=stage.attention_backend,
+        )
+
+    def _double(self, x_BlC: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x_BlC, x_BlC]) if self.doubled else x_BlC
+
+
+def _active(stage: Stage) -> range | set[int]:
+    return range(len(stage.model.blocks)) if stage.layers is None else set(stage.layers)
+
+
+class Hook:
+    """Something plugged into the loop. Every method here changes nothing; override what you need."""
+
+    def on_tokens(
+        self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
+    ) -> torch.Tensor:
+        """After scale k's draw: the tokens (B, l) to go on with (editing, refinement)."""
+        return tokens_Bl
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """After scale k was added to the reconstruction (search by `state.select`, previews, progress)."""
