@@ -127,7 +127,7 @@ class SceneImages(Dataset):
         from evaluation.scenes import TAGS, SceneDataset
 
         self.scenes = SceneDataset(n, seed=seed, size=size)
-        self.classes, self.num_classes = tuple(TAGS), len(TAGS)
+        self.classes, self.num_classes, self.corrupt = tuple(TAGS), len(TAGS), CorruptLog()
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb warning level: about 9,459 x 9,459
 
@@ -70,6 +70,8 @@ def decode(
             return to_rgb(image)
     except CorruptImage:
         raise
+    except UnidentifiedImageError:
+        raise CorruptImage("no image format that Pillow knows") from None
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise CorruptImage(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 

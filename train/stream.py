@@ -34,7 +34,7 @@ class StreamDataset(IterableDataset):
         seed: int,
     ):
         self.rows, self.read, self.window, self.repeat, self.seed = rows, read, max(window, 1), repeat, seed
-        self._progress = {"epoch": 0, "window": 0, "begin": None, "done": 0}
+        self._start = self._progress = {"epoch": 0, "window": 0, "begin": None, "done": 0}
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -64,12 +64,12 @@ class StreamDataset(IterableDataset):
         return part
 
     def state_dict(self) -> dict:
-        """Where the stream stands: plain numbers, strings, lists and dicts."""
+        """Where the latest iteration stands; JSON-able."""
         return copy.deepcopy(self._progress)
 
     def load_state_dict(self, state: dict) -> None:
-        """Make the next iteration go on after the item at which `state` was taken."""
-        self._progress = copy.deepcopy(state)
+        """Make iterations begin after the item at which `state` was taken, instead of at the beginning."""
+        self._start = self._progress = copy.deepcopy(state)
 
     def _epoch_rows(self, epoch: int, begin: dict | None) -> Any:
         rows = self.rows.with_format(None)  # a fresh object: its position is ours alone
@@ -80,23 +80,27 @@ class StreamDataset(IterableDataset):
         return rows
 
     def __iter__(self) -> Iterator[dict]:
-        at = self._progress
+        at = self._start
         epoch, number, begin, done = at["epoch"], at["window"], at["begin"], at["done"]
         while True:
             rows = self._epoch_rows(epoch, begin)
             records = iter(rows)
-            empty = number == 0
+            good, resumed = 0, number > 0 or done > 0
             while window := list(islice(records, self.window)):
-                empty = False
                 order = np.random.default_rng((self.seed, epoch, number)).permutation(len(window))
                 for place in range(done, len(window)):
                     item = self.read(window[order[place] if self.window > 1 else place], epoch)
                     self._progress = {"epoch": epoch, "window": number, "begin": begin, "done": place + 1}
                     if item is not None:
+                        good += 1
                         yield item
                 number, done, begin = number + 1, 0, rows.state_dict()
-            if empty or not self.repeat:
+            if not self.repeat or (number == 0 and not resumed):  # a worker may have no shard
                 return
+            if good == 0 and not resumed:
+                raise ValueError(
+                    f"a whole epoch of the stream gave no image; {self.corrupt.summary() or 'it is all validation'}"
+                )
             epoch, number, begin, done = epoch + 1, 0, None, 0
 
 
@@ -119,7 +123,8 @@ class _Batches(IterableDataset):
 
 
 class StreamLoader:
-    """Batches of a StreamDataset from any number of workers, resumable to the batch; all full while it repeats.
+    """Batches of a StreamDataset from any number of workers. A repeating stream gives full batches, goes on where the
+    last iteration stopped, and resumes to the batch; another gives its one epoch each time.
 
     `state_dict()` belongs to the last batch handed out, not to what workers have read ahead. Raises ValueError when a
     state is loaded that another number of workers or another batch size wrote.
@@ -131,16 +136,15 @@ class StreamLoader:
         self._turn = 0
 
     def state_dict(self) -> dict:
-        """JSON-able apart from integer keys written as strings."""
+        """Where the batches handed out so far end; JSON-able."""
         workers = {str(worker): state for worker, state in self._states.items()}
         return {"workers": workers, "turn": self._turn, **self._layout()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Make the next iteration begin after the batch at which `state` was taken."""
         for name, value in self._layout().items():
             if state[name] != value:
-                raise ValueError(
-                    f"{name}={value}: the stream was saved with {name}={state[name]}; resume with the same"
-                )
+                raise ValueError(f"{name}={value} must be {state[name]}, as when the stream's position was saved")
         self._states = {int(worker): progress for worker, progress in state["workers"].items()}
         self._turn = state["turn"]
 
@@ -151,7 +155,9 @@ class StreamLoader:
         batches = _Batches(self.dataset, self.batch_size, dict(self._states), self._turn)
         loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
         for worker, progress, batch in loader:
-            if batch is not None:
+            if batch is None:
+                continue
+            if self.dataset.repeat:
                 self._states[worker] = progress
                 self._turn = (worker + 1) % max(self.num_workers, 1)
-                yield batch
+            yield batch

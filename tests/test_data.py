@@ -1,0 +1,480 @@
+"""Training data: sources, decoding, keyed order, resumable streams. All data is drawn here."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from train.data import CorruptLog, DataConfig, KeyedDataset, KeyedSampler, StreamLoader, build_dataset, permute
+from train.pixels import CorruptImage, crop, decode
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """A smooth picture whose mean colour names its seed."""
+    level = (37 * seed) % 200
+    return Image.linear_gradient("L").resize(size).point(lambda v: level + v // 8).convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def class_folder(root, counts=(("cat", 3), ("big_dog", 4))):
+    for name, count in counts:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(root / name / f"{i}.png")
+    return root
+
+
+def write_parquet(path, rows: int, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(rows)]
+    pq.write_table(pa.table({"image": images, **columns}), path, row_group_size=8)
+    return str(path)
+
+
+def write_tar(path, start: int, rows: int):
+    with tarfile.open(path, "w") as tar:
+        for i in range(start, start + rows):
+            parts = {"jpg": encoded(picture(i), "JPEG"), "txt": b"picture %d" % i, "cls": b"%d" % (i % 3)}
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def config(source, path, tmp_path, **options) -> DataConfig:
+    settings = {"size": 16, "val_fraction": 0.0, "cache_dir": str(tmp_path / "c"), **options}
+    return DataConfig(source=source, path=path, **settings)
+
+
+def same(a: dict, b: dict) -> bool:
+    return torch.equal(a["image"], b["image"]) and a["label"] == b["label"] and a["caption"] == b["caption"]
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "rgb"),
+    [
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("LA", (0, 127), (128, 128, 128)),
+        ("I;16", None, (50, 50, 50)),
+        ("YCbCr", (128, 128, 128), (128, 128, 128)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, value, rgb):
+    kind = {"CMYK": "TIFF", "YCbCr": "TIFF"}.get(mode, "PNG")
+    deep = Image.fromarray(np.full((6, 5), 257 * 50, np.uint16))
+    image = deep if mode == "I;16" else Image.new(mode, (5, 6), value)
+    decoded = decode(encoded(image, kind))
+    assert decoded.mode == "RGB" and decoded.size == (5, 6)
+    np.testing.assert_allclose(np.asarray(decoded)[3, 2], rgb, atol=1)
+
+
+def test_palette_transparency_and_cmyk_jpeg():
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 10, 10])
+    assert decode(encoded(palette)).getpixel((0, 0)) == (200, 10, 10)
+    assert decode(encoded(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    jpeg = decode(encoded(Image.new("CMYK", (16, 16), (0, 0, 255, 0)), "JPEG"))
+    np.testing.assert_allclose(jpeg.getpixel((8, 8)), (255, 255, 0), atol=6)
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(image, "JPEG", exif=exif)).size == (10, 20)
+
+
+def test_bad_bytes_bombs_and_float_images_are_corrupt():
+    whole = encoded(picture(1), "JPEG")
+    for data in (b"", b"not an image", whole[: len(whole) // 2], encoded(picture(1))[:60], None):
+        with pytest.raises(CorruptImage):
+            decode(data)
+    with pytest.raises(CorruptImage, match="max_pixels=100"):
+        decode(whole, max_pixels=100)
+    with pytest.raises(CorruptImage, match="float"):
+        decode(encoded(Image.new("F", (4, 4)), "TIFF"))
+
+
+def test_large_jpegs_are_decoded_small_but_not_below_the_need():
+    image = decode(encoded(picture(0, (800, 640)), "JPEG"), at_least=100)
+    assert image.size == (200, 160)
+
+
+@given(w=st.integers(1, 60), h=st.integers(1, 60), th=st.integers(1, 20), tw=st.integers(1, 20), u=st.floats(0, 0.999))
+@settings(max_examples=60, deadline=None)
+def test_crop_always_has_the_size(w, h, th, tw, u):
+    for place in (None, (u, 0.999 - u)):
+        out = crop(Image.new("RGB", (w, h), (9, 8, 7)), (th, tw), uniforms=place)
+        assert out.shape == (3, th, tw) and out.dtype == torch.uint8 and out.is_contiguous()
+        assert out.amax((1, 2)).tolist() == [9, 8, 7]
+
+
+def test_centre_crop_and_mirror():
+    values = np.zeros((4, 8, 3), np.uint8)
+    values[:, :, 0] = np.arange(8)
+    out = crop(Image.fromarray(values), (4, 4), resize_factor=1.0)
+    assert out[0, 0].tolist() == [2, 3, 4, 5]
+    assert torch.equal(crop(Image.fromarray(values), (4, 4), resize_factor=1.0, mirror=True), out.flip(-1))
+
+
+# ---------------------------------------------------------------- order
+
+
+@given(n=st.integers(1, 700), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_permutation_is_a_bijection(n, seed, epoch):
+    assert sorted(permute(i, n, seed=seed, epoch=epoch) for i in range(n)) == list(range(n))
+
+
+def test_permutation_of_a_billion_and_its_edges():
+    n = 10**9 + 7
+    places = {permute(i, n, seed=1, epoch=2) for i in range(2000)}
+    assert len(places) == 2000 and max(places) > 0.99 * n and min(places) < 0.01 * n
+    with pytest.raises(IndexError):
+        permute(5, 5, seed=0, epoch=0)
+
+
+def test_small_permutations_are_about_uniform():
+    drawn = Counter(tuple(permute(i, 4, seed=3, epoch=e) for i in range(4)) for e in range(4800))
+    assert len(drawn) == 24
+    assert sum((count - 200) ** 2 / 200 for count in drawn.values()) < 60  # chi-square, 23 degrees: p < 1e-4 beyond
+
+
+@given(world=st.integers(1, 5), start=st.integers(0, 20), count=st.integers(0, 40))
+def test_samplers_of_all_ranks_share_the_counters(world, start, count):
+    parts = [list(KeyedSampler(rank=r, world=world, start=start, stop=start + count)) for r in range(world)]
+    assert sorted(chain(*parts)) == list(range(start, start + count))
+    assert [len(KeyedSampler(rank=r, world=world, start=start, stop=start + count)) for r in range(world)] == [
+        len(part) for part in parts
+    ]
+
+
+def test_sampler_arguments():
+    with pytest.raises(ValueError, match=r"rank must be in \[0, world=2\)"):
+        KeyedSampler(rank=2, world=2)
+    with pytest.raises(TypeError):
+        len(KeyedSampler())
+
+
+def test_same_images_for_any_workers_and_ranks_and_after_a_resume(tmp_path):
+    class_folder(tmp_path / "d")
+    keyed = KeyedDataset(build_dataset(config("folder", str(tmp_path / "d"), tmp_path, flip=True), seed=5), seed=5)
+    straight = [keyed[g] for g in range(21)]
+    assert Counter(x["label"] for x in straight[:7]) == {0: 4, 1: 3}  # one epoch holds every image once
+    assert not all(same(keyed[g], keyed[g + 7]) for g in range(7))
+    loader = DataLoader(keyed, batch_size=3, sampler=KeyedSampler(start=6, stop=21), num_workers=2)
+    resumed = [image for batch in loader for image in batch["image"]]
+    assert all(torch.equal(a, b["image"]) for a, b in zip(resumed, straight[6:], strict=True))
+    ranks = [[keyed[g] for g in KeyedSampler(rank=r, world=2, stop=20)] for r in range(2)]
+    assert all(same(ranks[g % 2][g // 2], straight[g]) for g in range(20))
+
+
+def test_keyed_dataset_reads_plain_datasets_too():
+    assert sorted(KeyedDataset(list(range(9)), seed=1)[g] for g in range(9, 18)) == list(range(9))
+    with pytest.raises(ValueError, match="empty"):
+        KeyedDataset([])
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_class_folder(tmp_path):
+    data = build_dataset(config("folder", str(class_folder(tmp_path / "d")), tmp_path))
+    assert data.classes == ("big_dog", "cat") and data.num_classes == 2 and len(data) == 7
+    item = data[0]
+    assert item["image"].shape == (3, 16, 16) and item["image"].dtype == torch.uint8
+    assert (item["label"], item["caption"]) == (0, "big dog")
+    assert build_dataset(config("folder", str(tmp_path / "d"), tmp_path, size=(8, 24)))[6]["image"].shape == (3, 8, 24)
+
+
+def test_flat_folder_with_sidecar_captions(tmp_path):
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.JPG", "JPEG")
+    (tmp_path / "1.txt").write_text("one\n")
+    data = build_dataset(config("folder", str(tmp_path), tmp_path))
+    assert [data[i]["caption"] for i in range(3)] == ["", "one", ""] and data[2]["label"] == 0 and data.num_classes == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_folder_metadata(tmp_path, kind):
+    (tmp_path / "d/images").mkdir(parents=True)
+    for i in range(3):
+        picture(i).save(tmp_path / f"d/images/{i}.png")
+    rows = [{"file_name": f"images/{i}.png", "text": f"no. {i}", "label": "yx"[i % 2]} for i in range(3)]
+    if kind == "jsonl":
+        text = "\n".join(map(json.dumps, rows))
+    else:
+        text = "file_name,text,label\n" + "\n".join(",".join(row.values()) for row in rows)
+    (tmp_path / f"d/metadata.{kind}").write_text(text)
+    data = build_dataset(config("folder", str(tmp_path / "d"), tmp_path))
+    assert [(data[i]["label"], data[i]["caption"]) for i in range(3)] == [(1, "no. 0"), (0, "no. 1"), (1, "no. 2")]
+    with pytest.raises(ValueError, match=r"caption_column='prompt'.*it has file_name, text, label"):
+        build_dataset(config("folder", str(tmp_path / "d"), tmp_path, caption_column="prompt"))
+
+
+def test_validation_by_subfolder_by_path_and_by_hash(tmp_path):
+    class_folder(tmp_path / "d/train")
+    class_folder(tmp_path / "d/val", (("cat", 2),))
+    given_split = config("folder", str(tmp_path / "d"), tmp_path, val_fraction=0.5)
+    assert len(build_dataset(given_split)) == 7
+    val = build_dataset(given_split, "val")
+    assert len(val) == 2 and val[0]["label"] == 1  # the training folder's class order
+    assert same(val.at(1, 0), val.at(1, 9))  # central crops
+    by_path = config("folder", str(tmp_path / "d/train"), tmp_path, val_path=str(tmp_path / "d/val"), val_fraction=0.5)
+    assert len(build_dataset(by_path)) == 7 and len(build_dataset(by_path, "val")) == 2
+    hashed = config("folder", str(tmp_path / "d/train"), tmp_path, val_fraction=0.3)
+    parts = [build_dataset(hashed, split) for split in ("train", "val")]
+    names = [{part.source.name(i) for i in part.indices} for part in parts]
+    assert len(names[0] | names[1]) == 7 and not names[0] & names[1] and all(names)
+
+
+def test_limit(tmp_path):
+    assert len(build_dataset(config("folder", str(class_folder(tmp_path / "d")), tmp_path, limit=3))) == 3
+
+
+# ---------------------------------------------------------------- corrupt images
+
+
+def test_corrupt_images_are_replaced_counted_and_named(tmp_path):
+    root = class_folder(tmp_path / "d")
+    (root / "big_dog/1.png").write_bytes(b"broken")
+    log = tmp_path / "run/corrupt.txt"
+    data = build_dataset(config("folder", str(root), tmp_path, val_path=str(root)), "val", corrupt_log=log)
+    assert same(data[1], data[2])
+    loader = DataLoader(data, batch_size=7, num_workers=2)
+    assert next(iter(loader))["image"].shape[0] == 7
+    assert data.corrupt.count == 1 and data.corrupt.names == ["big_dog/1.png"]
+    assert data.corrupt.summary().startswith("1 unreadable images were skipped: big_dog/1.png; all in ")
+    assert CorruptLog(log).count == 1 and CorruptLog().summary() == ""
+
+
+@pytest.mark.filterwarnings("ignore:skipping images")
+def test_a_folder_of_nothing_but_corrupt_images_is_an_error(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"3 images in a row cannot be read; .* 0\.png"):
+        build_dataset(config("folder", str(tmp_path), tmp_path))[0]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_parquet_with_labels_and_captions(tmp_path):
+    path = write_parquet(
+        tmp_path / "a.parquet", 10, label=[i % 4 for i in range(10)], text=[f"t{i}" for i in range(10)]
+    )
+    data = build_dataset(config("parquet", path, tmp_path))
+    assert len(data) == 10 and data.num_classes == 4 and data.classes is None
+    assert (data[5]["label"], data[5]["caption"]) == (1, "t5")
+    both = config("parquet", [path, path], tmp_path, val_path=path)
+    assert len(build_dataset(both)) == 20 and len(build_dataset(both, "val")) == 10
+
+
+def test_parquet_with_class_names_several_captions_and_other_columns(tmp_path):
+    path = write_parquet(
+        tmp_path / "a.parquet", 3, kind=["b", "a", "b"], words=[["x", "y"], ["x", "y"], []], junk=[1, 2, 3]
+    )
+    data = build_dataset(config("parquet", path, tmp_path, label_column="kind", caption_column="words"))
+    assert data.classes == ("a", "b") and data[0]["label"] == 1
+    assert {data.at(0, epoch)["caption"] for epoch in range(20)} == {"x", "y"} and data[2]["caption"] == ""
+    assert "junk" not in data.source.table.column_names
+
+
+def test_datasets_saved_to_disk_with_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["red_fox", "owl"])
+    features = datasets.Features({"img": datasets.Image(), "label": names})
+    splits = {
+        split: datasets.Dataset.from_dict({"img": [picture(i) for i in range(n)], "label": [1] * n}, features=features)
+        for split, n in (("train", 4), ("validation", 2))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    options = config("datasets", str(tmp_path / "saved"), tmp_path, val_fraction=0.5)
+    data = build_dataset(options)
+    assert len(data) == 4 and data.classes == ("red_fox", "owl") and data[0]["caption"] == "owl"
+    assert len(build_dataset(options, "val")) == 2
+    with pytest.raises(ValueError, match="train_split='training' is not one of train, validation"):
+        build_dataset(config("datasets", str(tmp_path / "saved"), tmp_path, train_split="training"))
+
+
+def test_datasets_reads_an_imagefolder(tmp_path):
+    class_folder(tmp_path / "d")
+    data = build_dataset(config("datasets", str(tmp_path / "d"), tmp_path))
+    assert data.classes == ("big_dog", "cat") and len(data) == 7 and data[6]["caption"] == "cat"
+
+
+def test_webdataset_map_style(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 6)
+    write_tar(tmp_path / "b.tar", 6, 6)
+    data = build_dataset(config("webdataset", str(tmp_path / "*.tar"), tmp_path))
+    assert len(data) == 12 and data.num_classes == 3
+    assert (data[7]["label"], data[7]["caption"]) == (1, "picture 7")
+
+
+# ---------------------------------------------------------------- streams
+
+
+def tars(tmp_path, shards: int = 4, rows: int = 6) -> str:
+    for s in range(shards):
+        write_tar(tmp_path / f"s{s}.tar", s * rows, rows)
+    return str(tmp_path / "s*.tar")
+
+
+def take(stream, count: int) -> list[dict]:
+    return list(islice(stream, count))
+
+
+def test_a_stream_repeats_shuffled_and_resumes_exactly(tmp_path):
+    options = config("webdataset", tars(tmp_path), tmp_path, streaming=True, shuffle_buffer=5)
+    items = take(build_dataset(options, seed=2), 60)
+    epochs = [[item["caption"] for item in items[i : i + 24]] for i in (0, 24)]
+    everything = [f"picture {i}" for i in range(24)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(everything)
+    assert epochs[0] != epochs[1] and everything not in epochs
+    for stop in (1, 7, 24, 31):
+        first = build_dataset(options, seed=2)
+        take(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+        again = build_dataset(options, seed=2)
+        again.load_state_dict(state)
+        assert all(same(a, b) for a, b in zip(take(again, 20), items[stop : stop + 20], strict=True)), stop
+
+
+def test_iterating_again_begins_again(tmp_path):
+    stream = build_dataset(
+        config("webdataset", tars(tmp_path, 1), tmp_path, streaming=True, val_path=tars(tmp_path, 1)), "val"
+    )
+    once, again = list(stream), list(stream)
+    assert len(once) == 6 and all(map(same, once, again))
+    loader = StreamLoader(stream, batch_size=4)
+    assert [len(batch["label"]) for batch in loader] == [len(batch["label"]) for batch in loader] == [4, 2]
+
+
+@pytest.mark.filterwarnings("ignore:skipping images")
+def test_a_stream_without_one_good_image_is_an_error(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="gave no image; 2 unreadable images"):
+        next(iter(build_dataset(config("parquet", str(tmp_path / "a.parquet"), tmp_path, streaming=True))))
+
+
+@pytest.mark.parametrize("shards", [4, 3])
+def test_ranks_share_a_stream(tmp_path, shards):
+    options = config("webdataset", tars(tmp_path, shards), tmp_path, streaming=True, val_path=tars(tmp_path, shards))
+    seen = [item["caption"] for r in range(2) for item in build_dataset(options, "val").for_rank(r, 2)]
+    assert sorted(seen) == sorted(f"picture {i}" for i in range(6 * shards))
+
+
+def test_stream_loader_resumes_with_workers(tmp_path):
+    options = config("webdataset", tars(tmp_path), tmp_path, streaming=True, shuffle_buffer=4)
+
+    def loader():
+        return StreamLoader(build_dataset(options, seed=1), batch_size=4, num_workers=2)
+
+    straight = [batch["caption"] for batch in take(loader(), 9)]
+    first = loader()
+    take(first, 3)
+    again = loader()
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [batch["caption"] for batch in take(again, 6)] == straight[3:]
+    with pytest.raises(ValueError, match="num_workers=1 must be 2"):
+        StreamLoader(build_dataset(options), batch_size=4, num_workers=1).load_state_dict(first.state_dict())
+
+
+def test_streams_split_by_content_and_skip_corrupt_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": encoded(picture(i)) if i != 3 else b"broken", "path": None} for i in range(30)]
+    pq.write_table(pa.table({"image": images, "text": [f"t{i}" for i in range(30)]}), tmp_path / "a.parquet")
+    options = config("parquet", str(tmp_path), tmp_path, streaming=True, val_fraction=0.4, shuffle_buffer=0)
+    val = [item["caption"] for item in build_dataset(options, "val", corrupt_log=tmp_path / "bad.txt")]
+    stream = build_dataset(options, corrupt_log=tmp_path / "bad.txt")
+    train = [item["caption"] for item in take(stream, 29 - len(val))]
+    assert len(val) > 2 and sorted(val + train) == sorted(f"t{i}" for i in range(30) if i != 3)
+    assert stream.corrupt.count == 1 and stream.num_classes == 1
+    options.limit = 5
+    assert {item["caption"] for item in take(build_dataset(options), 20)} <= {f"t{i}" for i in range(5)}
+
+
+# ---------------------------------------------------------------- scenes and mistakes
+
+
+def test_scenes():
+    data = build_dataset(DataConfig(size=32, num_scenes=50, val_fraction=0.1))
+    val = build_dataset(DataConfig(size=32, num_scenes=50, val_fraction=0.1), "val")
+    assert (len(data), len(val), data.num_classes) == (50, 5, 6)
+    item = KeyedDataset(data)[3]
+    assert item["image"].shape == (3, 32, 32) and item["caption"]
+    assert not torch.equal(data[0]["image"], val[0]["image"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "zip"}, "source='zip' must be one of scenes, folder"),
+        ({"source": "folder"}, "path is required"),
+        ({"path": "x"}, "takes no path"),
+        ({"size": 0}, "size=0"),
+        ({"resize_factor": 0.5}, "resize_factor=0.5"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"limit": 0}, "limit=0"),
+        ({"flip": True}, "flip must be False"),
+        ({"source": "folder", "path": "x", "streaming": True}, "not streamed"),
+        ({"source": "folder", "path": ["x"]}, "takes one path"),
+    ],
+)
+def test_config_mistakes(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        DataConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_path_and_column_mistakes_are_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = write_parquet(tmp_path / "a.parquet", 2, note=["a", "b"])
+    class_folder(tmp_path / "mixed")
+    picture(0).save(tmp_path / "mixed/loose.png")
+    cases = [
+        ("folder", "nowhere", {}, FileNotFoundError, "nowhere' is not a folder"),
+        ("folder", "empty", {}, ValueError, "holds no images"),
+        ("folder", "mixed", {}, ValueError, "mixes loose images"),
+        ("parquet", "nowhere.parquet", {}, FileNotFoundError, "does not exist"),
+        ("parquet", "empty", {}, ValueError, r"holds no \*.parquet files"),
+        ("webdataset", "empty", {}, ValueError, r"holds no \*.tar files"),
+        ("parquet", path, {"image_column": "img"}, ValueError, "image_column='img'.*it has image, note"),
+        ("parquet", path, {"label_column": "class"}, ValueError, "label_column='class'.*it has image, note"),
+        ("parquet", path, {"label_column": "note", "streaming": True}, ValueError, "cannot number"),
+    ]
+    for source, where, options, kind, message in cases:
+        with pytest.raises(kind, match=message) as caught:
+            build_dataset(config(source, str(tmp_path / where), tmp_path, **options))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"split='val'.*has no images"):
+        build_dataset(config("parquet", path, tmp_path), "val")
