@@ -1,1 +1,1 @@
-"""Training of every stage: one loop (`train.loop.run`), one objective per stage, entry points for `accelerate launch`."""
+"""Training of every stage: one loop (`train.loop.run`), one objective a stage, entry points for `accelerate launch`."""

@@ -32,6 +32,7 @@ class RunConfig:
         checkpoint_every: steps between checkpoints.
         keep: checkpoints to keep.
         validation_images: images a validation looks at.
+        previews: pictures in the grids that a validation draws; 0 draws none.
         workers: data loading processes per training process; 0 loads in the training process.
         compile: compile the parts of fixed shape with torch.compile.
         cpu: train on the CPU even if there is a GPU.
@@ -51,6 +52,7 @@ class RunConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     validation_images: int = 256
+    previews: int = 16
     workers: int = 1
     compile: bool = False
     cpu: bool = False

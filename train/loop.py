@@ -102,7 +102,7 @@ class Objective(nn.Module):
     find_unused = False  # whether some parameters may get no gradient in a step
 
     def branches(self) -> dict[str, Branch]:
-        """Named parameter sets, each with its optimiser. The first one is averaged (EMA) and its clip is logged first."""
+        """Named parameter sets, each with its optimiser. The first one is averaged (EMA)."""
         raise TypeError(f"{type(self).__name__} has no branches")
 
     def after_step(self, batch: Batch, metrics: Metrics, clock: Clock, processes: Processes) -> None:

@@ -21,9 +21,12 @@ from tokenizer.losses import (
     pixel_loss,
 )
 from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
 from train.loop import Batch, Clock, Metrics, Objective, Processes
 from train.optimizers import Branch, OptimizerConfig
 from train.order import uniforms
+from var.conditioning import ClassPrompt, Conditioning, Prompt, TextPrompt
+from var.transformer import NextScaleTransformer
 
 USED = 0.08  # a code counts as used by a scale above this share of its fair share of hits (VAR's statistic)
 
@@ -120,7 +123,7 @@ class TokenizerObjective(Objective):
     def adversarial_losses(
         self, reconstruction: torch.Tensor, image: torch.Tensor, likelihood: torch.Tensor
     ) -> tuple[torch.Tensor, Metrics]:
-        """The generator's and the discriminator's losses as one scalar: neither sends gradients into the other's weights."""
+        """Both sides' losses as one scalar: neither sends gradients into the other's weights."""
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooled = hinge_g_loss(torch.func.functional_call(self.discriminator, fixed, (reconstruction,)))
         weight = adaptive_weight(likelihood, fooled, self.vqvae.decoder.conv_out.weight)
@@ -140,10 +143,8 @@ class TokenizerObjective(Objective):
             self.restart_codes(batch["image"], share_K1, clock, processes)
 
     @torch.no_grad()
-    def restart_codes(
-        self, image: torch.Tensor, share_K1: torch.Tensor, clock: Clock, processes: Processes
-    ) -> None:
-        """Move codes that no scale uses to residual vectors of `image`; at step 0 all codes, to start where the data is.
+    def restart_codes(self, image: torch.Tensor, share_K1: torch.Tensor, clock: Clock, processes: Processes) -> None:
+        """Move codes that no scale uses to residual vectors of `image`; at step 0 all of them, to start at the data.
 
         Drawn with a generator keyed by (seed, step), scales equally often; every process takes process 0's.
         """
@@ -192,3 +193,124 @@ def reconstruction_quality(reconstruction: torch.Tensor, image: torch.Tensor) ->
         "psnr": peak_signal_noise_ratio(shown, wanted, data_range=1.0, dim=(1, 2, 3)),
         "ssim": structural_similarity_index_measure(shown, wanted, data_range=1.0),
     }
+
+
+# --- next-scale prediction -----------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class VarLossConfig:
+    """The loss of next-scale prediction.
+
+    Args:
+        drop: share of prompts replaced by the null prompt, for classifier-free guidance.
+        label_smoothing: of the cross-entropy, in training only.
+        weights: token (every token alike, VAR), scale (every scale alike) or lognorm (HMAR's).
+    """
+
+    drop: float = 0.1
+    label_smoothing: float = 0.0
+    weights: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("token", "scale", "lognorm"):
+            raise ValueError(f"loss.weights must be token, scale or lognorm, got {self.weights!r}")
+        for name in ("drop", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"loss.{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
+    """Weight of each of the L tokens in the loss, summing to 1: (L,) float32.
+
+    "lognorm" is HMAR's: a normal density over the scales' relative sides, coarse and fine swapped (HMAR, section 4.1).
+    """
+    K = len(schedule)
+    side_K = torch.tensor([(h * w) ** 0.5 for h, w in schedule.sides], dtype=torch.float64)
+    if kind == "lognorm" and K > 1:
+        r_K = side_K / side_K[-1]
+        scale_K = torch.exp(-0.5 * ((r_K.flip(0) - r_K.mean()) / r_K.std()) ** 2)
+    elif kind == "token":
+        scale_K = torch.tensor(schedule.lengths, dtype=torch.float64)
+    else:
+        scale_K = torch.ones(K, dtype=torch.float64)
+    scale_K = scale_K / scale_K.sum()
+    return torch.cat([torch.full((n,), float(w) / n) for n, w in zip(schedule.lengths, scale_K)])
+
+
+class VarObjective(Objective):
+    """Cross-entropy of all tokens given all coarser scales (VAR, equation 3).
+
+    A batch is {"ids": (B, L) int64, "inputs": (B, L - l of scale 0, C), "counter": B image counters} and the prompt:
+    {"label": (B,)}, or {"states": (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T),
+    "mask"} for the one that trains along.
+    """
+
+    def __init__(
+        self,
+        transformer: NextScaleTransformer,
+        config: VarLossConfig,
+        optimizer: OptimizerConfig,
+        text_encoder: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.config, self.optimizer = config, optimizer
+
+    def branches(self) -> dict[str, Branch]:
+        """One branch: the transformer, and the text encoder if it trains."""
+        return {"main": Branch(self.optimizer, self.named_parameters())}
+
+    def prompt(self, batch: Batch) -> Prompt:
+        """What the batch is conditioned on."""
+        if "label" in batch and self.transformer.config.conditioning == "class":
+            return ClassPrompt(batch["label"])
+        if self.text_encoder is None:
+            return TextPrompt(batch["states"], batch["mask"])
+        states = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["mask"]).last_hidden_state
+        return TextPrompt(states, batch["mask"])
+
+    def hidden(self, inputs: torch.Tensor, cond: Conditioning, clock: Clock) -> torch.Tensor:
+        """Hidden states (B, L, D) of all tokens; an objective that trains subnetworks chooses the layers here."""
+        return self.transformer(inputs, cond)
+
+    def weights(self, clock: Clock) -> torch.Tensor:
+        """Weight of each token in the loss, (L,); progressive training changes it over time."""
+        return token_weights(self.transformer.schedule, self.config.weights)
+
+    def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
+        """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""
+        prompt, ids_BL = self.prompt(batch), batch["ids"]
+        if self.training and self.config.drop > 0:
+            u_B = [uniforms(1, clock.seed, counter, 2)[0] for counter in batch["counter"]]
+            prompt = drop_prompts(prompt, self.transformer.null_prompt(prompt), torch.tensor(u_B) < self.config.drop)
+        cond = self.transformer.condition(prompt)
+        logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, clock), cond)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        logits_NV = logits_BLV.flatten(0, 1)
+        loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
+        loss_L = loss_N.view_as(ids_BL).mean(dim=0)
+        loss = (loss_L * self.weights(clock).to(loss_L.device)).sum()
+        with torch.no_grad():
+            correct_L = (logits_BLV.argmax(dim=-1) == ids_BL).float().mean(dim=0)
+        by_scale = {**self.by_scale("loss", loss_L), **self.by_scale("accuracy", correct_L)}
+        return loss, {"accuracy": correct_L.mean(), **by_scale}
+
+    def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
+        """Means over the tokens of each scale."""
+        schedule = self.transformer.schedule
+        parts = value_L.detach().split(schedule.lengths)
+        return {f"{name}_{h}x{w}": part.mean() for (h, w), part in zip(schedule.sides, parts)}
+
+    def compile_parts(self) -> None:
+        """Compile every block."""
+        self.transformer.compile_repeated_blocks()
+
+
+def drop_prompts(prompt: Prompt, null: Prompt, drop_B: torch.Tensor) -> Prompt:
+    """The prompt with the rows where `drop_B` (bool) replaced by the null prompt's."""
+    if isinstance(prompt, ClassPrompt):
+        return ClassPrompt(torch.where(drop_B.to(prompt.classes_B.device), null.classes_B, prompt.classes_B))
+    drop_B = drop_B.to(prompt.mask_BT.device)
+    states = torch.where(drop_B[:, None, None], null.states_BTE, prompt.states_BTE)
+    return TextPrompt(states, torch.where(drop_B[:, None], null.mask_BT, prompt.mask_BT))

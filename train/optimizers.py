@@ -12,8 +12,10 @@ from torch import nn
 from train.schedules import SCHEDULES, lr_factor, weight_decay_at
 
 # Embedding-like tables that keep their size: positions, levels, start tokens, head temperatures, AdaLN offsets.
-UNDECAYED = re.compile(r"(^|\.)(pos|lvl|level|scale_mul|ada_gss|codebook|.*_offset)[^.]*(\.|$)")
-HIDDEN = re.compile(r"(^|\.)(blocks|block|layers|layer)\.\d+\.")
+UNDECAYED = re.compile(
+    r"(^|\.)(start_position|position|level_embedding|log_scale|ada_offset|null_text|query|codebook|relative_attention)"
+)
+HIDDEN = re.compile(r"(^|\.)blocks?\.\d+\.")
 
 
 @dataclass(kw_only=True)

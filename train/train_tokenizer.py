@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     objective = TokenizerObjective(vqvae, built.loss, built.optimizer, built.adversary)
     val_data = build_dataset(data, "val", seed=run_config.seed)
-    shown = torch.stack([val_data[i]["image"] for i in range(min(16, len(val_data)))])
+    shown = torch.stack([val_data[i]["image"] for i in range(min(run_config.previews or 1, len(val_data)))])
 
     def preview(trained: TokenizerObjective) -> dict[str, torch.Tensor]:
         image = to_images({"image": shown.to(trained.vqvae.device)})["image"]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_data=val_data,
         prepare=to_images,
         export=export_weights,
-        preview=preview,
+        preview=preview if run_config.previews else None,
     )
     run(task, run_config)
 

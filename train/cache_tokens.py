@@ -1,0 +1,164 @@
+"""Encode a data set once: `python -m train.cache_tokens --config configs/var/scenes.yaml --cache.folder=cache/scenes`.
+
+Shards are dealt out to processes (`accelerate launch --num_processes 8 -m train.cache_tokens ...`); the same command
+again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from tokenizer.model import MultiScaleVQ
+from train.checkpoint import write_atomically
+from train.config import base_parser, exit_code
+from train.data import DataConfig, build_dataset
+from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
+from train.train_tokenizer import to_images
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """What to encode and where to.
+
+    Args:
+        folder: of the cache; gets `train/` and `val/`.
+        tokenizer: folder of a MultiScaleVQ (`.../vqvae`).
+        passes: times the training images are encoded, each with its own crops.
+        shard_size: images per file.
+        batch_size: images per forward pass.
+        workers: data loading processes.
+        precision: no (float32) or bf16, of the encoder's convolutions; the quantiser is float32 always.
+        seed: of the crops.
+    """
+
+    folder: str
+    tokenizer: str
+    passes: int = 1
+    shard_size: int = 8192
+    batch_size: int = 64
+    workers: int = 0
+    precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "shard_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cache.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"cache.precision must be no or bf16, got {self.precision!r}")
+
+
+class Passes(Dataset):
+    """A data set `count` times in a row; pass p is read with epoch p, so that its crops differ."""
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count = dataset, count
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.count
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, index = divmod(position, len(self.dataset))
+        return self.dataset.at(index, epoch) if hasattr(self.dataset, "at") else self.dataset[index]
+
+
+def load_tokenizer(path: str) -> MultiScaleVQ:
+    """The frozen tokenizer in a folder that `save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if not (Path(path) / "config.json").exists():
+        raise FileNotFoundError(f"tokenizer {path!r} has no config.json: give the vqvae folder of a trained tokenizer")
+    return MultiScaleVQ.from_pretrained(path).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode_split(
+    accelerator: Accelerator, vqvae: MultiScaleVQ, data: DataConfig, config: CacheConfig, split: str
+) -> None:
+    """Write the missing shards of a split, then its manifest."""
+    images = build_dataset(data, split, seed=config.seed)
+    items = Passes(images, config.passes if split == "train" else 1)
+    folder = Path(config.folder) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "tokenizer_hash": tokenizer_hash(vqvae),
+        "schedule": vqvae.schedule.spec,
+        "vocab_size": vqvae.config.vocab_size,
+        "num_classes": images.num_classes,
+        "images": len(items),
+        "shard_size": config.shard_size,
+        "passes": items.count,
+        "seed": config.seed,
+    }
+    check_plan(folder, manifest, accelerator)
+    shards = range(-(-len(items) // config.shard_size))
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    with tqdm(total=len(items), unit="img", desc=split, disable=not accelerator.is_main_process) as bar:
+        for shard in mine:
+            rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, len(items)))
+            if not has_shard(folder, shard):
+                write_shard(folder, shard, *encode(accelerator, vqvae, Subset(items, rows), config))
+            bar.update(min(len(rows) * accelerator.num_processes, bar.total - bar.n))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
+    """Refuse to mix shards of different plans in one folder; the plan is kept beside the shards.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    path = folder / "plan.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in manifest.items():
+            if kept[name] != value:
+                raise ValueError(f"cache.folder {folder} was begun with another {name}: remove it or give another one")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_atomically(path, json.dumps(manifest, indent=1))
+
+
+def encode(
+    accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig
+) -> tuple[np.ndarray, list]:
+    """Tokens (n, L) and {"label", "caption"} rows of some items."""
+    tokens, rows = [], []
+    for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
+        image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
+        with accelerator.autocast():
+            ids = torch.cat(vqvae.image_to_tokens(image), dim=1)
+        tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
+        rows += [{"label": int(a), "caption": b} for a, b in zip(batch["label"], batch["caption"])]
+    return np.concatenate(tokens), rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and encode both splits."""
+    made = base_parser("Encode a data set into token shards.")
+    made.add_class_arguments(DataConfig, "data")
+    made.add_class_arguments(CacheConfig, "cache")
+    built = made.instantiate(made.parse_args(argv))
+    config: CacheConfig = built.cache
+    accelerator = Accelerator(mixed_precision=config.precision)
+    vqvae = load_tokenizer(config.tokenizer).to(accelerator.device)
+    for split in ("train", "val"):
+        encode_split(accelerator, vqvae, built.data, config, split)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

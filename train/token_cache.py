@@ -1,0 +1,83 @@
+"""Tokens on disk: a data set encoded once, read through memory maps.
+
+    FOLDER/train/manifest.json     what the tokens are, and which tokenizer made them
+                 00000.npy         (n, L) uint16 or int32, all scales in order
+                 00000.jsonl       {"label", "caption"} of each row
+
+A shard exists only when it is complete; the manifest exists only when all shards do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from tokenizer.model import MultiScaleVQ
+from train.checkpoint import write_atomically
+
+
+def tokenizer_hash(vqvae: MultiScaleVQ) -> str:
+    """SHA-256 of the weights that decide tokens and the transformer's inputs: encoder, quantiser, schedule."""
+    digest = hashlib.sha256(vqvae.schedule.text.encode())
+    for name, tensor in sorted(vqvae.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and int32 that holds every code."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def write_shard(folder: Path, shard: int, ids_NL: np.ndarray, rows: list[dict]) -> None:
+    """Write one shard; the token file comes last and makes it count as done."""
+    write_atomically(folder / f"{shard:05d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    partial = folder / f".tmp-{shard:05d}.npy"
+    np.save(partial, ids_NL)
+    partial.replace(folder / f"{shard:05d}.npy")
+
+
+def has_shard(folder: Path, shard: int) -> bool:
+    """Whether a shard is complete."""
+    return (folder / f"{shard:05d}.npy").exists()
+
+
+class TokenCache(Dataset):
+    """Items {"ids": (L,) int64, "label": int, "caption": str} of one split.
+
+    Raises:
+        FileNotFoundError: if there is no finished cache.
+        ValueError: if another tokenizer made it.
+    """
+
+    def __init__(self, folder: str | Path, split: str, vqvae: MultiScaleVQ):
+        self.folder = Path(folder) / split
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise FileNotFoundError(f"cache {self.folder} has no manifest.json: run train.cache_tokens to its end")
+        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        if self.manifest["tokenizer_hash"] != tokenizer_hash(vqvae):
+            raise ValueError(f"cache {self.folder} was made with another tokenizer than the given one: make it again")
+        self.num_classes = self.manifest["num_classes"]
+        self.shard_size = self.manifest["shard_size"]
+        shards = range(-(-self.manifest["images"] // self.shard_size))
+        self.tokens = [np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r") for shard in shards]
+        self.rows = []
+        for shard in shards:
+            with (self.folder / f"{shard:05d}.jsonl").open(encoding="utf-8") as file:
+                self.rows += [tuple(json.loads(line).values()) for line in file]
+
+    def __len__(self) -> int:
+        return self.manifest["images"]
+
+    def __getitem__(self, index: int) -> dict:
+        shard, row = divmod(index, self.shard_size)
+        label, caption = self.rows[index]
+        return {"ids": torch.from_numpy(self.tokens[shard][row].astype(np.int64)), "label": label, "caption": caption}

@@ -1,0 +1,198 @@
+"""Train a next-scale transformer: `accelerate launch -m train.train_var --config configs/var/scenes.yaml`.
+
+Flags go over the file (`--run.seed=1 --transformer.depth=12`); the same command again resumes. Tokens come from a
+cache (`train.cache_tokens`) or are made on the fly by the frozen tokenizer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tokenizer.model import MultiScaleVQ
+from train.cache_tokens import load_tokenizer
+from train.config import RunConfig, base_parser, exit_code, save_config
+from train.data import DataConfig, build_dataset
+from train.loop import Batch, Task, run
+from train.objectives import VarLossConfig, VarObjective
+from train.optimizers import OptimizerConfig
+from train.text import TextConfig, build_text_encoder, tokenize
+from train.token_cache import TokenCache
+from train.train_tokenizer import to_images
+from var.transformer import NextScaleTransformer
+
+
+@dataclass(kw_only=True)
+class TokensConfig:
+    """Where tokens come from.
+
+    Args:
+        tokenizer: folder of the frozen MultiScaleVQ (`RUN/latest/vqvae`).
+        cache: folder that `train.cache_tokens` wrote; images are encoded on the fly when null.
+    """
+
+    tokenizer: str
+    cache: str | None = None
+
+
+def parser():
+    """The command line: run, data, tokens, transformer, text, loss, optimizer."""
+    made = base_parser("Train a next-scale transformer.")
+    made.add_class_arguments(RunConfig, "run")
+    made.add_class_arguments(DataConfig, "data")
+    made.add_class_arguments(TokensConfig, "tokens")
+    given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width"}
+    made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
+    made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
+    made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
+    made.add_class_arguments(TextConfig, "text")
+    made.add_class_arguments(VarLossConfig, "loss")
+    made.add_class_arguments(OptimizerConfig, "optimizer")
+    return made
+
+
+def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width: int) -> NextScaleTransformer:
+    """A new transformer for the tokenizer's tokens, or the one of `start_from`.
+
+    Raises:
+        ValueError: if the transformer to start from is for other tokens.
+    """
+    tokens = {
+        "vocab_size": vqvae.config.vocab_size,
+        "latent_channels": vqvae.config.latent_channels,
+        "schedule": vqvae.schedule.spec,
+    }
+    if config.start_from is None:
+        sizes = {**vars(config.transformer), **tokens, "num_classes": num_classes, "text_width": text_width}
+        model = NextScaleTransformer(**sizes)
+        model.init_weights(gate_gain=config.gate_gain)
+        return model
+    model = NextScaleTransformer.from_pretrained(config.start_from)
+    for name, wanted in tokens.items():
+        if getattr(model.config, name) != wanted:
+            raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
+    return model
+
+
+def preparer(
+    vqvae: MultiScaleVQ, tokenizer: object | None, frozen: nn.Module | None, max_length: int
+) -> Callable[[Batch], Batch]:
+    """What turns a batch of images or cached tokens into an objective's batch, with frozen models."""
+
+    def prepare(batch: Batch) -> Batch:
+        device = batch["label"].device
+        if "ids" in batch:
+            ids = list(batch["ids"].split(vqvae.schedule.lengths, dim=1))
+        else:
+            ids = vqvae.to(device).image_to_tokens(to_images(batch)["image"])
+        made = {"ids": torch.cat(ids, dim=1), "counter": batch["counter"], "label": batch["label"]}
+        made["inputs"] = vqvae.quantizer.to(device).teacher_inputs(ids, vqvae.schedule)
+        if tokenizer is not None:
+            text = {k: v.to(device) for k, v in tokenize(tokenizer, list(batch["caption"]), max_length).items()}
+            made |= text
+            if frozen is not None:
+                encoded = frozen.to(device)(input_ids=text["input_ids"], attention_mask=text["mask"])
+                made["states"] = encoded.last_hidden_state
+        return made
+
+    return prepare
+
+
+def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries of a state dict under a prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def exporter(
+    vqvae: MultiScaleVQ, tokenizer: object | None, frozen: nn.Module | None
+) -> Callable[[Path, VarObjective, dict | None], None]:
+    """Writes `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`."""
+
+    def export(folder: Path, objective: VarObjective, weights: dict | None) -> None:
+        state = objective.transformer.state_dict() if weights is None else part(weights, "transformer.")
+        copy = NextScaleTransformer.from_config(objective.transformer.config)
+        copy.load_state_dict(state)
+        copy.save_pretrained(folder / "transformer")
+        vqvae.save_pretrained(folder / "vqvae")
+        if tokenizer is not None:
+            text_encoder = objective.text_encoder if frozen is None else frozen
+            state = None if weights is None or frozen is not None else part(weights, "text_encoder.")
+            text_encoder.save_pretrained(folder / "text_encoder", state_dict=state)
+            tokenizer.save_pretrained(folder / "tokenizer")
+
+    return export
+
+
+def previewer(vqvae: MultiScaleVQ, prepare: Callable[[Batch], Batch], val_data: Dataset, count: int):
+    """Samples for the first validation prompts, seeds 0, 1, ...: guidance 2 over the real prompts."""
+    from sample.generate import generate
+    from sample.plan import plain
+
+    items = [val_data[i] for i in range(min(count, len(val_data)))]
+
+    def preview(objective: VarObjective) -> dict[str, torch.Tensor]:
+        device = objective.transformer.device
+        batch = torch.utils.data.default_collate(items)
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        prompt = objective.prompt(prepare({**batch, "counter": range(len(items))}))
+        plan = plain(objective.transformer, guidance=2.0, top_p=0.95)
+        state = generate(plan, vqvae.quantizer, prompt, list(range(len(items))))
+        return {"samples": vqvae.to(device).decode(state.f_hat_BCHW)}
+
+    return preview
+
+
+def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
+    """Training and validation data: cached tokens, or images of the tokenizer's size.
+
+    Raises:
+        ValueError: if the images' size is not the tokenizer's.
+    """
+    if config.tokens.cache is not None:
+        return tuple(TokenCache(config.tokens.cache, split, vqvae) for split in ("train", "val"))
+    if tuple(config.data.hw) != vqvae.image_hw:
+        raise ValueError(f"data.size {config.data.hw} must be the tokenizer's: {vqvae.image_hw}")
+    return tuple(build_dataset(config.data, split, seed=config.run.seed) for split in ("train", "val"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and train.
+
+    Raises:
+        ValueError: on settings that do not fit together.
+    """
+    made = parser()
+    config = made.parse_args(argv)
+    built = made.instantiate(config)
+    run_config: RunConfig = built.run
+    torch.manual_seed(run_config.seed)
+    vqvae = load_tokenizer(built.tokens.tokenizer)
+    train_data, val_data = datasets(built, vqvae)
+    encoder = tokenizer = None
+    if built.transformer.conditioning == "text":
+        encoder, tokenizer = build_text_encoder(built.text)
+    text_width = encoder.config.d_model if encoder is not None else built.text.d_model
+    transformer = build_transformer(built, vqvae, train_data.num_classes, text_width)
+    trained, frozen = (encoder, None) if built.text.train else (None, encoder)
+    objective = VarObjective(transformer, built.loss, built.optimizer, trained)
+    prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length)
+    save_config(made, config, run_config.run_dir)
+    task = Task(
+        objective=objective,
+        train_data=train_data,
+        val_data=val_data,
+        prepare=prepare,
+        export=exporter(vqvae, tokenizer, frozen),
+        preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
+    )
+    run(task, run_config)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
