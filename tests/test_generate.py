@@ -1,0 +1,217 @@
+"""The one loop: neutral settings equal plain decoding, a seed names an image, draws have the right frequencies."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sample.draw import Filter, derive_seed, draw, image_uniforms, keep_top_k, keep_top_p
+from sample.generate import generate
+from sample.guidance import Guidance, mix
+from sample.plan import Plan, Stage, collaborative, plain
+from sample.state import Hook
+from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.schedule import ScaleSchedule
+from var.conditioning import ClassPrompt
+from var.transformer import NextScaleTransformer
+
+SCHEDULE = ScaleSchedule.of("1,2,3,4")
+
+
+def make_model(seed=0, **options):
+    torch.manual_seed(seed)
+    config = {"depth": 3, "width": 32, "heads": 2, "vocab_size": 20, "latent_channels": 5, "num_classes": 4}
+    model = NextScaleTransformer(**{**config, "schedule": SCHEDULE.spec, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def quantizer():
+    torch.manual_seed(3)
+    return MultiScaleQuantizer(vocab_size=20, channels=5, num_scales=4)
+
+
+def tokens_of(state):
+    return torch.cat(state.tokens, dim=1)
+
+
+def run(plan, quantizer, seeds=(5, 6, 7, 8), **options):
+    return generate(plan, quantizer, ClassPrompt(torch.tensor([s % 4 for s in seeds])), seeds, **options)
+
+
+def test_a_seed_names_an_image(model, quantizer):
+    together = tokens_of(run(plain(model), quantizer))
+    alone = torch.cat([tokens_of(run(plain(model), quantizer, [seed])) for seed in (5, 6, 7, 8)])
+    shuffled = tokens_of(run(plain(model), quantizer, [8, 5, 7, 6]))
+    assert torch.equal(together, alone)
+    assert torch.equal(together[[3, 0, 2, 1]], shuffled)
+
+
+def test_neutral_settings_equal_plain_decoding(model, quantizer):
+    wanted = tokens_of(run(plain(model), quantizer))
+    same = {
+        "refiner = drafter": collaborative(model, model, handover=2),
+        "all layers": plain(model, layers=range(3)),
+        "two stages": Plan((Stage(model, range(0, 1)), Stage(model, range(1, 4), layers=[0, 1, 2]))),
+        "top-k of everything": plain(model, top_k=20),
+        "per-scale filters": Plan((Stage(model, range(4), filters=[Filter()] * 4),)),
+    }
+    for name, plan in same.items():
+        assert torch.equal(tokens_of(run(plan, quantizer)), wanted), name
+
+
+def test_a_late_model_prefills_as_if_it_had_always_run(model, quantizer):
+    twin = make_model()  # the same weights in another module: no cache is shared
+    wanted = tokens_of(run(plain(model), quantizer))
+    for handover in (1, 2, 3):
+        plan = collaborative(model, twin, handover=handover)
+        assert torch.equal(tokens_of(run(plan, quantizer)), wanted), handover
+
+
+def test_a_stage_with_fewer_layers_frees_the_others(model, quantizer):
+    seen = []
+
+    class Watch(Hook):
+        def on_scale_end(self, state, k):
+            seen.append([length > 0 for length in state.cache.lengths])
+
+    plan = Plan((Stage(model, range(0, 2)), Stage(model, range(2, 4), layers=[0, 2])))
+    run(plan, quantizer, hooks=[Watch()])
+    assert seen[1] == [True, True, True] and seen[2] == [True, False, True]
+
+
+def test_a_stage_with_more_layers_recomputes_their_keys(model, quantizer):
+    plan = Plan((Stage(model, range(0, 2), layers=[0]), Stage(model, range(2, 4))))
+    state = run(plan, quantizer)
+    assert tokens_of(state).shape == (4, SCHEDULE.total)
+
+
+class SelectAt(Hook):
+    def __init__(self, at, rows):
+        self.at, self.rows = at, rows
+
+    def on_scale_end(self, state, k):
+        if k == self.at:
+            state.select(self.rows)
+
+
+def test_select_keeps_moves_and_duplicates(model, quantizer):
+    wanted = tokens_of(run(plain(model), quantizer))
+    for at in range(4):
+        kept = run(plain(model), quantizer, hooks=[SelectAt(at, range(4))])
+        assert torch.equal(tokens_of(kept), wanted)
+        moved = run(plain(model), quantizer, hooks=[SelectAt(at, [2, 0])])
+        assert torch.equal(tokens_of(moved), wanted[[2, 0]]) and moved.seeds == [7, 5]
+    copied = run(plain(model), quantizer, hooks=[SelectAt(1, [1, 1, 1])])
+    first, second, third = tokens_of(copied)
+    assert torch.equal(first, wanted[1])
+    assert torch.equal(second[:5], first[:5]) and not torch.equal(second, first) and not torch.equal(third, second)
+    again = run(plain(model), quantizer, hooks=[SelectAt(1, [1, 1, 1])])
+    assert torch.equal(tokens_of(again), tokens_of(copied))
+
+
+def test_no_guidance_runs_no_unconditional_half(model, quantizer):
+    rows = []
+
+    class Rows(Hook):
+        def on_scale_end(self, state, k):
+            rows.append(len(state.cond))
+
+    off = run(plain(model, guidance=0.0), quantizer, hooks=[Rows()])
+    assert rows == [4] * 4
+    zeros = run(plain(model, guidance=[0.0, 0.0, 0.0, 1e-12]), quantizer)
+    assert torch.equal(tokens_of(off), tokens_of(zeros))
+    guided = run(plain(model, guidance=4.0), quantizer)
+    assert torch.equal(guided.tokens[0], off.tokens[0])  # the linear ramp leaves scale 0 alone
+    assert not torch.equal(tokens_of(guided), tokens_of(off))
+
+
+def test_guided_logits_follow_the_published_mix():
+    conditional, unconditional = torch.randn(2, 3, 5, 7)
+    weight = Guidance(1.5).weight(4, 10)
+    assert weight == pytest.approx(1.5 * 4 / 9)
+    wanted = (1 + weight) * conditional - weight * unconditional
+    torch.testing.assert_close(mix(torch.cat([conditional, unconditional]), weight), wanted)
+
+
+def test_a_negative_prompt_replaces_the_null_prompt(model, quantizer):
+    prompt = ClassPrompt(torch.tensor([1, 2]))
+    null = generate(plain(model), quantizer, prompt, [1, 2])
+    same = generate(plain(model), quantizer, prompt, [1, 2], negative=ClassPrompt(torch.tensor([4, 4])))
+    other = generate(plain(model), quantizer, prompt, [1, 2], negative=ClassPrompt(torch.tensor([3, 3])))
+    assert torch.equal(tokens_of(null), tokens_of(same)) and not torch.equal(tokens_of(null), tokens_of(other))
+
+
+def test_smoothing_keeps_seeds_and_changes_pictures(model, quantizer):
+    hard, soft = (run(plain(model), quantizer, smooth=smooth) for smooth in (False, True))
+    alone = run(plain(model), quantizer, [7], smooth=True)
+    assert not torch.equal(hard.f_hat_BCHW, soft.f_hat_BCHW)
+    torch.testing.assert_close(alone.f_hat_BCHW[0], soft.f_hat_BCHW[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "build, named",
+    [
+        (lambda m: Plan(()), "no stage"),
+        (lambda m: Plan((Stage(m, range(0, 2)), Stage(m, range(1, 4)))), "once"),
+        (lambda m: Plan((Stage(m, range(0, 3)),)), "scales 0 to 3"),
+        (lambda m: collaborative(m, m, handover=4), "handover"),
+        (lambda m: collaborative(m, make_model(vocab_size=21), handover=2), "vocab_size"),
+        (lambda m: collaborative(m, make_model(schedule="1,2,3,5"), handover=2), "schedule"),
+        (lambda m: plain(m, layers=[0, 3]), "layers"),
+        (lambda m: plain(m, top_p=0), "top_p"),
+        (lambda m: plain(m, top_k=-1), "top_k"),
+        (lambda m: plain(m, temperature=0), "temperature"),
+        (lambda m: plain(m, guidance=[1.0, 2.0]), "guidance"),
+        (lambda m: plain(m, guidance=-1.0), "guidance"),
+    ],
+)
+def test_invalid_plans_are_refused_by_name(model, build, named):
+    with pytest.raises(ValueError, match=named):
+        build(model)
+
+
+def test_mismatched_requests_are_refused(model, quantizer):
+    prompt = ClassPrompt(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="seeds"):
+        generate(plain(model), quantizer, prompt, [1])
+    with pytest.raises(ValueError, match="seed must be"):
+        generate(plain(model), quantizer, prompt, [1, -2])
+    with pytest.raises(ValueError, match="belong together"):
+        generate(plain(model), MultiScaleQuantizer(vocab_size=19, channels=5), prompt, [1, 2])
+
+
+def test_draws_have_the_right_frequencies():
+    logits = torch.tensor([1.0, 0.0, -1.0, -torch.inf, 2.0])
+    uniforms = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw(logits.expand(200_000, 5), uniforms), minlength=5) / 200_000
+    torch.testing.assert_close(counts, logits.softmax(-1), atol=5e-3, rtol=0)
+    assert counts[3] == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 40), st.floats(0.05, 1.0))
+def test_filters_never_leave_nothing_and_draws_stay_inside(seed, V, k, p):
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(seed)) * 5
+    kept = keep_top_p(keep_top_k(logits, k), p)
+    allowed = kept > -torch.inf
+    assert allowed.any(-1).all() and (allowed.sum(-1) <= max(k, 1)).all()
+    assert allowed.gather(-1, logits.argmax(-1, keepdim=True)).all()
+    for u in (0.0, 0.5, 1 - 2**-24):
+        tokens = draw(kept, torch.full((6,), u))
+        assert allowed.gather(-1, tokens[:, None]).all()
+
+
+def test_streams_are_reproducible_and_distinct():
+    assert torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(7, SCHEDULE))
+    assert not torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(8, SCHEDULE))
+    keys = {derive_seed(a, b, c) for a in range(20) for b in range(5) for c in range(5)}
+    assert len(keys) == 500 and all(0 <= key < 2**63 for key in keys)

@@ -1,0 +1,103 @@
+"""The multi-scale residual quantiser: its four verbs agree with each other and with the published rules."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tokenizer.model import MultiScaleVQ
+from tokenizer.quantizer import MultiScaleQuantizer, phi_index
+from tokenizer.schedule import ScaleSchedule
+
+SQUARE = ScaleSchedule.of("1,2,3,4")
+OBLONG = ScaleSchedule.of("1x1,1x2,2x3,3x5")
+
+
+def make(schedule, *, vocab_size=32, channels=6, **options):
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(vocab_size=vocab_size, channels=channels, num_scales=len(schedule), **options)
+    return quantizer, torch.randn(3, channels, *schedule.latent_hw)
+
+
+@pytest.mark.parametrize(
+    "num_phis, num_scales, chosen",
+    [
+        (4, 10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
+        (4, 14, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]),
+        (4, 7, [0, 0, 1, 2, 2, 3, 3]),
+        (1, 5, [0, 0, 0, 0, 0]),
+        (4, 1, [0]),
+    ],
+)
+def test_the_official_choice_of_phi(num_phis, num_scales, chosen):
+    assert [phi_index(num_phis, k, num_scales) for k in range(num_scales)] == chosen
+
+
+@pytest.mark.parametrize("schedule", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize("num_phis", [0, 1, 4])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_verbs_rebuild_what_training_sees(schedule, num_phis, cosine):
+    quantizer, f = make(schedule, num_phis=num_phis, cosine=cosine)
+    trained = quantizer(f, schedule)
+    ids = quantizer.encode(f, schedule)
+    assert all(torch.equal(a, b) for a, b in zip(ids, trained.ids))
+    sums = quantizer.partial_sums(ids, schedule)
+    torch.testing.assert_close(sums[-1], trained.f_hat_BCHW, atol=1e-6, rtol=0)
+    inputs = quantizer.teacher_inputs(ids, schedule)
+    assert inputs.shape == (3, schedule.total - schedule.lengths[0], 6)
+    stepwise = [quantizer.next_input(sums[k], k + 1, schedule) for k in range(len(schedule) - 1)]
+    assert torch.equal(torch.cat(stepwise, 1), inputs)
+
+
+def test_every_token_is_the_nearest_code_of_the_remaining_residual():
+    quantizer, f = make(SQUARE)
+    rest = f
+    for k, ids_Bl in enumerate(quantizer.encode(f, SQUARE)):
+        z = rest if k == 3 else F.adaptive_avg_pool2d(rest, SQUARE.sides[k])
+        distances = torch.cdist(z.flatten(2).transpose(1, 2), quantizer.codebook.weight[None])
+        assert torch.equal(distances.argmin(-1), ids_Bl)
+        rest = rest - quantizer._spread(quantizer.lookup(ids_Bl, k, SQUARE), k, SQUARE)
+
+
+def test_the_gradient_reaches_encoder_codebook_and_phi():
+    quantizer, f = make(SQUARE)
+    f.requires_grad_()
+    output = quantizer(f, SQUARE)
+    (output.loss + output.f_hat_BCHW.square().mean()).backward()
+    assert f.grad.abs().sum() > 0
+    for name, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["1,2,4", "1x2,2x3", "2,2,5"]))
+def test_each_added_code_is_what_lookup_says(seed, spec):
+    schedule = ScaleSchedule.of(spec)
+    quantizer, _ = make(schedule)
+    generator = torch.Generator().manual_seed(seed)
+    for k, length in enumerate(schedule.lengths):
+        ids = torch.randint(32, (2, length), generator=generator)
+        one_hot = F.one_hot(ids, 32).float()
+        torch.testing.assert_close(quantizer.blend(one_hot, k, schedule), quantizer.lookup(ids, k, schedule))
+
+
+def test_model_round_trip_and_sizes(tmp_path):
+    model = MultiScaleVQ(
+        channels=[8, 16],
+        layers_per_block=1,
+        latent_channels=4,
+        vocab_size=16,
+        schedule="1x1,2x3",
+        norm_groups=4,
+        patch=2,
+    ).eval()
+    image = torch.rand(2, 3, 8, 12) * 2 - 1
+    ids = model.image_to_tokens(image)
+    model.save_pretrained(tmp_path)
+    again = MultiScaleVQ.from_pretrained(tmp_path)
+    assert again.schedule == model.schedule and again.image_hw == (8, 12)
+    assert all(torch.equal(a, b) for a, b in zip(again.image_to_tokens(image), ids))
+    assert torch.equal(again.tokens_to_image(ids), model.tokens_to_image(ids))
+    with pytest.raises(ValueError, match=r"image is \(8, 8\) pixels"):
+        model.image_to_tokens(image[..., :8])

@@ -1,0 +1,171 @@
+"""The transformer: cached = uncached, causality over scales, backends, conditioning, initialisation."""
+
+import pytest
+import torch
+
+from var.cache import KVCache
+from var.conditioning import ClassPrompt, TextPrompt
+from var.presets import PRESETS
+from var.transformer import NextScaleTransformer
+
+OPTIONS = {
+    "class": {},
+    "class, plain attention": {"qk_norm": False},
+    "class, shared modulation": {"shared_ada": True},
+    "class, rope": {"positions": "rope"},
+    "class, oblong": {"schedule": "1x1,1x2,2x3", "positions": "both"},
+    "text": {"conditioning": "text", "text_width": 12, "text_length": 9},
+    "two first tokens": {"schedule": "1x2,2x3,4x4"},
+}
+
+
+def make(**options):
+    torch.manual_seed(0)
+    config = {"depth": 3, "width": 32, "heads": 2, "vocab_size": 20, "latent_channels": 5, "schedule": "1,2,3"}
+    model = NextScaleTransformer(**{**config, "num_classes": 4, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that no path is closed by its initialisation
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def prompt_for(model, rows=3):
+    if model.config.conditioning == "class":
+        return ClassPrompt(torch.arange(rows) % 4)
+    mask = torch.arange(7)[None] < torch.tensor([7, 4, 1])[:rows, None]
+    return TextPrompt(torch.randn(rows, 7, 12, generator=torch.Generator().manual_seed(1)), mask)
+
+
+def inputs_for(model, rows=3):
+    schedule = model.schedule
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(rows, schedule.total - schedule.lengths[0], 5, generator=generator)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@torch.no_grad()
+def test_cached_equals_uncached_at_every_scale(options):
+    model = make(**options)
+    schedule, cond, x = model.schedule, model.condition(prompt_for(model)), inputs_for(model)
+    whole = model.logits(model(x, cond), cond)
+    first, cache = schedule.lengths[0], model.new_cache()
+    for k, (begin, end) in enumerate(zip(schedule.begins, schedule.ends)):
+        part = x[:, begin - first : end - first] if k else None
+        hidden = model(part, cond, scales=range(k, k + 1), cache=cache)
+        torch.testing.assert_close(model.logits(hidden, cond), whole[:, begin:end], atol=2e-5, rtol=0)
+    assert cache.lengths == [schedule.begins[-1]] * 3  # the last scale is never stored
+
+
+@torch.no_grad()
+def test_prefilling_several_scales_equals_going_one_by_one():
+    model = make(schedule="1,2,3,4")
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)
+    stepped, prefilled = model.new_cache(), model.new_cache()
+    model(None, cond, scales=range(1), cache=stepped)
+    model(x[:, :4], cond, scales=range(1, 2), cache=stepped)
+    model(x[:, :4], cond, scales=range(2), cache=prefilled)
+    for a, b in zip(stepped.keys, prefilled.keys):
+        torch.testing.assert_close(a[:, :, :5], b[:, :, :5], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind, reach", [("block_causal", "earlier"), ("block_diagonal", "own")])
+@torch.no_grad()
+def test_what_a_scale_can_see(kind, reach):
+    model = make(mask=kind)
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)
+    before = model(x, cond)
+    changed = x.clone()
+    changed[:, :4] += 1  # scale 1: tokens 1..4 of 14
+    moved = (model(changed, cond) - before).abs().amax(dim=(0, 2)) > 1e-6
+    assert not moved[:1].any() and moved[1:5].all()
+    assert moved[5:].any() == (reach == "earlier")
+
+
+@torch.no_grad()
+def test_flex_attention_equals_sdpa():
+    model = make()
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)
+    torch.testing.assert_close(
+        model(x, cond, attention_backend="flex"), model(x, cond, attention_backend="sdpa"), atol=1e-5, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_text_padding_changes_nothing():
+    model = make(conditioning="text", text_width=12, text_length=9)
+    prompt, x = prompt_for(model), inputs_for(model)
+    longer = TextPrompt(
+        torch.cat([prompt.states_BTE, torch.full((3, 2, 12), 5.0)], 1),
+        torch.cat([prompt.mask_BT, torch.zeros(3, 2) > 0], 1),
+    )
+    short, long = (model(x, model.condition(p)) for p in (prompt, longer))
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("conditioning", ["class", "text"])
+def test_gradients_reach_every_parameter_also_with_checkpointing(conditioning):
+    model = make(conditioning=conditioning, text_width=12, text_length=9).train()
+    prompt, x = prompt_for(model), inputs_for(model)
+    grads = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        conds = [model.condition(p) for p in (prompt, model.null_prompt(prompt))]
+        sum(model.logits(model(x, c), c).square().mean() for c in conds).backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not missing
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_skipped_layers_pass_their_input_on():
+    model = make()
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)
+    nothing = model(x, cond, layers=[])
+    assert torch.equal(nothing, model._embed(x, cond, range(3)))
+    assert torch.equal(model(x, cond, layers=[0, 1, 2]), model(x, cond))
+
+
+def test_round_trip_and_parameter_counts(tmp_path):
+    model = make(conditioning="text", text_width=12, text_length=9, shared_ada=True)
+    model.save_pretrained(tmp_path)
+    again = NextScaleTransformer.from_pretrained(tmp_path)
+    assert again.schedule == model.schedule
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("preset, millions", [("d16", 310), ("d20", 601), ("d24", 1030), ("d30", 2010), ("d36", 2350)])
+def test_published_sizes(preset, millions):
+    with torch.device("meta"):
+        schedule = "var512" if preset == "d36" else "var256"
+        model = NextScaleTransformer(**PRESETS[preset], schedule=schedule)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_cache_accounting_is_exact():
+    cache = KVCache(2, capacity=14)
+    k = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
+    cache.update(0, k, k)
+    cache.update(1, k, k)
+    assert cache.nbytes == 2 * 2 * (2 * 4 * 14 * 8) * 2  # k and v, layers, elements, bytes
+    cache.free_layers([0])
+    assert cache.nbytes == 2 * (2 * 4 * 14 * 8) * 2
+    cache.select(torch.tensor([1, 1, 0]))
+    assert torch.equal(cache.keys[1][0, :, :5], k[1]) and torch.equal(cache.keys[1][2, :, :5], k[0])
+    cache.evict(1, torch.tensor([0, 3]).expand(3, 4, 2))
+    assert cache.lengths == [0, 2] and torch.equal(cache.keys[1][0, :, 1], k[1, :, 3])
+    cache.reset()
+    assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"width": 30, "heads": 4}, {"conditioning": "sound"}, {"positions": "none"}, {"mask": "full"}]
+)
+def test_wrong_sizes_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        model = make(**wrong)
+        model(inputs_for(model), model.condition(prompt_for(model)))
