@@ -88,7 +88,7 @@ def test_model_round_trip_and_sizes(tmp_path):
         layers_per_block=1,
         latent_channels=4,
         vocab_size=16,
-        schedule="1x1,2x3",
+        schedule="1,2x3",
         norm_groups=4,
         patch=2,
     ).eval()

@@ -96,7 +96,7 @@ def test_text_padding_changes_nothing():
     prompt, x = prompt_for(model), inputs_for(model)
     longer = TextPrompt(
         torch.cat([prompt.states_BTE, torch.full((3, 2, 12), 5.0)], 1),
-        torch.cat([prompt.mask_BT, torch.zeros(3, 2) > 0], 1),
+        torch.cat([prompt.mask_BT, torch.zeros(3, 2) != 0], 1),
     )
     short, long = (model(x, model.condition(p)) for p in (prompt, longer))
     torch.testing.assert_close(short, long, atol=1e-5, rtol=0)

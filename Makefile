@@ -1,0 +1,44 @@
+# Two commands: `make sample` (text to image with the bundled model) and `make test`. Both set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= pictures
+PROMPT ?= a red star left of a blue heart
+
+ifneq ($(shell command -v uv 2>/dev/null),)
+  MAKE_VENV := uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+  INSTALL := uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+else
+  MAKE_VENV := $(PYTHON) -m venv $(VENV)
+  INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+endif
+
+.PHONY: sample test slow-test lint clean
+
+sample: $(VENV)/.installed
+	$(BIN)/nextscale sample "$(PROMPT)" --n 4 --seed 0 --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+slow-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "nextscale needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "setting up $(VENV) (once; PyTorch is large)"
+	$(MAKE_VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
