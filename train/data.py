@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,7 @@ __all__ = [
     "StreamDataset",
     "StreamLoader",
     "build_dataset",
+    "build_stream",
     "permute",
 ]
 
@@ -67,6 +69,7 @@ class DataConfig:
     caption_column: str | None = None  # None: text, caption, txt, json.text or json.caption; else the class name
     streaming: bool = False  # read forwards without a local copy (parquet, datasets, webdataset)
     shuffle_buffer: int = 1000  # streaming: records shuffled together, per worker
+    stream_val_images: int = 256  # streaming: validation images read at the start and held in memory
     limit: int | None = None  # only the first so many images
     num_scenes: int = 100_000  # scenes: images in an epoch (validation: num_scenes * val_fraction)
     max_pixels: int = MAX_PIXELS  # larger images count as corrupt
@@ -88,7 +91,7 @@ class DataConfig:
             raise ValueError(f"resize_factor={self.resize_factor} must be at least 1")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
-        for name in ("limit", "num_scenes", "max_pixels"):
+        for name in ("limit", "num_scenes", "max_pixels", "stream_val_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.shuffle_buffer < 0:
@@ -118,6 +121,20 @@ class DataConfig:
     def columns(self) -> dict[str, str | None]:
         """The named columns, as `choose_columns` takes them."""
         return {"image": self.image_column, "label": self.label_column, "caption": self.caption_column}
+
+
+class HeldImages(Dataset):
+    """The first images of a stream, read once and held: what a streamed run validates on."""
+
+    def __init__(self, stream: StreamDataset, count: int):
+        self.items = list(islice(stream, count))
+        self.classes, self.num_classes, self.corrupt = stream.classes, stream.num_classes, stream.corrupt
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
 
 
 class SceneImages(Dataset):
@@ -209,7 +226,8 @@ def _build_table(config: DataConfig, split: str) -> tuple[TableSource, bool]:
     return TableSource(rows, _table_columns(rows, config), title=repr(config.path), classes=classes), hashed
 
 
-def _build_stream(config: DataConfig, split: str, seed: int, corrupt: CorruptLog) -> StreamDataset:
+def build_stream(config: DataConfig, split: str, *, seed: int, corrupt: CorruptLog) -> StreamDataset:
+    """One split as a stream: training shuffled without end, validation once in order."""
     rows, hashed = _open_table(config, split)
     columns = _table_columns(rows, config)
     classes = class_names(rows, columns.label)
@@ -231,17 +249,27 @@ def _build_stream(config: DataConfig, split: str, seed: int, corrupt: CorruptLog
     )
 
 
+def _not_empty(data: ImageDataset | HeldImages, config: DataConfig, split: str) -> ImageDataset | HeldImages:
+    if len(data) == 0:
+        raise ValueError(
+            f"split={split!r} of path={config.path!r} has no images: "
+            f"give val_path or another val_fraction than {config.val_fraction}"
+        )
+    return data
+
+
 def build_dataset(
     config: DataConfig,
     split: Literal["train", "val"] = "train",
     *,
     seed: int = 0,
     corrupt_log: str | os.PathLike | None = None,
-) -> ImageDataset | SceneImages | StreamDataset:
+) -> ImageDataset | SceneImages | StreamDataset | HeldImages:
     """The images of one split; items {"image": uint8 (3, H, W) in [0, 255], "label": int, "caption": str}.
 
-    Training crops are random, keyed by (seed, epoch, image); validation crops are central. A StreamDataset comes
-    with `config.streaming`, otherwise a map-style data set for KeyedDataset. corrupt_log: a file that collects the
+    Training crops are random, keyed by (seed, epoch, image); validation crops are central. With
+    `config.streaming` the training split is a StreamDataset, for a StreamLoader; everything else is map-style, for a
+    KeyedDataset. corrupt_log: a file that collects the
     names of unreadable images. Raises ValueError or FileNotFoundError in one line for a path, split, column or class
     that is not there, and for a split without images.
     """
@@ -252,15 +280,12 @@ def build_dataset(
         n = config.num_scenes if split == "train" else max(1, round(config.num_scenes * config.val_fraction))
         return SceneImages(min(n, config.limit or n), seed=VAL_SCENES if split == "val" else 0, size=config.hw[0])
     if config.streaming:
-        return _build_stream(config, split, seed, corrupt)
+        stream = build_stream(config, split, seed=seed, corrupt=corrupt)
+        return stream if split == "train" else _not_empty(HeldImages(stream, config.stream_val_images), config, split)
     source, hashed = (_open_folder if config.source == "folder" else _build_table)(config, split)
     indices = np.arange(len(source))
     if hashed:
         validation = hash_split(map(source.name, indices), config.val_fraction)
         indices = indices[validation == (split == "val")]
-    if len(indices) == 0:
-        raise ValueError(
-            f"split={split!r} of path={config.path!r} has no images ({len(source)} in all): "
-            f"give val_path or another val_fraction than {config.val_fraction}"
-        )
-    return ImageDataset(source, indices[: config.limit], config.transform(split, seed), corrupt)
+    data = ImageDataset(source, indices[: config.limit], config.transform(split, seed), corrupt)
+    return _not_empty(data, config, split)

@@ -9,7 +9,9 @@ import glob
 import json
 import os
 import re
+import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,22 +305,23 @@ def load_tables(
     except ImportError:
         raise ImportError(f"source={source!r} needs the datasets package: pip install 'nextscale[data]'") from None
     options = {"streaming": streaming, "cache_dir": cache_dir}
+    if source == "datasets":
+        saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        if path.startswith((".", "/", "~")) and not Path(path).exists():
+            raise FileNotFoundError(f"path={path!r} does not exist")
+        if saved and streaming:
+            raise ValueError(
+                f"path={path!r} was written by save_to_disk, which cannot be streamed: set streaming=False"
+            )
+        load = (
+            partial(datasets.load_from_disk, path) if saved else partial(datasets.load_dataset, path, subset, **options)
+        )
+    else:
+        files = _data_files(path, {"parquet": ".parquet", "webdataset": ".tar"}[source], split_names)
+        load = partial(datasets.load_dataset, source, data_files=files, **options)
     try:
-        if source == "datasets":
-            if not isinstance(path, str):
-                raise ValueError(f"path={path!r}: source='datasets' takes one name or folder")
-            folder = Path(path)
-            if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-                tables = datasets.load_from_disk(path)
-                if streaming:
-                    raise ValueError(f"path={path!r} was written by save_to_disk, which cannot be streamed")
-            else:
-                tables = datasets.load_dataset(path, subset, **options)
-        else:
-            suffix = {"parquet": ".parquet", "webdataset": ".tar"}[source]
-            tables = datasets.load_dataset(source, data_files=_data_files(path, suffix, split_names), **options)
-    except (datasets.exceptions.DatasetsError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"path={path!r} cannot be read as {source}: {str(error.__cause__ or error).splitlines()[0]}"
-        ) from error
+        tables = load()
+    except (datasets.exceptions.DatasetsError, ConnectionError, tarfile.TarError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"path={path!r} cannot be read as {source}: {reason}") from error
     return dict(tables) if isinstance(tables, dict) else {"train": tables}

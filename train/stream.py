@@ -5,7 +5,7 @@ handed out. A rolling buffer cannot be resumed without its contents; a window is
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -107,8 +107,9 @@ class StreamDataset(IterableDataset):
 class _Batches(IterableDataset):
     """In each worker: (worker id, progress after the batch, batch). Workers before `turn` begin with an empty turn."""
 
-    def __init__(self, dataset: StreamDataset, batch_size: int, states: dict[int, dict], turn: int):
-        self.dataset, self.batch_size, self.states, self.turn = dataset, batch_size, states, turn
+    def __init__(self, loader: "StreamLoader"):
+        self.dataset, self.batch_size, self.collate_fn = loader.dataset, loader.batch_size, loader.collate_fn
+        self.states, self.turn = dict(loader._states), loader._turn
 
     def __iter__(self) -> Iterator[tuple[int, dict, dict | None]]:
         info = get_worker_info()
@@ -119,7 +120,7 @@ class _Batches(IterableDataset):
             yield worker, self.dataset.state_dict(), None
         items = iter(self.dataset)
         while batch := list(islice(items, self.batch_size)):
-            yield worker, self.dataset.state_dict(), default_collate(batch)
+            yield worker, self.dataset.state_dict(), self.collate_fn(batch)
 
 
 class StreamLoader:
@@ -130,8 +131,17 @@ class StreamLoader:
     state is loaded that another number of workers or another batch size wrote.
     """
 
-    def __init__(self, dataset: StreamDataset, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False):
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        collate_fn: Callable[[list], Any] | None = None,
+    ):
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
+        self.collate_fn = collate_fn or default_collate
         self._states: dict[int, dict] = {}
         self._turn = 0
 
@@ -152,7 +162,7 @@ class StreamLoader:
         return {"num_workers": self.num_workers, "batch_size": self.batch_size}
 
     def __iter__(self) -> Iterator[dict]:
-        batches = _Batches(self.dataset, self.batch_size, dict(self._states), self._turn)
+        batches = _Batches(self)
         loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
         for worker, progress, batch in loader:
             if batch is None:
