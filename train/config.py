@@ -34,6 +34,7 @@ class RunConfig:
         validation_images: images a validation looks at.
         previews: pictures in the grids that a validation draws; 0 draws none.
         workers: data loading processes per training process; 0 loads in the training process.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: compile the parts of fixed shape with torch.compile.
         cpu: train on the CPU even if there is a GPU.
         tensorboard: also write a tensorboard log.
@@ -54,6 +55,7 @@ class RunConfig:
     validation_images: int = 256
     previews: int = 16
     workers: int = 1
+    gradient_checkpointing: bool = False
     compile: bool = False
     cpu: bool = False
     tensorboard: bool = False
@@ -121,7 +123,7 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
     Returns:
         0; 2 for bad input; 3 for a loss that is not finite; 128 + signal when stopped.
     """
-    from train.loop import NonFiniteError, Stopped
+    from train.session import NonFiniteError, Stopped
 
     try:
         work(argv)

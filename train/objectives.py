@@ -22,9 +22,9 @@ from tokenizer.losses import (
 )
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
-from train.loop import Batch, Clock, Metrics, Objective, Processes
 from train.optimizers import Branch, OptimizerConfig
 from train.order import uniforms
+from train.session import Batch, Clock, Metrics, Objective, Processes
 from var.conditioning import ClassPrompt, Conditioning, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
@@ -74,6 +74,8 @@ class TokenizerObjective(Objective):
 
     A batch is {"image": (B, 3, h, w) float in [-1, 1]}.
     """
+
+    shardable = False  # codes are restarted in place, and the adaptive weight needs the last layer whole
 
     def __init__(
         self, vqvae: MultiScaleVQ, config: TokenizerLossConfig, optimizer: OptimizerConfig, adversary: OptimizerConfig
@@ -306,6 +308,10 @@ class VarObjective(Objective):
     def compile_parts(self) -> None:
         """Compile every block."""
         self.transformer.compile_repeated_blocks()
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the activations between blocks."""
+        self.transformer.enable_gradient_checkpointing()
 
 
 def drop_prompts(prompt: Prompt, null: Prompt, drop_B: torch.Tensor) -> Prompt:

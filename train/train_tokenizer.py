@@ -14,9 +14,10 @@ import torch
 from tokenizer.model import MultiScaleVQ
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
-from train.loop import Batch, Task, run
+from train.loop import run
 from train.objectives import TokenizerLossConfig, TokenizerObjective
 from train.optimizers import OptimizerConfig
+from train.session import Batch, Task
 
 
 def parser():

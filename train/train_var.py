@@ -19,9 +19,10 @@ from tokenizer.model import MultiScaleVQ
 from train.cache_tokens import load_tokenizer
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
-from train.loop import Batch, Task, run
+from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.session import Batch, Task
 from train.text import TextConfig, build_text_encoder, tokenize
 from train.token_cache import TokenCache
 from train.train_tokenizer import to_images

@@ -1,0 +1,239 @@
+"""What a running training consists of: the objective's contract, the task, the state that `train.loop.run` moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import Dataset
+
+from train.config import RunConfig
+from train.optimizers import Branch
+from train.stream import StreamLoader
+
+Batch = dict[str, Any]
+Metrics = dict[str, torch.Tensor]
+Export = Callable[[Path, "Objective", dict[str, torch.Tensor] | None], None]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient stopped being a number; the last checkpoint is from before."""
+
+
+class Stopped(Exception):
+    """The user asked to stop (Ctrl-C or SIGTERM); a checkpoint was written. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training is; with it an objective keys whatever it draws.
+
+    Attributes:
+        step: optimiser steps done before this one.
+        progress: fraction of training done, in [0, 1].
+        seed: of the run.
+    """
+
+    step: int
+    progress: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The two collective operations that training needs, trivial in one process."""
+
+    accelerator: Accelerator
+
+    def reduce(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(value, reduction="sum") if self.accelerator.num_processes > 1 else value
+
+    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor of process 0, in every process."""
+        if self.accelerator.num_processes == 1:
+            return value
+        value = value.contiguous().clone()
+        torch.distributed.broadcast(value, src=0)
+        return value
+
+
+class Objective(nn.Module):
+    """What a stage trains: a module whose forward is the loss.
+
+    `forward(batch, clock)` returns (scalar loss, metrics): detached tensors, averaged over micro-batches, steps and
+    processes; scalars are logged, others only reach `after_step`. In eval mode the same call validates.
+    """
+
+    find_unused = False  # whether some parameters may get no gradient in a step
+    shardable = True  # whether it works with parameters split over processes (FSDP)
+
+    def branches(self) -> dict[str, Branch]:
+        """Named parameter sets, each with its optimiser. The first one is averaged (EMA)."""
+        raise TypeError(f"{type(self).__name__} has no branches")
+
+    def after_step(self, batch: Batch, metrics: Metrics, clock: Clock, processes: Processes) -> None:
+        """Called after every optimiser step with the last micro-batch and this process's mean metrics."""
+
+    def statistics(self) -> dict[str, float]:
+        """Figures that are not means over batches (usage, ...), logged beside the metrics."""
+        return {}
+
+    def compile_parts(self) -> None:
+        """Compile the parts of fixed shape, in place."""
+
+    def checkpoint_activations(self) -> None:
+        """Trade compute for memory: keep no activations inside blocks.
+
+        Raises:
+            ValueError: if the objective's model cannot.
+        """
+        raise ValueError(f"run.gradient_checkpointing is not available for {type(self).__name__}")
+
+
+@dataclass(kw_only=True)
+class Task:
+    """One training stage, as `run` needs it.
+
+    Attributes:
+        objective: the module to train.
+        train_data, val_data: data sets of dicts, map-style or streams.
+        prepare: batch of collated items on the device to what `objective.forward` takes (frozen encoders live here).
+        export: (folder, objective with averaged weights, None or its full state dict where parameters are sharded)
+            writes `save_pretrained` folders.
+        preview: objective with averaged weights to named grids, (n, 3, h, w) in [-1, 1].
+    """
+
+    objective: Objective
+    train_data: Dataset
+    val_data: Dataset
+    prepare: Callable[[Batch], Batch]
+    export: Export
+    preview: Callable[[Objective], dict[str, torch.Tensor]] | None = None
+
+
+@dataclass
+class Meter:
+    """Running float64 means of scalar metrics, kept on the device until they are asked for.
+
+    Attributes:
+        sums: per name, a (2,) tensor: the weighted sum and the weight.
+    """
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, torch.Tensor], weight: int = 1) -> None:
+        """Add scalar metrics (others are left out) with a weight."""
+        for name, value in metrics.items():
+            if value.ndim == 0:
+                value = value.detach().double()
+                value = torch.stack([value * weight, torch.full_like(value, weight)])
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self, processes: Processes) -> dict[str, float]:
+        """Means over all processes, as floats."""
+        if not self.sums:
+            return {}
+        totals = processes.reduce(torch.stack(list(self.sums.values()))).tolist()
+        return {name: total / weight for name, (total, weight) in zip(self.sums, totals, strict=True)}
+
+
+@dataclass
+class Session:
+    """The running state of `run`.
+
+    Attributes:
+        model: the objective inside its parallel wrapper.
+        optimizers: per branch.
+        ema: averages of the first branch's parameters; None without averaging.
+        stream: position in streamed data; None for map-style data, whose position is the step.
+        step: optimiser steps done.
+        meter: metrics since the last log.
+        stop_signal: the first signal to stop that arrived.
+        writer: tensorboard's, on the main process if asked for.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    task: Task
+    model: nn.Module
+    branches: dict[str, Branch]
+    optimizers: dict[str, list[torch.optim.Optimizer]]
+    ema: EMAModel | None = None
+    stream: StreamLoader | None = None
+    step: int = 0
+    meter: Meter = field(default_factory=Meter)
+    stop_signal: int | None = None
+    writer: Any = None
+
+    @property
+    def objective(self) -> Objective:
+        """The objective without its parallel wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        return self.step * self.config.batch_size
+
+    @property
+    def progress(self) -> float:
+        """Fraction of training done, in [0, 1]."""
+        return min(1.0, self.images / self.config.total_images)
+
+    @property
+    def clock(self) -> Clock:
+        """Where training is."""
+        return Clock(self.step, self.progress, self.config.seed)
+
+    @property
+    def processes(self) -> Processes:
+        """The collective operations."""
+        return Processes(self.accelerator)
+
+    @property
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Optimisers of all branches, in a fixed order."""
+        return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers]
+
+    @property
+    def averaged_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the first branch as they are now (sharded under FSDP)."""
+        return parameters_of(next(iter(self.optimizers.values())))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are split over processes (FSDP)."""
+        return any(hasattr(p, "full_tensor") for p in self.averaged_parameters)
+
+
+def parameters_of(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """Every parameter of some optimisers."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+@contextmanager
+def averaged_weights(session: Session) -> Iterator[None]:
+    """The model with averaged weights, for the length of the block."""
+    if session.ema is None:
+        yield
+        return
+    parameters = session.averaged_parameters
+    kept = [p.detach().clone() for p in parameters]
+    session.ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept)

@@ -1,0 +1,138 @@
+"""Saving and resuming a session: everything that the next step depends on, whatever the number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from train.checkpoint import complete_checkpoints, point_link, write_atomically, write_checkpoint
+from train.session import Meter, Session, averaged_weights
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint and swap `latest` to its averaged weights; every process must call it."""
+    accelerator, config = session.accelerator, session.config
+    state = collect(session)
+    with averaged_weights(session):
+        weights = get_model_state_dict(session.model, options=FULL) if session.is_sharded else None
+        if accelerator.is_main_process:
+
+            def write(folder: Path) -> None:
+                torch.save(state, folder / "state.pt")
+                session.task.export(folder / "weights", session.objective, weights)
+
+            written = write_checkpoint(config.checkpoints, session.step, write, keep=config.keep)
+            point_link(Path(config.run_dir) / "latest", written / "weights")
+    accelerator.wait_for_everyone()
+
+
+def collect(session: Session) -> dict:
+    """The session as plain tensors and numbers; every process must call it.
+
+    An optimiser that has not stepped yet has no state and is left as None.
+    """
+    ema = None
+    if session.ema is not None:
+        ema = session.ema.state_dict()
+        ema["shadow_params"] = [_whole(p).cpu() for p in ema["shadow_params"]]
+    streams = None if session.stream is None else gather_object([json.dumps(session.stream.state_dict())])
+    return {
+        "step": session.step,
+        "batch_size": session.config.batch_size,
+        "model": get_model_state_dict(session.model, options=FULL),
+        "optimizers": [
+            get_optimizer_state_dict(session.model, optimizer, options=FULL) if optimizer.state else None
+            for optimizer in session.all_optimizers
+        ],
+        "ema": ema,
+        "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
+        "meter": {name: session.processes.reduce(sums.clone()).cpu() for name, sums in session.meter.sums.items()},
+        "streams": streams,
+    }
+
+
+def resume(session: Session) -> None:
+    """Load the newest checkpoint if there is one, and cut metrics.jsonl back to it.
+
+    Raises:
+        ValueError: if the checkpoint is of another model or batch size, or a stream of other processes.
+    """
+    config = session.config
+    found = complete_checkpoints(config.checkpoints)
+    session.accelerator.wait_for_everyone()
+    if found:
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        if state["batch_size"] != config.batch_size:
+            raise ValueError(
+                f"run.batch_size {config.batch_size} differs from {state['batch_size']} of the run in "
+                f"{config.run_dir}: resume with that, or give another run.run_dir"
+            )
+        try:
+            restore(session, state)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"run.run_dir {config.run_dir} holds a run of another model: {reason}") from None
+    if session.accelerator.is_main_process:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        cut_metrics(config.metrics, session.step)
+
+
+def restore(session: Session, state: dict) -> None:
+    """Bring the session to the state that `collect` returned."""
+    set_model_state_dict(session.model, state["model"], options=FULL)
+    for optimizer, saved in zip(session.all_optimizers, state["optimizers"], strict=True):
+        if saved is not None:
+            set_optimizer_state_dict(session.model, optimizer, saved, options=FULL)
+    if session.ema is not None and state["ema"] is not None:
+        shadow = state["ema"].pop("shadow_params")
+        session.ema.load_state_dict(state["ema"])
+        for mine, saved in zip(session.ema.shadow_params, shadow, strict=True):
+            mine.copy_(_like(saved, mine))
+    if session.accelerator.scaler and state["scaler"]:
+        session.accelerator.scaler.load_state_dict(state["scaler"])
+    if session.stream is not None:
+        count = session.accelerator.num_processes
+        if state["streams"] is None or len(state["streams"]) != count:
+            raise ValueError(f"streamed data resumes with as many processes as it was saved with, not {count}")
+        session.stream.load_state_dict(json.loads(state["streams"][session.accelerator.process_index]))
+    session.step = state["step"]
+    # The saved sums are over all processes: one process holds them, so that they count once.
+    share = 1 if session.accelerator.is_main_process else 0
+    session.meter = Meter({name: share * v.to(session.accelerator.device) for name, v in state["meter"].items()})
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

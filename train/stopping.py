@@ -1,0 +1,84 @@
+"""When a run ends early: signals, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import torch
+
+from train.checkpoint import complete_checkpoints
+from train.session import NonFiniteError, Session, Stopped
+
+
+def check_finite(session: Session) -> None:
+    """Raise NonFiniteError, in every process, if the loss or a gradient norm since the last log is not finite.
+
+    Under fp16 an overflowing gradient is the scaler's business, so only the loss counts.
+    """
+    names = [n for n in session.meter.sums if n == "loss" or n.startswith("grad_norm")]
+    if session.accelerator.scaler is not None:
+        names = ["loss"]
+    values = [session.meter.sums[name][0] for name in names]
+    bad = session.processes.reduce((~torch.isfinite(torch.stack(values))).any().float())
+    if bad.item():
+        kept = complete_checkpoints(session.config.checkpoints)
+        where = f"the last good checkpoint is {kept[-1].name}" if kept else "there is no checkpoint yet"
+        culprits = [name for name, value in zip(names, values) if not torch.isfinite(value)]
+        raise NonFiniteError(
+            f"not finite at step {session.step}: {', '.join(culprits) or 'another process'}; {where}. "
+            "Lower optimizer.lr, lengthen optimizer.warmup, or train in bf16 or float32"
+        )
+
+
+def must_stop(session: Session) -> int | None:
+    """The signal to stop for, agreed by all processes; several processes on GPUs look only when they log.
+
+    On a CPU it also checks that the step was finite, which costs nothing there.
+    """
+    accelerator = session.accelerator
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        check_finite(session)
+    if accelerator.num_processes == 1:
+        return session.stop_signal
+    if not on_cpu and session.step % session.config.log_every:
+        return None
+    flags = torch.zeros(accelerator.num_processes, device=accelerator.device, dtype=torch.int64)
+    flags[accelerator.process_index] = session.stop_signal or 0
+    return int(session.processes.reduce(flags).max()) or None
+
+
+def stopped_by(session: Session, number: int) -> Stopped:
+    """What to raise once the checkpoint is on disk."""
+    return Stopped(
+        f"stopped by {signal.Signals(number).name} at {session.images} of {session.config.total_images} images; "
+        "the checkpoint is written, the same command goes on from there",
+        128 + number,
+    )
+
+
+@contextlib.contextmanager
+def catch_signals(session: Session) -> Iterator[None]:
+    """Note the first SIGINT or SIGTERM for the loop to see; a second one acts as it would have."""
+    before = {}
+
+    def note(number: int, frame: object) -> None:
+        session.stop_signal = number
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For data loading workers: Ctrl-C reaches them too, but the batches of the running step are still needed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
