@@ -1,0 +1,157 @@
+"""Result files: every measured claim as one JSON object, with what is needed to measure it again.
+
+A result file holds `command`, `commit`, `hardware`, `date`, `versions`, `seeds`, `n`, `settings` and `rows`, one object
+per configuration with plain field names; the 95 % interval of field NAME is `[low, high]` under `NAME_ci95`.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "scipy")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def portable(path: str | os.PathLike) -> str:
+    """A path as it may be published: relative to the working directory if below it, else its last two parts."""
+    absolute = Path(os.path.abspath(path))
+    here = Path.cwd()
+    if absolute.is_relative_to(here):
+        return absolute.relative_to(here).as_posix()
+    return Path(*absolute.parts[1:][-2:]).as_posix() if Path(path).is_absolute() else absolute.name
+
+
+def command_line(program: str, argv: Sequence[str]) -> str:
+    """The command as typed, with absolute and upward paths made `portable`."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if value.startswith(("/", "..", "~")):
+            value = portable(os.path.expanduser(value))
+        words.append(flag + equals + value)
+    return f"{program} {shlex.join(words)}".strip()
+
+
+def commit() -> str:
+    """The commit of the source tree, `+changes` appended if tracked files differ; `unknown` outside a clone."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        found, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{found}+changes" if dirty else found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware() -> dict:
+    """Processor, cores, threads torch may use and, where there is one, the GPU."""
+    import torch
+
+    found: dict = {"cpu": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def result(
+    rows: Sequence[Mapping],
+    *,
+    command: str,
+    n: int,
+    seeds: Mapping | Sequence | int | None,
+    settings: Mapping | None = None,
+) -> dict:
+    """A result as it is written to `results/NAME.json`.
+
+    command: the one command that makes it, see `command_line`.  n: images (or runs) behind each row.
+    seeds: every seed that matters.  settings: what else decides the figures.
+    """
+    return {
+        "command": command,
+        "commit": commit(),
+        "hardware": hardware(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions(),
+        "seeds": seeds,
+        "n": n,
+        "settings": dict(settings or {}),
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Replace a text file in one step, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_result(path: str | os.PathLike, content: Mapping) -> None:
+    """Write `content` (see `result`) to PATH.json and its rows as a Markdown table to PATH.md, atomically."""
+    path = Path(path)
+    write_atomically(path.with_suffix(".md"), markdown(content["rows"]) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def figure(row: Mapping, name: str) -> str:
+    """One figure of a row as text, with its interval where there is one: `0.912 [0.890, 0.931]`."""
+    value, interval = row[name], row.get(f"{name}_ci95")
+    if interval is None:
+        return _cell(value)
+    return f"{_cell(value)} [{_cell(interval[0])}, {_cell(interval[1])}]"
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """The rows as a Markdown table, one line per figure and one column per row; intervals in brackets."""
+    names = dict.fromkeys(name for row in rows for name in row if not name.endswith("_ci95"))
+    lines = ["| figure |" + " value |" * len(rows), "|---|" + "---|" * len(rows)]
+    for name in names:
+        cells = " | ".join(figure(row, name) if name in row else "" for row in rows)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Mapping], names: Sequence[str]) -> str:
+    """The named figures of the rows for a terminal: one aligned line per figure that is there."""
+    present = [name for name in names if any(name in row for row in rows)]
+    width = max(map(len, present), default=0)
+    cells = {name: [figure(row, name) if name in row else "-" for row in rows] for name in present}
+    widths = [max(len(cells[name][i]) for name in present) for i in range(len(rows))] if present else []
+    return "\n".join(
+        f"{name:<{width}}  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(cells[name], widths)) for name in present
+    )

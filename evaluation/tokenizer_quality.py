@@ -1,0 +1,196 @@
+"""How good a tokenizer is on drawn scenes: `python -m evaluation.tokenizer_quality --tokenizer RUN/latest/vqvae`.
+
+Fresh scenes (all compositions) are tokenised, decoded and judged: the share of reconstructions the judge accepts
+bounds what any transformer on these tokens can score. PSNR and SSIM compare the 8-bit images.
+
+Shapes: B images, l tokens of one scale, V codes, K scales.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.judge import judge_report
+from evaluation.report import command_line, portable, result, table, write_result
+from evaluation.scenes import TAGS, Scene, render, sample_scene
+from tokenizer.model import MultiScaleVQ
+
+USED = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one tokenizer, and pairs of uint8 images (P, 2, h, w, 3), original then reconstruction."""
+
+    row: dict
+    pairs: np.ndarray
+
+
+def load_tokenizer(path: str | Path) -> MultiScaleVQ:
+    """A tokenizer in eval mode from a folder with config.json, or a pipeline or run folder with `vqvae/` in it.
+
+    Raises FileNotFoundError, naming the path, if there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "vqvae", path / "latest" / "vqvae"):
+        if (folder / "config.json").is_file():
+            return MultiScaleVQ.from_pretrained(folder).eval()
+    raise FileNotFoundError(f"tokenizer {path} has no config.json, nor a vqvae folder with one")
+
+
+def to_floats(images_BHWC: np.ndarray) -> torch.Tensor:
+    """uint8 (B, h, w, 3) to float32 (B, 3, h, w) in [-1, 1]."""
+    return rearrange(torch.from_numpy(images_BHWC), "b h w c -> b c h w").float().div(127.5).sub(1)
+
+
+def to_levels(image_BCHW: torch.Tensor) -> np.ndarray:
+    """Floats (B, 3, h, w) in [-1, 1], clamped, to uint8 (B, h, w, 3)."""
+    levels = image_BCHW.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return rearrange(levels, "b c h w -> b h w c").cpu().numpy()
+
+
+def fresh_scenes(n: int, seed: int) -> list[Scene]:
+    """`n` scenes over all compositions, the six tags in turn."""
+    rng = np.random.default_rng((seed, 7))
+    return [sample_scene(rng, tag=TAGS[i % len(TAGS)], split="all") for i in range(n)]
+
+
+def reconstructions(
+    model: MultiScaleVQ, scenes: Sequence[Scene], *, decode: int, batch_size: int = 50
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, list[torch.Tensor]]]:
+    """Batches of (originals, reconstructions of the first `decode` scenes or None, ids per scale)."""
+    side = model.image_hw[0]
+    for begin in tqdm(range(0, len(scenes), batch_size), desc="tokenising", unit="batch", disable=None):
+        originals = np.stack([render(scene, side) for scene in scenes[begin : begin + batch_size]])
+        ids = model.image_to_tokens(to_floats(originals).to(model.device))
+        rebuilt = None
+        if begin < decode:
+            rebuilt = to_levels(model.tokens_to_image([row[: decode - begin] for row in ids]))
+        yield originals, rebuilt, ids
+
+
+def pixel_quality(originals: np.ndarray, rebuilt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """PSNR (dB, peak 255) and SSIM of each image: uint8 (N, h, w, 3) twice to (N,) twice."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    error = np.square(originals.astype(np.float64) - rebuilt).mean((1, 2, 3))
+    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-10))
+    floats = [to_floats(images).add(1).div(2) for images in (rebuilt, originals)]
+    ssim = structural_similarity_index_measure(*floats, data_range=1.0, reduction="none")
+    return psnr, ssim.numpy()
+
+
+def mean_interval(values: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of a mean of (N,) values, by the normal approximation."""
+    half = 1.959964 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return [float(values.mean() - half), float(values.mean() + half)]
+
+
+def usage(hits_KV: torch.Tensor, sides: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Shares of the codebook in use, from hit counts (K, V): per scale by VAR's threshold, and used at least once."""
+    fair_K1 = hits_KV.sum(1, keepdim=True) / hits_KV.shape[1]
+    shares: dict[str, float] = {}
+    for name, used_KV in (("usage", hits_KV >= USED * fair_K1), ("used_once", hits_KV > 0)):
+        for (h, w), used_V in zip(sides, used_KV & (hits_KV > 0)):
+            shares[f"{name}_{h}x{w}"] = used_V.float().mean().item()
+        shares[f"{name}_any_scale"] = (used_KV & (hits_KV > 0)).any(0).float().mean().item()
+    return shares
+
+
+@torch.no_grad()
+def measure(model: MultiScaleVQ, *, n: int, usage_n: int, seed: int = 0, pairs: int = 24) -> Measured:
+    """Measure a tokenizer on fresh scenes.
+
+    n: scenes reconstructed and judged.  usage_n: scenes tokenised for the codebook's use (at least n are).
+    seed: names the scenes.  pairs: originals and reconstructions to keep for a picture.
+    Raises ValueError if n is smaller than the number of tags, or the tokenizer's images are not square.
+    """
+    if n < len(TAGS):
+        raise ValueError(f"n must be at least {len(TAGS)}, one image per tag, got {n}")
+    if model.image_hw[0] != model.image_hw[1]:
+        raise ValueError(f"scenes are square; this tokenizer makes images of {model.image_hw} pixels (h, w)")
+    scenes = fresh_scenes(max(n, usage_n), seed)
+    hits_KV = torch.zeros(len(model.schedule), model.config.vocab_size, dtype=torch.int64)
+    originals, rebuilt = [], []
+    for images, decoded, ids in reconstructions(model, scenes, decode=n):
+        for k, ids_Bl in enumerate(ids):
+            hits_KV[k] += torch.bincount(ids_Bl.flatten().cpu(), minlength=hits_KV.shape[1])
+        if decoded is not None:
+            originals.append(images[: len(decoded)])
+            rebuilt.append(decoded)
+    original, copy = np.concatenate(originals), np.concatenate(rebuilt)
+    psnr, ssim = pixel_quality(original, copy)
+    metadatas = [scene.metadata for scene in scenes[:n]]
+    verdicts = judge_report(copy, metadatas)
+    row = {"n": n, "psnr_db": float(psnr.mean()), "psnr_db_ci95": mean_interval(psnr)}
+    row |= {"ssim": float(ssim.mean()), "ssim_ci95": mean_interval(ssim)}
+    row |= {f"accepted_{name}": value for name, value in verdicts.items() if name != "n"}
+    row["accepted_originals"] = judge_report(original, metadatas)["overall"]
+    row |= {"usage_n": len(scenes), **usage(hits_KV, model.schedule.sides)}
+    return Measured(row, np.stack([original[:pairs], copy[:pairs]], axis=1))
+
+
+def comparison(pairs: np.ndarray, columns: int = 8, zoom: int = 2) -> Image.Image:
+    """Pairs (P, 2, h, w, 3) as a picture: each reconstruction under its original, `columns` pairs a row."""
+    pairs = pairs[: len(pairs) // columns * columns or None]
+    columns = min(columns, len(pairs))
+    gap = 4
+    tiles = np.pad(pairs, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    grid = rearrange(tiles, "(rows columns) two h w c -> (rows two h) (columns w) c", columns=columns)
+    image = Image.fromarray(grid[:-gap, :-gap])
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer, or of a run or pipeline with one")
+    parser.add_argument("--n", type=int, default=1200, help="scenes reconstructed and judged (default 1200)")
+    parser.add_argument("--usage-n", type=int, default=2000, help="scenes tokenised for codebook use (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
+    parser.add_argument("--out", default=None, help="write the figures to this .json, its table and picture beside it")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measure, print a table, and write what `--out` names."""
+    model = load_tokenizer(options.tokenizer)
+    measured = measure(model, n=options.n, usage_n=options.usage_n, seed=options.seed)
+    row = {"tokenizer": portable(options.tokenizer), "schedule": model.schedule.text}
+    row |= {"vocab_size": model.config.vocab_size, "parameters": sum(p.numel() for p in model.parameters())}
+    row |= measured.row
+    print(table([row], [name for name in row if not name.endswith("_ci95")]))
+    picture = Path(options.out).with_suffix(".png") if options.out else Path("pictures/tokenizer.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    partial = picture.with_name(f".{picture.stem}.part.png")
+    comparison(measured.pairs).save(partial)
+    partial.replace(picture)
+    print(f"each original above its reconstruction: {picture}")
+    if options.out:
+        command = command_line("nextscale evaluate", argv)
+        settings = {"scenes": "all compositions", "used_from_share_of_equal_split": USED}
+        write_result(options.out, result([row], command=command, n=options.n, seeds=options.seed, settings=settings))
+        print(f"written: {options.out}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; user mistakes are one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m evaluation.tokenizer_quality", description=__doc__.split("\n")[0])
+    configure(parser)
+    try:
+        return run(parser.parse_args(argv), argv)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
