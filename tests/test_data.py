@@ -403,6 +403,17 @@ def test_ranks_share_a_stream(tmp_path, shards):
     assert sorted(seen) == sorted(f"picture {i}" for i in range(6 * shards))
 
 
+def test_the_number_of_a_streams_classes_is_declared(tmp_path):
+    options = config("webdataset", tars(tmp_path, 1), tmp_path, streaming=True)
+    assert build_dataset(options).num_classes is None
+    options.num_classes = 3
+    stream = build_dataset(options)
+    assert stream.num_classes == 3 and len(take(stream, 6)) == 6
+    options.num_classes = 2
+    with pytest.raises(ValueError, match=r"label 2 of 000. is not below num_classes=2"):
+        take(build_dataset(options), 6)
+
+
 def test_stream_loader_resumes_with_workers(tmp_path):
     options = config("webdataset", tars(tmp_path), tmp_path, streaming=True, shuffle_buffer=4)
 
@@ -432,8 +443,11 @@ def test_streams_split_by_content_and_skip_corrupt_rows(tmp_path):
     assert len(val) > 2 and len(build_dataset(options, "val")) == len(val)
     assert sorted(val + train) == sorted(f"t{i}" for i in range(30) if i != 3)
     assert stream.corrupt.count == 1 and stream.num_classes == 1
+    with pytest.raises(TypeError, match="streaming=False"):
+        len(stream)
     options.limit = 5
-    assert {item["caption"] for item in take(build_dataset(options), 20)} <= {f"t{i}" for i in range(5)}
+    stream = build_dataset(options, corrupt_log=tmp_path / "bad.txt")
+    assert {item["caption"] for item in take(stream, 20)} <= {f"t{i}" for i in range(5)}
 
 
 # ---------------------------------------------------------------- scenes and mistakes
@@ -488,6 +502,7 @@ def test_path_and_column_mistakes_are_one_line(tmp_path):
         ("parquet", path, {"image_column": "img"}, ValueError, "image_column='img'.*it has image, note"),
         ("parquet", path, {"label_column": "class"}, ValueError, "label_column='class'.*it has image, note"),
         ("parquet", path, {"label_column": "note", "streaming": True}, ValueError, "cannot number"),
+        ("parquet", path, {"label_column": "note", "num_classes": 1}, ValueError, "num_classes=1 must be at least 2"),
     ]
     for source, where, options, kind, message in cases:
         with pytest.raises(kind, match=message) as caught:

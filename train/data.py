@@ -67,6 +67,7 @@ class DataConfig:
     image_column: str | None = None  # None: image, jpg, jpeg, png, webp or img, the first there is
     label_column: str | None = None  # None: label, cls, json.label or json.cls if there; without one every label is 0
     caption_column: str | None = None  # None: text, caption, txt, json.text or json.caption; else the class name
+    num_classes: int | None = None  # number of labels; None: one more than the largest, which a stream cannot know
     streaming: bool = False  # read forwards without a local copy (parquet, datasets, webdataset)
     shuffle_buffer: int = 1000  # streaming: records shuffled together, per worker
     stream_val_images: int = 256  # streaming: validation images read at the start and held in memory
@@ -91,7 +92,7 @@ class DataConfig:
             raise ValueError(f"resize_factor={self.resize_factor} must be at least 1")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
-        for name in ("limit", "num_scenes", "max_pixels", "stream_val_images"):
+        for name in ("limit", "num_scenes", "max_pixels", "stream_val_images", "num_classes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.shuffle_buffer < 0:
@@ -238,15 +239,24 @@ def build_stream(config: DataConfig, split: str, *, seed: int, corrupt: CorruptL
         )
     if config.limit is not None:
         rows = rows.take(config.limit)
+    found = len(classes) if classes else (1 if columns.label is None else None)
+    number = _declared(config, found)
     cut = config.val_fraction
     part = None if not hashed else (0.0, cut) if split == "val" else (cut, 1.0)
     return StreamDataset(
         narrowed(rows, columns),
-        RowReader(columns, classes, config.transform(split, seed), corrupt, part=part),
+        RowReader(columns, classes, config.transform(split, seed), corrupt, part, number),
         window=config.shuffle_buffer if split == "train" else 0,
         repeat=split == "train",
         seed=seed,
     )
+
+
+def _declared(config: DataConfig, found: int | None) -> int | None:
+    """The number of classes: what the config says, which must hold all that were found, or else what was found."""
+    if config.num_classes is not None and config.num_classes < (found or 0):
+        raise ValueError(f"num_classes={config.num_classes} must be at least {found}, the labels of {config.path!r}")
+    return config.num_classes or found
 
 
 def _not_empty(data: ImageDataset | HeldImages, config: DataConfig, split: str) -> ImageDataset | HeldImages:
@@ -287,5 +297,6 @@ def build_dataset(
     if hashed:
         validation = hash_split(map(source.name, indices), config.val_fraction)
         indices = indices[validation == (split == "val")]
+    source.num_classes = _declared(config, source.num_classes)
     data = ImageDataset(source, indices[: config.limit], config.transform(split, seed), corrupt)
     return _not_empty(data, config, split)

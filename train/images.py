@@ -145,11 +145,16 @@ class RowReader:
     transform: Transform
     corrupt: CorruptLog
     part: tuple[float, float] | None = None
+    num_classes: int | None = None
 
     def __call__(self, row: dict, epoch: int) -> dict | None:
         name = str(row.get("__key__") or "")
         try:
             record = read_row(row, self.columns, self.classes, name or "a row")
+            if self.num_classes is not None and record.label >= self.num_classes:
+                raise ValueError(
+                    f"label {record.label} of {name or 'a row'} is not below num_classes={self.num_classes}"
+                )
             if isinstance(record.image, str):
                 name = name or record.image
                 record = replace(record, image=Path(record.image).read_bytes())

@@ -5,7 +5,7 @@ handed out. A rolling buffer cannot be resumed without its contents; a window is
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -43,10 +43,8 @@ class StreamDataset(IterableDataset):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of labels; None where only reading everything would tell."""
-        if self.classes is not None:
-            return len(self.classes)
-        return 1 if self.read.columns.label is None else None
+        """Number of labels; None for numbered labels of which `DataConfig.num_classes` says nothing."""
+        return self.read.num_classes
 
     @property
     def corrupt(self) -> CorruptLog:
@@ -62,6 +60,9 @@ class StreamDataset(IterableDataset):
         part = copy.copy(self)
         part.rows = split_dataset_by_node(self.rows, rank, world)
         return part
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length: set streaming=False for what needs one")
 
     def state_dict(self) -> dict:
         """Where the latest iteration stands; JSON-able."""
@@ -108,7 +109,7 @@ class _Batches(IterableDataset):
     """In each worker: (worker id, progress after the batch, batch). Workers before `turn` begin with an empty turn."""
 
     def __init__(self, loader: "StreamLoader"):
-        self.dataset, self.batch_size, self.collate_fn = loader.dataset, loader.batch_size, loader.collate_fn
+        self.dataset, self.batch_size = loader.dataset, loader.batch_size
         self.states, self.turn = dict(loader._states), loader._turn
 
     def __iter__(self) -> Iterator[tuple[int, dict, dict | None]]:
@@ -120,7 +121,7 @@ class _Batches(IterableDataset):
             yield worker, self.dataset.state_dict(), None
         items = iter(self.dataset)
         while batch := list(islice(items, self.batch_size)):
-            yield worker, self.dataset.state_dict(), self.collate_fn(batch)
+            yield worker, self.dataset.state_dict(), default_collate(batch)
 
 
 class StreamLoader:
@@ -131,17 +132,8 @@ class StreamLoader:
     state is loaded that another number of workers or another batch size wrote.
     """
 
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        *,
-        batch_size: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        collate_fn: Callable[[list], Any] | None = None,
-    ):
+    def __init__(self, dataset: StreamDataset, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False):
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
-        self.collate_fn = collate_fn or default_collate
         self._states: dict[int, dict] = {}
         self._turn = 0
 
