@@ -88,7 +88,7 @@ def encode_split(
     accelerator: Accelerator, vqvae: MultiScaleVQ, data: DataConfig, config: CacheConfig, split: str
 ) -> None:
     """Write the missing shards of a split, then its manifest."""
-    images = build_dataset(data, split, seed=config.seed)
+    images = build_dataset(data, split, seed=config.seed, corrupt_log=Path(config.folder) / "unreadable_images.txt")
     items = Passes(images, config.passes if split == "train" else 1)
     folder = Path(config.folder) / split
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,8 @@ def encode_split(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+        if unreadable := images.corrupt.summary():
+            print(unreadable, file=sys.stderr)
 
 
 def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:

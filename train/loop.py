@@ -14,6 +14,7 @@ stopped (bit-equal on CPU). A batch is the same for any split over processes and
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -68,7 +69,15 @@ def run(task: Task, config: RunConfig) -> dict[str, float]:
                 save(session)
             if stopping and not done:
                 raise stopped_by(session, stopping)
+    tell_unreadable(session)
     return last
+
+
+def tell_unreadable(session: Session) -> None:
+    """One line on stderr about the images that were skipped, if there were any."""
+    corrupt = getattr(session.task.train_data, "corrupt", None)
+    if session.accelerator.is_main_process and corrupt is not None and corrupt.count:
+        print(corrupt.summary(), file=sys.stderr)
 
 
 def start(task: Task, config: RunConfig) -> Session:

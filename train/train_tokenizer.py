@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"tokenizer.schedule {vqvae.schedule.text}"
         )
     objective = TokenizerObjective(vqvae, built.loss, built.optimizer, built.adversary)
-    val_data = build_dataset(data, "val", seed=run_config.seed)
+    unreadable = Path(run_config.run_dir) / "unreadable_images.txt"
+    val_data = build_dataset(data, "val", seed=run_config.seed, corrupt_log=unreadable)
     shown = torch.stack([val_data[i]["image"] for i in range(min(run_config.previews or 1, len(val_data)))])
 
     def preview(trained: TokenizerObjective) -> dict[str, torch.Tensor]:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_config(made, config, run_config.run_dir)
     task = Task(
         objective=objective,
-        train_data=build_dataset(data, "train", seed=run_config.seed),
+        train_data=build_dataset(data, "train", seed=run_config.seed, corrupt_log=unreadable),
         val_data=val_data,
         prepare=to_images,
         export=export_weights,

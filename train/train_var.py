@@ -159,7 +159,10 @@ def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
         return tuple(TokenCache(config.tokens.cache, split, vqvae) for split in ("train", "val"))
     if tuple(config.data.hw) != vqvae.image_hw:
         raise ValueError(f"data.size {config.data.hw} must be the tokenizer's: {vqvae.image_hw}")
-    return tuple(build_dataset(config.data, split, seed=config.run.seed) for split in ("train", "val"))
+    unreadable = Path(config.run.run_dir) / "unreadable_images.txt"
+    return tuple(
+        build_dataset(config.data, split, seed=config.run.seed, corrupt_log=unreadable) for split in ("train", "val")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
