@@ -25,17 +25,19 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_pa
 def save(session: Session) -> None:
     """Write a checkpoint and swap `latest` to its averaged weights; every process must call it."""
     accelerator, config = session.accelerator, session.config
-    state = collect(session)
-    with averaged_weights(session):
-        weights = get_model_state_dict(session.model, options=FULL) if session.is_sharded else None
-        if accelerator.is_main_process:
+    state, weights = collect(session), None
+    if session.is_sharded:
+        with averaged_weights(session):
+            weights = get_model_state_dict(session.model, options=FULL)
 
-            def write(folder: Path) -> None:
-                torch.save(state, folder / "state.pt")
-                session.task.export(folder / "weights", session.objective, weights)
+    def write(folder: Path) -> None:
+        torch.save(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
+        with averaged_weights(session) if weights is None else contextlib.nullcontext():
+            session.task.export(folder / "weights", session.objective, weights)
 
-            written = write_checkpoint(config.checkpoints, session.step, write, keep=config.keep)
-            point_link(Path(config.run_dir) / "latest", written / "weights")
+    if accelerator.is_main_process:
+        written = write_checkpoint(config.checkpoints, session.step, write, keep=config.keep)
+        point_link(Path(config.run_dir) / "latest", written / "weights")
     accelerator.wait_for_everyone()
 
 

@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     made = parser()
     config = made.parse_args(argv)
+    torch.manual_seed(config.run.seed)  # before the tokenizer below draws its first weights
     built = made.instantiate(config)
     run_config: RunConfig = built.run
-    torch.manual_seed(run_config.seed)
     vqvae = built.tokenizer.to(memory_format=image_format())
     data: DataConfig = built.data
     if tuple(data.hw) != vqvae.image_hw:

@@ -1,0 +1,127 @@
+"""A run that is killed at any instant, then started again, is the run that was never stopped: bit for bit on CPU."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from training_toys import (
+    curve,
+    equal,
+    final_state,
+    in_child,
+    in_processes,
+    kill_self,
+    start_child,
+    toy_run,
+    wait_for,
+)
+
+from train.checkpoint import complete_checkpoints, write_checkpoint
+from train.config import exit_code
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert in_child(toy_run, folder) == 0
+    return folder
+
+
+def assert_same_run(folder, whole):
+    assert curve(folder) == curve(whole)
+    assert equal(final_state(folder), final_state(whole))
+
+
+@pytest.mark.parametrize("step", [0, 5, 8, 11])
+def test_killed_after_a_step(tmp_path, whole, step):
+    assert in_child(toy_run, tmp_path, die=lambda s: s == step and kill_self()) == -signal.SIGKILL
+    assert in_child(toy_run, tmp_path) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path, whole):
+    def second(path):
+        if "00000008" in str(path):
+            kill_self()
+
+    assert in_child(toy_run, tmp_path, export=second) == -signal.SIGKILL
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000004"]
+    assert (tmp_path / "latest" / "weights.pt").exists()
+    assert in_child(toy_run, tmp_path) == 0
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_again_and_again_at_any_time(tmp_path, whole):
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
+        child = start_child(toy_run, tmp_path, die=lambda step: time.sleep(0.01))
+        wait_for(lambda: (tmp_path / "metrics.jsonl").exists() or not child.is_alive())
+        time.sleep(delay)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert in_child(toy_run, tmp_path) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_with_data_workers(tmp_path, whole):
+    assert in_child(toy_run, tmp_path, workers=1, die=lambda s: s == 6 and kill_self()) == -signal.SIGKILL
+    assert in_child(toy_run, tmp_path, workers=1) == 0
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
+    def main(argv):
+        toy_run(tmp_path, workers=1, die=lambda step: time.sleep(0.05))
+
+    child = start_child(lambda: os._exit(exit_code(main)))
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and curve(tmp_path))
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == 128 + number
+    assert "same command goes on" in capfd.readouterr().err
+    kept = complete_checkpoints(tmp_path / "checkpoints")
+    assert kept and final_state(tmp_path)["step"] < 12
+    assert in_child(toy_run, tmp_path) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_two_processes_resume_bit_equal(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert in_processes(2, toy_run, whole) == [0, 0]
+    assert -signal.SIGKILL in in_processes(2, toy_run, killed, die=lambda s: s == 6 and kill_self())
+    assert in_processes(2, toy_run, killed) == [0, 0]
+    assert_same_run(killed, whole)
+
+
+def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capfd):
+    def main(argv):
+        toy_run(tmp_path, bad_step=6)
+
+    assert in_child(lambda: os._exit(exit_code(main))) == 3
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "not finite at step 7" in message and "step_00000004" in message
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000004"]
+    assert all(torch.isfinite(v).all() for v in final_state(tmp_path)["model"].values())
+
+
+def test_another_batch_size_or_model_is_refused(tmp_path, capfd):
+    assert in_child(toy_run, tmp_path) == 0
+    assert in_child(lambda: os._exit(exit_code(lambda argv: toy_run(tmp_path, batch_size=16)))) == 2
+    assert "run.batch_size 16 differs from 8" in capfd.readouterr().err
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path, whole):
+    assert [path.name for path in complete_checkpoints(whole / "checkpoints")] == ["step_00000008", "step_00000012"]
+    assert (whole / "latest").resolve() == (whole / "checkpoints" / "step_00000012" / "weights").resolve()
+
+
+def test_incomplete_checkpoints_are_ignored_by_name(tmp_path):
+    for name in (".tmp-step_00000009", "step_abc", "notes"):
+        (tmp_path / name).mkdir()
+    write_checkpoint(tmp_path, 3, lambda folder: (folder / "x").write_text("1"), keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000003"]
+    assert not (tmp_path / ".tmp-step_00000009").exists()
