@@ -48,6 +48,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012  diffusers wants a list: a tuple it ignores
 
     @register_to_config
     def __init__(

@@ -25,7 +25,7 @@ class CategoricalHead(nn.Module):
 
     def modulation(self, cond_BD: torch.Tensor) -> torch.Tensor:
         """scale, shift as (B, 2, D)."""
-        return self.ada(cond_BD)
+        return self.ada(cond_BD.to(self.proj.weight.dtype))
 
     def features(self, hidden_BlD: torch.Tensor, head_B2D: torch.Tensor) -> torch.Tensor:
         """(B, l, D) to (B, l, D) float32."""

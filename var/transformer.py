@@ -44,7 +44,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     _repeated_blocks = ("Block",)
-    _keep_in_fp32_modules = ("head",)
+    _keep_in_fp32_modules = ["head"]  # noqa: RUF012  diffusers wants a list: a tuple it ignores
 
     @register_to_config
     def __init__(

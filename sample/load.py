@@ -1,0 +1,163 @@
+"""A model's name or folder to a pipeline that is ready to draw."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from sample.pipeline import NextScalePipeline
+from tokenizer.model import MultiScaleVQ
+from var.transformer import NextScaleTransformer
+
+BUNDLED = "scenes"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pipeline(
+    model: str | Path = BUNDLED,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> NextScalePipeline:
+    """The pipeline of a model, in eval mode.
+
+    Args:
+        model: "scenes" (the bundled model); a folder made by `save_pretrained`; a training run's folder (its newest
+            export); or a Hub id.
+        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto" is bfloat16 on CUDA, else
+            float32. The quantiser and the output head stay float32.
+        device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such model, or its folder lacks a part.
+        ValueError: on an unknown dtype or device, or if the folder holds another kind of pipeline.
+    """
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    folder = model_folder(model)
+    with silent_loading():
+        whole = (folder / "model_index.json").is_file()
+        pipeline = NextScalePipeline.from_pretrained(folder) if whole else assemble(folder)
+    for component in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
+        if component is not None:
+            component.eval()
+    return pipeline.to(place, precision)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The local folder of a model, downloaded first if `model` is a Hub id.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if str(model) == BUNDLED:
+        folder = Path(str(importlib.resources.files("sample.bundled")))
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"the bundled model is not in this installation ({folder}): name another model")
+        return folder
+    path = Path(model)
+    for folder in (path, path / "latest"):
+        if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
+            return folder.resolve()  # a run's link may move on while we load
+    if path.exists():
+        raise FileNotFoundError(
+            f"model {str(model)!r} has no model_index.json, transformer/ or latest/transformer/ in it"
+        )
+    return _download(str(model))
+
+
+def assemble(folder: Path) -> NextScalePipeline:
+    """The pipeline of a folder without model_index.json, from the parts in it (what training exports).
+
+    Raises:
+        FileNotFoundError: if a part is missing.
+    """
+    for part in ("transformer", "vqvae"):
+        if not (folder / part / "config.json").is_file():
+            raise FileNotFoundError(f"model folder {str(folder)!r} has no {part}/config.json")
+    transformer = NextScaleTransformer.from_pretrained(folder / "transformer")
+    vqvae = MultiScaleVQ.from_pretrained(folder / "vqvae")
+    if transformer.config.conditioning == "class":
+        return NextScalePipeline(transformer, vqvae)
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"model folder {str(folder)!r} holds a text model but no {part}/")
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    encoder = AutoModelForTextEncoding.from_pretrained(folder / "text_encoder")
+    return NextScalePipeline(transformer, vqvae, AutoTokenizer.from_pretrained(folder / "tokenizer"), encoder)
+
+
+def model_digest(model: str | Path) -> str:
+    """Twelve hexadecimal digits that change with any weight or configuration of a model."""
+    folder, digest = model_folder(model), hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device of a name; "auto" is this process's own accelerator, or the CPU.
+
+    Raises:
+        ValueError: if there is no such device on this machine.
+    """
+    if str(device) == "auto":
+        from accelerate import PartialState
+
+        return PartialState().device
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name; "auto" is bfloat16 on CUDA, else float32.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(NextScalePipeline.download(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model {name!r} is not {BUNDLED!r}, no folder here, and could not be had from the Hub: {reason}"
+        ) from None
+
+
+@contextmanager
+def silent_loading() -> Iterator[None]:
+    """No progress bars over the few parts of a pipeline."""
+    from transformers.utils import logging as transformers_logging
+
+    switches = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in switches:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in switches:
+            library.enable_progress_bar()

@@ -1,0 +1,340 @@
+"""The pipeline: prompts or classes to pictures, in diffusers' conventions, around the one loop.
+
+Shapes: B images, C latent channels, H W the latent grid, l tokens of one scale.
+
+diffusers reads the annotations of `NextScalePipeline.__init__`, so they are not postponed in this file.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sample.draw import check_seeds
+from sample.generate import generate
+from sample.plan import Plan, plain
+from sample.state import GenerationState, Hook
+from sample.text import encode_prompts
+from tokenizer.model import MultiScaleVQ
+from var.conditioning import ClassPrompt, Prompt
+from var.transformer import NextScaleTransformer
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("f_hat", "tokens")
+
+Images = list[Image.Image] | np.ndarray | torch.Tensor
+StepCallback = Callable[["NextScalePipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
+@dataclass
+class NextScaleOutput(BaseOutput):
+    """What a call of the pipeline gives.
+
+    Attributes:
+        images: B PIL images; or float32 in [0, 1], (B, h, w, 3) numpy for "np", (B, 3, h, w) for "pt"; or the latents
+            (B, C, H, W) for "latent".
+        seeds: the name of each image: the same seed and prompt make it again, alone or in any batch.
+        tokens: one int64 (B, l) tensor per scale.
+    """
+
+    images: Images
+    seeds: list[int]
+    tokens: list[torch.Tensor]
+
+
+class NextScalePipeline(DiffusionPipeline):
+    """Text- or class-to-image by next-scale prediction.
+
+    Args:
+        transformer: predicts the tokens of each scale.
+        vqvae: tokens to images.
+        tokenizer, text_encoder: of a text model; None for a class model.
+        sampling: the model's own defaults of `guidance_scale`, `top_k`, `top_p` and `temperature`, saved with it.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
+
+    def __init__(
+        self,
+        transformer: NextScaleTransformer,
+        vqvae: MultiScaleVQ,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        sampling: dict[str, float] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vqvae=vqvae, tokenizer=tokenizer, text_encoder=text_encoder)
+        self.register_to_config(sampling=check_sampling(sampling or {}))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device, a dtype or both; the quantiser and the output head stay float32."""
+        dtype = kwargs.pop("dtype", None)
+        for argument in args:
+            dtype = argument if isinstance(argument, torch.dtype) else dtype
+        places = tuple(argument for argument in args if not isinstance(argument, torch.dtype))
+        if places or kwargs:
+            super().to(*places, **kwargs)
+        if dtype is not None:
+            for component in (self.transformer, self.vqvae, self.text_encoder):
+                if component is not None:
+                    cast(component, dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        class_labels: int | Sequence[int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        smooth: bool = False,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        plan: Plan | None = None,
+        hooks: Sequence[Hook] = (),
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("f_hat",),
+    ) -> NextScaleOutput | tuple:
+        """Generate `num_images_per_prompt` images of each prompt or class, as one batch.
+
+        Args:
+            prompt: a text or several, for a text model.
+            class_labels: a class in [0, num_classes) or several, for a class model.
+            negative_prompt: what guidance pushes away from, instead of the learned null text; one, or one a prompt.
+            guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
+                from 0 at the first scale; a sequence gives it scale by scale.
+            top_k, top_p, temperature: what may be drawn, see `sample.draw.Filter`. The model's own defaults when None.
+            smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
+            generator: names the images by drawing a seed from it for each; or one generator an image.
+            seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
+            plan: which model, layers and settings make each scale, instead of the five settings above.
+            hooks: plugged into the loop, see `sample.state.Hook`.
+            output_type: "pil", "np", "pt" or "latent", see `NextScaleOutput`.
+            return_dict: a NextScaleOutput instead of the tuple (images, seeds, tokens).
+            callback_on_step_end: called as (pipeline, k, side, tensors) after scale k, `side` its height in tokens. A
+                returned dict with "f_hat" replaces the running reconstruction.
+            callback_on_step_end_tensor_inputs: which of "f_hat" (B, C, H, W) and "tokens" (B, l) it is given.
+
+        Raises:
+            ValueError, TypeError: on a setting that is not allowed, naming it.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+        plan = self._plan(plan, {name: value for name, value in settings.items() if value is not None})
+        condition = self._prompt(prompt, class_labels, num_images_per_prompt)
+        negative = self._negative(negative_prompt, len(condition), num_images_per_prompt)
+        callback = ()
+        if callback_on_step_end is not None:
+            callback = (CallbackHook(self, callback_on_step_end, callback_on_step_end_tensor_inputs),)
+
+        with self.progress_bar(total=len(plan.schedule)) as bar:
+            state = generate(
+                plan,
+                self.vqvae.quantizer,
+                condition,
+                image_seeds(len(condition), seed=seed, generator=generator),
+                negative=negative,
+                hooks=(*hooks, *callback, ProgressHook(bar)),
+                smooth=smooth,
+            )
+        images = state.f_hat_BCHW
+        if output_type != "latent":
+            images = self.decode(images, output_type)
+        self.maybe_free_model_hooks()
+        output = NextScaleOutput(images, list(state.seeds), state.tokens)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def decode(self, f_hat_BCHW: torch.Tensor, output_type: str = "pil") -> Images:
+        """Latents (B, C, H, W) to images as `NextScaleOutput.images` has them."""
+        return self.image_processor.postprocess(self.vqvae.decode(f_hat_BCHW).float(), output_type=output_type)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Prompt:
+        """Texts to what the transformer is conditioned on."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("prompt needs a text encoder and a tokenizer, and this pipeline was made without them")
+        length = self.transformer.config.text_length
+        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
+
+    def _plan(self, plan: Plan | None, given: dict[str, Any]) -> Plan:
+        if plan is not None:
+            if given:
+                raise ValueError(f"plan already says how to draw: leave out {', '.join(given)}")
+            return plan
+        settings = {**(self.config.sampling or {}), **given}
+        if "guidance_scale" in settings:
+            settings["guidance"] = settings.pop("guidance_scale")
+        return plain(self.transformer, **settings)
+
+    def _prompt(
+        self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, copies: int
+    ) -> Prompt:
+        """The prompt of every image: each text or class `copies` times in a row, encoded once."""
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt must be 1 or more, got {copies}")
+        wanted, unwanted = ("class_labels", prompt) if self.by_class else ("prompt", class_labels)
+        if unwanted is not None or (prompt is None and class_labels is None):
+            kind, example = ("class", "class_labels=3") if self.by_class else ("text", 'prompt="a red star"')
+            raise ValueError(f"this is a {kind} model: give {wanted}, e.g. {example}, and nothing else to condition on")
+        if not self.by_class:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not texts:
+                raise ValueError("prompt is empty: give at least one text")
+            encoded = self.encode_prompt(texts)
+            return encoded.select(_repeat(len(texts), copies).to(encoded.mask_BT.device))
+        labels = check_classes(class_labels, self.transformer.config.num_classes)
+        return ClassPrompt(torch.tensor(labels, device=self._execution_device)).select(_repeat(len(labels), copies))
+
+    def _negative(self, negative: str | Sequence[str] | None, batch: int, copies: int) -> Prompt | None:
+        if negative is None:
+            return None
+        if self.by_class:
+            raise ValueError("negative_prompt is for text models; this model knows classes")
+        texts = [negative] if isinstance(negative, str) else list(negative)
+        if len(texts) not in (1, batch // copies):
+            raise ValueError(
+                f"negative_prompt must be one text or one a prompt, got {len(texts)} for {batch // copies}"
+            )
+        encoded = self.encode_prompt(texts)
+        return encoded.select(_repeat(len(texts), batch // len(texts)).to(encoded.mask_BT.device))
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the model is conditioned on classes; on texts otherwise."""
+        return self.transformer.config.conditioning == "class"
+
+
+class ProgressHook(Hook):
+    """Advances a progress bar by one, every scale."""
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """After scale k."""
+        self.bar.update()
+
+
+class CallbackHook(Hook):
+    """diffusers' `callback_on_step_end` as a hook; a returned f_hat is what the image goes on from.
+
+    Raises:
+        ValueError: if it asks for a tensor that does not exist, or returns an f_hat of another shape.
+    """
+
+    def __init__(self, pipeline: NextScalePipeline, callback: StepCallback, names: Sequence[str]):
+        unknown = [name for name in names if name not in CALLBACK_TENSORS]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be of {', '.join(CALLBACK_TENSORS)}, got {', '.join(unknown)}"
+            )
+        self.pipeline, self.callback, self.names = pipeline, callback, names
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """After scale k."""
+        schedule = state.plan.schedule
+        tensors = {"f_hat": state.f_hat_BCHW, "tokens": state.tokens[k]}
+        shown = {name: tensors[name] for name in self.names}
+        returned = self.callback(self.pipeline, k, schedule.sides[k][0], shown) or {}
+        f_hat = returned.get("f_hat", state.f_hat_BCHW)
+        if f_hat is state.f_hat_BCHW:
+            return
+        if f_hat.shape != state.f_hat_BCHW.shape:
+            expected = tuple(state.f_hat_BCHW.shape)
+            raise ValueError(f"callback_on_step_end must return f_hat of shape {expected}, got {tuple(f_hat.shape)}")
+        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)
+        if k + 1 < len(schedule):
+            state.inputs[-1] = state.quantizer.next_input(state.f_hat_BCHW, k + 1, schedule)
+
+
+def image_seeds(
+    count: int,
+    *,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> list[int]:
+    """The seeds that name `count` images: seed + i, the given ones, drawn from the generator(s), or fresh ones.
+
+    Raises:
+        ValueError: if both are given, or a list is not one per image, or a seed is out of [0, 2**63).
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("give seed or generator, not both")
+    given = seed if seed is not None else generator
+    if isinstance(given, Sequence) and len(given) != count:
+        name = "seed" if seed is not None else "generator"
+        raise ValueError(f"{name} must be one or one an image, got {len(given)} for {count} images")
+    if isinstance(seed, Sequence):
+        return check_seeds(seed)
+    if seed is not None:
+        return check_seeds([seed + i for i in range(count)])
+    generators = generator if isinstance(generator, Sequence) else [generator] * count
+    return [_drawn_seed(source) for source in generators]
+
+
+def _drawn_seed(generator: torch.Generator | None) -> int:
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device, dtype=torch.int64))
+
+
+def check_sampling(sampling: dict[str, float]) -> dict[str, float]:
+    """The sampling defaults, if all of them are known.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    known = ("guidance_scale", "top_k", "top_p", "temperature")
+    unknown = [name for name in sampling if name not in known]
+    if unknown:
+        raise ValueError(f"sampling must hold only {', '.join(known)}, got {', '.join(unknown)}")
+    return dict(sampling)
+
+
+def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[int]:
+    """The class labels as a list.
+
+    Raises:
+        ValueError: if there are none or one is not in [0, num_classes).
+        TypeError: if one is not an int.
+    """
+    if isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.tolist()
+    labels = list(class_labels) if isinstance(class_labels, Sequence) else [class_labels]
+    if not labels:
+        raise ValueError("class_labels is empty: give at least one")
+    for label in labels:
+        if not isinstance(label, int | np.integer) or isinstance(label, bool):
+            raise TypeError(f"class_labels must be integers, got {label!r}")
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class_labels must be in 0..{num_classes - 1}, got {label}")
+    return labels
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _repeat(count: int, copies: int) -> torch.Tensor:
+    return torch.arange(count).repeat_interleave(copies)

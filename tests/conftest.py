@@ -1,0 +1,96 @@
+"""Tiny random-weight models and pipelines that every test file may use. They are built once and must not be changed.
+
+Images are 8x8 pixels; the token pyramid is 1x1, 2x2, 4x4 with 16 codes of 4 channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
+
+
+def liven(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """`module` in eval mode with noise on its weights: fresh gates are almost closed, and nothing would matter much."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_vqvae():
+    """A tokenizer of 8x8 images, stride 2."""
+    from tokenizer.model import MultiScaleVQ
+
+    return liven(MultiScaleVQ(channels=[8, 8], layers_per_block=1, attention=False, norm_groups=4, **TINY), 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_class_model():
+    """A transformer of 5 classes."""
+    from var.transformer import NextScaleTransformer
+
+    return liven(NextScaleTransformer(depth=2, width=32, heads=2, num_classes=5, **TINY), 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model():
+    """A transformer of texts of up to 40 bytes (with the end mark)."""
+    from var.transformer import NextScaleTransformer
+
+    sizes = {"depth": 2, "width": 32, "heads": 2, "text_width": 16, "text_length": 40}
+    return liven(NextScaleTransformer(conditioning="text", **sizes, **TINY), 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder():
+    """(tokenizer, encoder): bytes, and a random T5 of width 16."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    tokenizer = ByT5Tokenizer()
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=len(tokenizer), **sizes, is_encoder_decoder=False, use_cache=False)
+    torch.manual_seed(4)
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def class_pipeline(tiny_class_model, tiny_vqvae):
+    """NextScalePipeline of the class model, float32 on the CPU, silent."""
+    from sample.pipeline import NextScalePipeline
+
+    pipeline = NextScalePipeline(tiny_class_model, tiny_vqvae)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def text_pipeline(tiny_text_model, tiny_vqvae, tiny_text_encoder):
+    """NextScalePipeline of the text model, float32 on the CPU, silent."""
+    from sample.pipeline import NextScalePipeline
+
+    tokenizer, encoder = tiny_text_encoder
+    pipeline = NextScalePipeline(tiny_text_model, tiny_vqvae, tokenizer=tokenizer, text_encoder=encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def class_folder(class_pipeline, tmp_path_factory) -> Path:
+    """The class pipeline as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("class-model")
+    class_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(text_pipeline, tmp_path_factory) -> Path:
+    """The text pipeline as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("text-model")
+    text_pipeline.save_pretrained(folder)
+    return folder

@@ -1,0 +1,224 @@
+"""The pipeline: diffusers' conventions hold, a seed names an image, a saved pipeline draws the same images."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from sample.load import assemble, load_pipeline, model_digest, model_folder
+from sample.pipeline import NextScalePipeline, image_seeds
+from sample.plan import plain
+from sample.text import encode_prompts
+
+TEXTS = ["a red star", "a blue heart above a cross", "two rings"]
+
+
+def pixels(pipeline, *args, **options):
+    return pipeline(*args, output_type="np", **options).images
+
+
+def test_output_types_agree(class_pipeline):
+    made = {kind: class_pipeline(class_labels=2, seed=7, output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert made["pil"].images[0].size == (8, 8)
+    assert made["np"].images.shape == (1, 8, 8, 3) and made["np"].images.dtype == np.float32
+    assert made["np"].images.min() >= 0 and made["np"].images.max() <= 1
+    assert torch.equal(made["pt"].images, torch.from_numpy(made["np"].images).permute(0, 3, 1, 2))
+    assert np.array_equal(np.asarray(made["pil"].images[0]), (made["np"].images[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(class_pipeline.decode(made["latent"].images, "np"), made["np"].images)
+    assert [tuple(ids.shape) for ids in made["pil"].tokens] == [(1, 1), (1, 4), (1, 16)]
+    images, seeds, _tokens = class_pipeline(class_labels=2, seed=7, output_type="np", return_dict=False)
+    assert seeds == [7] and np.array_equal(images, made["np"].images)
+
+
+def test_a_batch_is_its_images_one_by_one(class_pipeline, text_pipeline):
+    together = class_pipeline(class_labels=[0, 1, 2, 3], seed=20, output_type="np")
+    assert together.seeds == [20, 21, 22, 23]
+    for i in range(4):
+        alone = class_pipeline(class_labels=i, seed=20 + i, output_type="np")
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone.tokens, together.tokens))
+        np.testing.assert_allclose(alone.images[0], together.images[i], atol=1e-5)
+    together = text_pipeline(TEXTS, seed=[5, 4, 3], output_type="np")
+    alone = [text_pipeline(text, seed=seed, output_type="np") for text, seed in zip(TEXTS, (5, 4, 3))]
+    np.testing.assert_allclose(np.concatenate([one.images for one in alone]), together.images, atol=1e-5)
+
+
+def test_images_per_prompt_follow_their_prompt(text_pipeline):
+    many = pixels(text_pipeline, TEXTS[:2], num_images_per_prompt=2, seed=1)
+    one_by_one = [pixels(text_pipeline, TEXTS[i // 2], seed=1 + i)[0] for i in range(4)]
+    np.testing.assert_allclose(many, np.stack(one_by_one), atol=1e-5)
+    assert not np.allclose(pixels(text_pipeline, TEXTS[1], seed=1)[0], many[0], atol=1e-3)  # the text matters
+
+
+def test_generators_name_images(class_pipeline):
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    one = class_pipeline(class_labels=[1, 1], generator=generator(3), output_type="np")
+    again = class_pipeline(class_labels=[1, 1], generator=generator(3), output_type="np")
+    assert one.seeds == again.seeds and one.seeds[0] != one.seeds[1]
+    assert np.array_equal(one.images, again.images)
+    listed = class_pipeline(class_labels=[1, 1], generator=[generator(3), generator(3)], output_type="np")
+    assert listed.seeds == [one.seeds[0]] * 2
+    from_seeds = pixels(class_pipeline, class_labels=[1, 1], seed=one.seeds)
+    assert np.array_equal(from_seeds, one.images)
+    torch.manual_seed(0)
+    fresh = [class_pipeline(class_labels=1).seeds for _ in range(2)]
+    assert fresh[0] != fresh[1]
+
+
+def test_callbacks_see_every_scale_and_may_change_the_image(class_pipeline):
+    seen = []
+
+    def watch(pipeline, k, side, tensors):
+        seen.append((pipeline is class_pipeline, k, side, tuple(tensors["tokens"].shape), sorted(tensors)))
+
+    watched = pixels(
+        class_pipeline,
+        class_labels=1,
+        seed=3,
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["f_hat", "tokens"],
+    )
+    assert seen == [(True, k, s, (1, s * s), ["f_hat", "tokens"]) for k, s in enumerate((1, 2, 4))]
+    assert np.array_equal(watched, pixels(class_pipeline, class_labels=1, seed=3))
+
+    def reset_first(pipeline, k, side, tensors):
+        return {"f_hat": tensors["f_hat"] + 5.0} if k == 0 else {}
+
+    plain_run = class_pipeline(class_labels=1, seed=3, output_type="latent")
+    changed = class_pipeline(class_labels=1, seed=3, output_type="latent", callback_on_step_end=reset_first)
+    assert torch.equal(plain_run.tokens[0], changed.tokens[0])
+    assert not torch.equal(plain_run.tokens[2], changed.tokens[2])  # later scales read the changed reconstruction
+    assert (changed.images - plain_run.images).mean() > 1
+
+
+def test_save_and_load_round_trip(class_pipeline, text_pipeline, class_folder, text_folder):
+    for pipeline, folder, what in (
+        (class_pipeline, class_folder, {"class_labels": [0, 3]}),
+        (text_pipeline, text_folder, {"prompt": TEXTS}),
+    ):
+        loaded = load_pipeline(folder, device="cpu")
+        loaded.set_progress_bar_config(disable=True)
+        assert np.array_equal(pixels(loaded, seed=2, **what), pixels(pipeline, seed=2, **what))
+
+
+def test_a_training_run_loads_by_its_parts(text_pipeline, text_folder, tmp_path):
+    export = tmp_path / "checkpoints" / "step_00000010" / "weights"
+    export.mkdir(parents=True)
+    for part in ("transformer", "vqvae", "text_encoder", "tokenizer"):
+        (export / part).symlink_to(text_folder / part)
+    (tmp_path / "latest").symlink_to(export)
+    assert model_folder(tmp_path) == model_folder(tmp_path / "latest") == export.resolve()
+    loaded = load_pipeline(tmp_path, device="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(pixels(loaded, TEXTS, seed=2), pixels(text_pipeline, TEXTS, seed=2))
+    (export / "vqvae").unlink()
+    with pytest.raises(FileNotFoundError, match="has no vqvae/config"):
+        assemble(export)
+
+
+def test_sampling_defaults_are_saved(tiny_class_model, tiny_vqvae, tmp_path):
+    pipeline = NextScalePipeline(tiny_class_model, tiny_vqvae, sampling={"top_k": 1, "guidance_scale": 3.0})
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path, device="cpu")
+    for pipe in (pipeline, loaded):
+        pipe.set_progress_bar_config(disable=True)
+    expected = pixels(pipeline, class_labels=1, seed=1, top_k=1, guidance_scale=3.0)
+    assert np.array_equal(pixels(loaded, class_labels=1, seed=1), expected)
+    assert np.array_equal(pixels(loaded, class_labels=1, seed=99), expected)  # top_k 1: the seed does not matter
+    assert not np.array_equal(pixels(loaded, class_labels=1, seed=99, top_k=0), expected)
+    assert model_digest(tmp_path) == model_digest(str(tmp_path))
+    with pytest.raises(ValueError, match="sampling must hold only"):
+        NextScalePipeline(tiny_class_model, tiny_vqvae, sampling={"guidance": 1})
+
+
+@pytest.mark.parametrize("how", ["load_pipeline", "to"])
+def test_bfloat16_keeps_the_quantiser_and_the_head(text_pipeline, text_folder, how):
+    loaded = load_pipeline(text_folder, dtype="bf16" if how == "load_pipeline" else "auto", device="cpu")
+    if how == "to":
+        loaded.to(torch.bfloat16)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.transformer.dtype == loaded.vqvae.dtype == loaded.text_encoder.dtype == torch.bfloat16
+    assert loaded.transformer.head.proj.weight.dtype == torch.float32
+    assert torch.equal(loaded.vqvae.quantizer.codebook.weight, text_pipeline.vqvae.quantizer.codebook.weight)
+    made = loaded("a red star", seed=1, output_type="np")
+    assert made.images.dtype == np.float32 and np.isfinite(made.images).all()
+
+
+def test_plans_negatives_and_smoothing(text_pipeline):
+    plan = plain(text_pipeline.transformer, guidance=2.0, top_k=5)
+    wanted = pixels(text_pipeline, TEXTS, seed=1, guidance_scale=2.0, top_k=5)
+    assert np.array_equal(pixels(text_pipeline, TEXTS, seed=1, plan=plan), wanted)
+    negative = pixels(
+        text_pipeline, TEXTS, seed=1, guidance_scale=2.0, top_k=5, negative_prompt="a long list of dull things"
+    )
+    assert not np.array_equal(negative, wanted)
+    listed = pixels(text_pipeline, TEXTS, seed=1, guidance_scale=0.0, negative_prompt=["x", "y", "z"])
+    assert np.array_equal(listed, pixels(text_pipeline, TEXTS, seed=1, guidance_scale=0.0))  # nothing pushes away
+    smooth = pixels(text_pipeline, TEXTS, seed=1, smooth=True)
+    assert smooth.shape == wanted.shape and not np.array_equal(smooth, pixels(text_pipeline, TEXTS, seed=1))
+
+
+def test_long_prompts_are_cut_with_one_line(text_pipeline, caplog):
+    text = "a red star left of a blue heart, above sea"  # 42 bytes and the end mark, for 40
+    with caplog.at_level(logging.WARNING, logger="sample.text"):
+        cut = pixels(text_pipeline, text, seed=1)
+    assert [record.getMessage() for record in caplog.records] == ["prompts are cut at 40 tokens; ignored: 'sea'"]
+    assert np.array_equal(cut, pixels(text_pipeline, text[:39], seed=1))
+
+
+def test_prompts_are_padded_to_the_longest(tiny_text_encoder):
+    prompt = encode_prompts(*tiny_text_encoder, ["a", "", "abc"], max_length=40)
+    assert prompt.states_BTE.shape == (3, 4, 16)
+    assert prompt.mask_BT.sum(dim=1).tolist() == [2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "this is a class model: give class_labels"),
+        ({"prompt": "a star"}, "this is a class model: give class_labels"),
+        ({"class_labels": 5}, "class_labels must be in 0..4, got 5"),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"class_labels": 1, "num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more, got 0"),
+        ({"class_labels": 1, "output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
+        ({"class_labels": 1, "top_k": -1}, "top_k must be 0"),
+        ({"class_labels": 1, "guidance_scale": -0.5}, "guidance must be 0"),
+        ({"class_labels": 1, "seed": -1}, "seed must be in"),
+        ({"class_labels": 1, "seed": [1, 2]}, "seed must be one or one an image, got 2 for 1 images"),
+        ({"class_labels": 1, "seed": 1, "generator": torch.Generator()}, "give seed or generator, not both"),
+        ({"class_labels": 1, "negative_prompt": "a"}, "negative_prompt is for text models"),
+        (
+            {"class_labels": 1, "callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latents"]},
+            "callback_on_step_end_tensor_inputs must be of f_hat, tokens, got latents",
+        ),
+    ],
+)
+def test_mistakes_are_named(class_pipeline, options, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        class_pipeline(**options)
+
+
+def test_more_mistakes(class_pipeline, text_pipeline, tmp_path):
+    with pytest.raises(TypeError, match="class_labels must be integers, got 1"):
+        class_pipeline(class_labels=1.5)
+    with pytest.raises(TypeError, match="prompt must be str, got int: 3"):
+        text_pipeline([3])
+    with pytest.raises(ValueError, match="this is a text model: give prompt"):
+        text_pipeline(class_labels=1)
+    with pytest.raises(ValueError, match="plan already says how to draw: leave out top_k"):
+        text_pipeline("a", plan=plain(text_pipeline.transformer), top_k=3)
+    with pytest.raises(ValueError, match="negative_prompt must be one text or one a prompt, got 2 for 3"):
+        text_pipeline(TEXTS, negative_prompt=["a", "b"])
+    with pytest.raises(FileNotFoundError, match="has no model_index"):
+        load_pipeline(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be one of auto"):
+        load_pipeline(tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match="device 'warp9' cannot be used"):
+        load_pipeline(tmp_path, device="warp9")
+
+
+def test_seeds_count_from_the_first():
+    assert image_seeds(3, seed=7) == [7, 8, 9]
+    assert image_seeds(2, seed=[9, 9]) == [9, 9]
