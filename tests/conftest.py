@@ -13,6 +13,10 @@ import torch
 TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--goldens", metavar="DIR", help="golden folders to compare with (default: tests/goldens)")
+
+
 def liven(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """`module` in eval mode with noise on its weights: fresh gates are almost closed, and nothing would matter much."""
     generator = torch.Generator().manual_seed(seed)

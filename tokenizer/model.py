@@ -11,6 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,10 +42,11 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         latent_channels: C, also the width of a code.
         vocab_size: codes in the codebook.
         schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
-        phi_ratio, num_phis, cosine, beta: see `MultiScaleQuantizer`.
+        phi_ratio, num_phis, cosine, beta, normalize_scales: see `MultiScaleQuantizer`.
         norm_groups: groups of every GroupNorm.
         patch: pixels folded into channels before the encoder and unfolded after the decoder (1: none); saves the
             costly finest level.
+        stem_channels: width of the encoder's first convolution where it is not that of the finest level.
     """
 
     _supports_gradient_checkpointing = True
@@ -64,8 +66,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         num_phis: int = 4,
         cosine: bool = False,
         beta: float = 0.25,
+        normalize_scales: bool = False,
         norm_groups: int = 32,
         patch: int = 1,
+        stem_channels: int | None = None,
     ):
         super().__init__()
         self.schedule = ScaleSchedule.of(schedule)
@@ -84,6 +88,11 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             double_z=False,
             **shared,
         )
+        if stem_channels not in (None, channels[0]):
+            self.encoder.conv_in = nn.Conv2d(3 * patch**2, stem_channels, kernel_size=3, padding=1)
+            self.encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
+                in_channels=stem_channels, out_channels=channels[0], temb_channels=None, groups=norm_groups, eps=1e-6
+            )
         self.decoder = Decoder(
             in_channels=latent_channels,
             out_channels=3 * patch**2,
@@ -101,6 +110,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             num_scales=len(self.schedule),
             cosine=cosine,
             beta=beta,
+            normalize_scales=normalize_scales,
         )
 
     @property

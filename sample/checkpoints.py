@@ -1,0 +1,154 @@
+"""Weight files of other projects: read without running code, streamed tensor by tensor, refused in one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+State = dict[str, torch.Tensor]
+
+_WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def read_state(path: str | Path, roots: Sequence[str], what: str) -> State:
+    """The state dict in a `.pth`, `.ckpt` or `.safetensors` file, mapped into memory rather than read.
+
+    A trainer's file may hold several state dicts in nested dictionaries: the one with the most keys that begin with
+    one of `roots` is taken.
+
+    Args:
+        what: what is looked for, for the message, e.g. "VAR transformer".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a Git LFS pointer, damaged, a pickle that holds more than data, or holds no such model.
+    """
+    path = Path(path)
+    _refuse_pointers(path)
+    nested = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    best = max(_state_dicts(nested), key=lambda state: _matches(state, roots), default={})
+    if not _matches(best, roots):
+        shown = ", ".join(list(best)[:3]) or "no tensor at all"
+        raise ValueError(f"{path} holds no {what}; it has {shown}")
+    return best
+
+
+def stream(
+    make_state: Callable[[], Mapping[str, torch.Tensor]], budget: int = 2**28
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (key, tensor) of a mapped state dict, mapping the file anew each `budget` bytes.
+
+    Pages of a mapped file that were touched count as memory until the mapping ends; so the peak stays near `budget`
+    plus the largest tensor, whatever the size of the file. A tensor is valid until the next one is asked for.
+    """
+    state, touched = make_state(), 0
+    for key in list(state):
+        if touched > budget:
+            state, touched = make_state(), 0
+        touched += state[key].nbytes
+        yield key, state[key]
+
+
+def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    """Write a state dict to one safetensors file, a tensor at a time, atomically (to `path` + ".tmp", then renamed)."""
+    path, header, offset = Path(path), {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in make_state().items():
+        end = offset + tensor.nbytes
+        header[key] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in stream(make_state):
+            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    os.replace(temporary, path)
+
+
+def _refuse_pointers(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a weight file is needed")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` or download the file itself"
+        )
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page, not weights: the download failed")
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise ValueError(
+                f"{path} is a pickle that would run or build {found[1]}; only plain tensors are read"
+            ) from None
+        raise ValueError(f"{path} is not a weight file torch can read") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _state_dicts(nested: object) -> Iterator[State]:
+    if not isinstance(nested, Mapping):
+        return
+    tensors = {_unwrapped(key): value for key, value in nested.items() if isinstance(value, torch.Tensor)}
+    if tensors:
+        yield tensors
+    for value in nested.values():
+        yield from _state_dicts(value)
+
+
+def _unwrapped(key: object) -> str:
+    key = str(key)
+    while key.startswith(_WRAPPERS):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def _matches(state: Mapping[str, torch.Tensor], roots: Sequence[str]) -> int:
+    return sum(key.startswith(tuple(roots)) for key in state)
