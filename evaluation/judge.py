@@ -263,34 +263,40 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> list[float]:
     return [float(max(min(centre - half, share), 0.0)), float(min(max(centre + half, share), 1.0))]
 
 
-def judge_report(images: Iterable[np.ndarray], metadatas: Sequence[dict]) -> dict:
-    """Score images against their captions: shares of correct images in [0, 1], with 95 % intervals under `*_ci95`.
+def score(correct: Sequence[bool], metadatas: Sequence[dict]) -> dict:
+    """Verdicts as shares of correct images in [0, 1], with 95 % intervals under `*_ci95`.
 
     Keys: each tag present; `overall`, the mean of their shares (GenEval's overall if all six are there); `seen` and
     `unseen`, over captions that name colours, by whether a pair they name is held out of training, where there are
     any; `n`. Shares have Wilson's interval; the mean of shares combines theirs (Zou and Donner 2008, MOVER).
-    Raises ValueError if there are no images.
+    Raises ValueError if there are no images, or a tag is none of ours.
     """
     if len(metadatas) == 0:
         raise ValueError("metadatas must not be empty: there is nothing to score")
-    correct = [verdict.correct for verdict in judge_batch(images, metadatas)]
     groups: dict[str, list[bool]] = {}
     for good, metadata in zip(correct, metadatas, strict=True):
         groups.setdefault(metadata["tag"], []).append(good)
         if "unseen" in metadata:
             groups.setdefault("unseen" if metadata["unseen"] else "seen", []).append(good)
+    tags = [tag for tag in TAGS if tag in groups]
+    if not tags:
+        raise ValueError(f"metadata tags must be among {', '.join(TAGS)}, got {', '.join(sorted(groups))}")
     report: dict = {"n": len(correct)}
     for name in (*TAGS, "seen", "unseen"):
         if name in groups:
             report[name] = float(np.mean(groups[name]))
             report[f"{name}_ci95"] = wilson(sum(groups[name]), len(groups[name]))
-    tags = [tag for tag in TAGS if tag in groups]
     shares = np.array([report[tag] for tag in tags])
     bounds = np.array([report[f"{tag}_ci95"] for tag in tags])
     reach = np.sqrt(((bounds - shares[:, None]) ** 2).sum(0)) / len(tags)
     report["overall"] = float(shares.mean())
     report["overall_ci95"] = [float(shares.mean() - reach[0]), float(shares.mean() + reach[1])]
     return report
+
+
+def judge_report(images: Iterable[np.ndarray], metadatas: Sequence[dict]) -> dict:
+    """`score` of `judge_batch`: images against their captions. Raises as both do."""
+    return score([verdict.correct for verdict in judge_batch(images, metadatas)], metadatas)
 
 
 def _truth(scene: Scene) -> list[Detection]:

@@ -1,0 +1,189 @@
+"""Networks that describe images for distribution metrics: one trained on scenes, shipped here, and Inception.
+
+Shapes: B images, h w pixels, c channels of a feature map, D features, P pairs of a shape and a colour.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from evaluation.scenes import CANVAS, COLOURS, SHAPES
+
+SHIPPED = Path(__file__).parent / "scene_features.safetensors"
+SIDE = int(CANVAS)  # pixels along the side of the images the scenes network reads
+WIDTHS = (16, 32, 64, 128)  # channels at 64, 32, 16 and 8 cells a side
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a network says about N images: features (N, D) float64, and the log-posterior of its classes (N, P)."""
+
+    features: torch.Tensor
+    log_posterior: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Describer(Protocol):
+    """A network for distribution metrics: `describe` maps uint8 (B, 3, h, w) to `Described`, B rows each."""
+
+    name: str
+
+    def describe(self, images_BCHW: torch.Tensor) -> Described: ...
+
+
+def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class SceneFeatures(nn.Module):
+    """A small convolutional network that finds and names the objects of a scene.
+
+    Four levels of 3x3 convolutions, `WIDTHS` channels at 64, 32, 16 and 8 cells a side. A linear head reads each of
+    the 8 x 8 cells: whether an object is centred there, its shape (8) and its colour (10). From these:
+    the features of FD-scenes are the last level averaged over its cells (D = 128);
+    the classes of IS-scenes are the 80 pairs of shape and colour, and their posterior is that of one object of the
+    image picked at random: cells weighted by how likely an object is centred in them;
+    the feature maps of a perceptual loss are the four levels (`maps`).
+    """
+
+    name = "scenes"
+    num_features = WIDTHS[-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        levels = [_block(3, WIDTHS[0], 1)]
+        for narrow, wide in itertools.pairwise(WIDTHS):
+            levels.append(nn.Sequential(_block(narrow, wide, 2), _block(wide, wide, 1)))
+        self.levels = nn.ModuleList(levels)
+        self.head = nn.Conv2d(WIDTHS[-1], 1 + len(SHAPES) + len(COLOURS), 1)
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, h, w) in [-1, 1] to four maps (B, c, h', w') at strides 1, 2, 4, 8; any h, w of 8 or more."""
+        found = []
+        for level in self.levels:
+            x = level(x)
+            found.append(x)
+        return found
+
+    def cells(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images in [-1, 1] to logits of every cell: object (B, 1, 8, 8), shape (B, 8, 8, 8), colour (B, 10, 8, 8)."""
+        return self.head(self.maps(x)[-1]).float().split((1, len(SHAPES), len(COLOURS)), dim=1)
+
+    @torch.no_grad()
+    def describe(self, images_BCHW: torch.Tensor) -> Described:
+        """uint8 (B, 3, h, w) sRGB, averaged to 64 x 64 if of another size. Posterior classes: shape-major pairs.
+
+        Raises ValueError if the images are not uint8.
+        """
+        if images_BCHW.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, got {images_BCHW.dtype}")
+        x = images_BCHW.to(self.head.weight.device, torch.float32)
+        if tuple(x.shape[-2:]) != (SIDE, SIDE):
+            x = F.interpolate(x, (SIDE, SIDE), mode="area").round()
+        last = self.maps(x.div(127.5).sub(1))[-1]
+        logits = self.head(last).float().double().split((1, len(SHAPES), len(COLOURS)), dim=1)
+        return Described(last.double().mean((2, 3)), pair_posterior(*logits))
+
+
+def pair_posterior(object_B1hw: torch.Tensor, shape_Bshw: torch.Tensor, colour_Bchw: torch.Tensor) -> torch.Tensor:
+    """Cell logits to the log-probability (B, 80) that an object picked at random is of a shape and colour."""
+    weight = F.logsigmoid(object_B1hw)
+    weight = weight - weight.logsumexp((1, 2, 3), keepdim=True)
+    shape = rearrange(shape_Bshw.log_softmax(1), "b s h w -> b s 1 (h w)")
+    colour = rearrange(colour_Bchw.log_softmax(1), "b c h w -> b 1 c (h w)")
+    pairs = (shape + colour + rearrange(weight, "b 1 h w -> b 1 1 (h w)")).logsumexp(-1)
+    return rearrange(pairs, "b s c -> b (s c)")
+
+
+def load_scene_features(path: str | Path = SHIPPED) -> SceneFeatures:
+    """The trained scenes network in eval mode, float32, gradients off. Raises FileNotFoundError without the file."""
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"scene features {path} do not exist: make them with python -m train.train_features")
+    network = SceneFeatures()
+    weights = {name: w for name, w in load_file(path).items() if not name.startswith("reference_")}
+    network.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
+class InceptionFeatures:
+    """Inception v3 of 2015-12-05 through torchmetrics and torch-fidelity: pool_3 features (2048) and class posterior.
+
+    Images are resized to 299 as TensorFlow 1 did (the ADM evaluator's protocol). The posterior's logits have no bias,
+    as in that evaluator.
+
+    weights: local `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
+    Raises FileNotFoundError if `weights` does not exist, ValueError if torch-fidelity is missing or weights unusable.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> None:
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"inception_weights {weights} does not exist: give the .pth file of torch-fidelity")
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            self.network = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], str(weights) if weights is not None else None, antialias=False
+            ).to(device)
+        except ImportError as error:
+            raise ValueError(
+                f"FID, IS and KID need the eval extra: pip install 'nextscale[eval]' ({_first_line(error)})"
+            ) from None
+        except Exception as error:  # a download or an unpickling can raise almost anything
+            source = f"file {weights}" if weights is not None else "download (use --inception-weights FILE offline)"
+            raise ValueError(f"Inception weights could not be read from {source}: {_first_line(error)}") from None
+
+    @torch.no_grad()
+    def describe(self, images_BCHW: torch.Tensor) -> Described:
+        """uint8 (B, 3, h, w) of any size."""
+        weight = self.network.fc.weight
+        features = self.network(images_BCHW.to(weight.device))
+        return Described(features.double(), (features @ weight.T).double().log_softmax(1))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_all(describer: Describer, images: Iterable[np.ndarray] | np.ndarray, *, batch_size: int = 64) -> Described:
+    """Describe a stream of uint8 (h, w, 3) images, all of one size, in batches; rows in the order of the stream.
+
+    Raises ValueError if there are none, or their sizes differ within a batch.
+    """
+    found: list[Described] = []
+    batch: list[np.ndarray] = []
+
+    def flush() -> None:
+        found.append(describer.describe(_stack(batch)))
+        batch.clear()
+
+    for image in images:
+        batch.append(image)
+        if len(batch) == batch_size:
+            flush()
+    if batch:
+        flush()
+    if not found:
+        raise ValueError("images must not be empty: there is nothing to describe")
+    return Described(torch.cat([d.features for d in found]).cpu(), torch.cat([d.log_posterior for d in found]).cpu())
+
+
+def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"images must all have the same size, got {', '.join(map(str, sorted(shapes)))}")
+    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")

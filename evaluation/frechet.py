@@ -1,0 +1,151 @@
+"""Distances and scores of image distributions from features: Frechet distance, inception score, KID, with intervals.
+
+FID is the Frechet distance on Inception features, FD-scenes the one on the scenes network's; the arithmetic is the
+same. Inception score and KID are torchmetrics'.
+
+Shapes: N images, D features, P classes.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+Z95 = 1.959964
+FEW = 2000  # below this many images a Frechet distance is mostly its own bias
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Frechet distance needs of a set: mean (D,), covariance (D, D), both float64; n, its size if known."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    n: int | None = None
+
+
+def moments(features_ND: torch.Tensor) -> Moments:
+    """Mean and unbiased covariance of (N, D) features. Raises ValueError if there are fewer than 2."""
+    if len(features_ND) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 images on each side, got {len(features_ND)}")
+    features = features_ND.double()
+    mean = features.mean(0)
+    centred = features - mean
+    return Moments(mean, centred.T @ centred / (len(features) - 1), len(features))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+
+    (Heusel et al. 2017, equation 6.) The trace of the root is that of the symmetric (R S_b R)^(1/2) with R = S_a^(1/2),
+    so singular covariances need no care. Symmetric in a and b; never negative.
+    Raises ValueError if the numbers of features differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features must be of one network, got {len(a.mean)} and {len(b.mean)} of them")
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def bootstrap_interval(
+    statistic: Callable[[torch.Tensor], float], value: float, n: int, *, resamples: int, seed: int = 0
+) -> list[float]:
+    """95 % interval [low, high] around `value`: +-1.96 standard deviations of `statistic` over resampled images.
+
+    `statistic` maps row indices (n,), drawn with replacement, to a float. The spread is used and not the quantiles:
+    resampled sets have fewer distinct images, which pushes a Frechet distance up. The interval tells how far another
+    sample of `n` images might land, not how far `n` is from infinity.
+    """
+    rng = np.random.default_rng((seed, n))
+    drawn = [statistic(torch.from_numpy(rng.integers(n, size=n))) for _ in range(resamples)]
+    half = Z95 * float(np.std(drawn, ddof=1))
+    return [max(value - half, 0.0), value + half]
+
+
+def frechet_interval(
+    features_ND: torch.Tensor, reference: Moments, value: float, *, resamples: int, seed: int = 0
+) -> list[float]:
+    """`bootstrap_interval` of a Frechet distance to a fixed reference."""
+    return bootstrap_interval(
+        lambda rows: frechet_distance(moments(features_ND[rows]), reference),
+        value,
+        len(features_ND),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+class _Given(nn.Identity):
+    """Stands where torchmetrics wants a network: the features are already there."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """torchmetrics shuffles with torch's global generator and warns of its buffers: seed the one, hush the other."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        yield
+
+
+def inception_score(log_posterior_NP: torch.Tensor, *, splits: int = 1, seed: int = 0) -> tuple[float, float]:
+    """exp(mean KL(p(y|x) || p(y))) over `splits` shuffled parts: (mean, standard deviation over parts, 0 for one).
+
+    (Salimans et al. 2016.) Published scores use 10 parts of 5000 images. Raises ValueError if a part would be empty.
+    """
+    from torchmetrics.image.inception import InceptionScore
+
+    if not 1 <= splits <= len(log_posterior_NP):
+        raise ValueError(f"splits must be 1 to {len(log_posterior_NP)}, the number of images, got {splits}")
+    with _drawing_from(seed):
+        metric = InceptionScore(feature=_Given(log_posterior_NP.shape[1]), splits=splits)
+        metric.update(log_posterior_NP)
+        mean, spread = metric.compute()
+    return float(mean), float(spread) if splits > 1 else 0.0
+
+
+def inception_score_interval(
+    log_posterior_NP: torch.Tensor, value: float, *, resamples: int, seed: int = 0
+) -> list[float]:
+    """`bootstrap_interval` of a one-part inception score."""
+    return bootstrap_interval(
+        lambda rows: inception_score(log_posterior_NP[rows])[0],
+        value,
+        len(log_posterior_NP),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def kernel_distance(
+    features_ND: torch.Tensor, reference_ND: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, list[float], int]:
+    """KID (Binkowski et al. 2018): the polynomial-kernel MMD^2 averaged over random subsets.
+
+    Returns (value, 95 % interval, subset size used: at most half of the smaller set). The interval scales the spread
+    over subsets to all images: +-1.96 std sqrt(subset size / images). Raises ValueError on fewer than 4 images.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    fewest = min(len(features_ND), len(reference_ND))
+    if fewest < 4:
+        raise ValueError(f"KID needs at least 4 images on each side, got {fewest}")
+    size = min(subset_size, fewest // 2)
+    with _drawing_from(seed):
+        metric = KernelInceptionDistance(feature=_Given(features_ND.shape[1]), subsets=subsets, subset_size=size)
+        metric.update(reference_ND, real=True)
+        metric.update(features_ND, real=False)
+        mean, spread = metric.compute()
+    half = Z95 * float(spread) * (size / fewest) ** 0.5
+    return float(mean), [float(mean) - half, float(mean) + half], size
