@@ -403,6 +403,21 @@ def test_ranks_share_a_stream(tmp_path, shards):
     assert sorted(seen) == sorted(f"picture {i}" for i in range(6 * shards))
 
 
+def test_parquet_streams_resume_in_the_middle_of_a_row_group(tmp_path):
+    for i in range(2):
+        write_parquet(tmp_path / f"{i}.parquet", 19, text=[f"t{j}" for j in range(19 * i, 19 * i + 19)])
+    options = config("parquet", str(tmp_path / "*.parquet"), tmp_path, streaming=True, shuffle_buffer=5)
+    straight = [item["caption"] for item in take(build_dataset(options), 80)]
+    seen, state = [], None
+    for count in (3, 20, 17, 40):
+        stream = build_dataset(options)
+        if state is not None:
+            stream.load_state_dict(state)
+        seen += [item["caption"] for item in take(stream, count)]
+        state = json.loads(json.dumps(stream.state_dict()))
+    assert seen == straight
+
+
 def test_the_number_of_a_streams_classes_is_declared(tmp_path):
     options = config("webdataset", tars(tmp_path, 1), tmp_path, streaming=True)
     assert build_dataset(options).num_classes is None
