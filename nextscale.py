@@ -1,0 +1,109 @@
+"""nextscale: next-scale ("visual autoregressive") image generation. The public names, and the `nextscale` command.
+
+Names are imported when they are first used, so that `import nextscale` and `nextscale --help` are quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+__version__ = "0.1.0"
+
+NAMES = {
+    "ScaleSchedule": "tokenizer.schedule",
+    "MultiScaleQuantizer": "tokenizer.quantizer",
+    "MultiScaleVQ": "tokenizer.model",
+    "NextScaleTransformer": "var.transformer",
+    "ClassPrompt": "var.conditioning",
+    "TextPrompt": "var.conditioning",
+    "KVCache": "var.cache",
+    "Filter": "sample.draw",
+    "Guidance": "sample.guidance",
+    "Plan": "sample.plan",
+    "Stage": "sample.plan",
+    "plain": "sample.plan",
+    "collaborative": "sample.plan",
+    "GenerationState": "sample.state",
+    "Hook": "sample.state",
+    "generate": "sample.generate",
+    "NextScalePipeline": "sample.pipeline",
+    "NextScaleOutput": "sample.pipeline",
+    "load_pipeline": "sample.load",
+    "image_stream": "sample.images",
+    "make_requests": "sample.images",
+}
+
+# command -> (module with configure(parser) and run(args) -> exit code, what it does)
+COMMANDS = {
+    "sample": ("sample.cli", "draw images of texts or classes"),
+    "evaluate": ("evaluation.cli", "measure images or a model"),
+}
+
+__all__ = [*NAMES, "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module 'nextscale' has no attribute {name!r}")
+    return getattr(importlib.import_module(NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *NAMES})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ValueErrors, so that every mistake is reported in the same one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError(message)."""
+        raise ValueError(f"{message} ({self.prog} --help shows what is allowed)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `nextscale` command.
+
+    Returns:
+        The exit code: 0; 1 if a measurement says no; 2 on a mistake, told in one line; 130 when interrupted.
+    """
+    try:
+        return run_command(sys.argv[1:] if argv is None else list(argv))
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("NEXTSCALE_TRACEBACK"):
+            raise
+        print(f"nextscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nextscale: stopped", file=sys.stderr)
+        return 130
+
+
+def run_command(argv: list[str]) -> int:
+    """Read the command's name, then let its module read the rest and run."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    parser = Parser(
+        prog="nextscale",
+        description="Next-scale (visual autoregressive) image generation.",
+        epilog=f"commands:\n{listed}\n\nnextscale COMMAND --help shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nextscale {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    if not argv:
+        parser.print_help()
+        return 0
+    command = parser.parse_args(argv[:1]).command
+    module = importlib.import_module(COMMANDS[command][0])
+    options = Parser(prog=f"nextscale {command}", allow_abbrev=False)
+    module.configure(options)
+    return module.run(options.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

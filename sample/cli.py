@@ -1,0 +1,260 @@
+"""`nextscale sample`: its options, and the job they describe. Torch is imported when the job starts, not to parse."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
+    from sample.images import Job, PngFolder, Request, Sink
+    from sample.pipeline import NextScalePipeline
+
+EXAMPLES = """examples:
+  nextscale sample "a red star left of a blue heart" --n 4 --seed 7 --out pictures/
+  nextscale sample "two green rings" --n 2 --show-scales
+  nextscale sample --prompts prompts.txt --n 4 --out geneval/      a line is a prompt, or one JSON object of GenEval's
+  nextscale sample --model runs/cifar10 --class all --n 100 --out samples.npz
+  accelerate launch -m nextscale sample --prompts prompts.txt --out geneval/    the same images, by several processes
+
+The same command again goes on where it stopped; finished images are kept."""
+
+GRID_LIMIT = 64  # pictures in the overview
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale sample`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Draw images of texts or classes.", EXAMPLES
+    what = parser.add_argument_group("what to draw (one of)")
+    what.add_argument("prompt", nargs="*", help="a text, or several")
+    what.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="texts or GenEval's JSON, one a line; makes a GenEval tree"
+    )
+    what.add_argument("--class", dest="classes", metavar="LIST", help="classes: 3 or 0,3,7 or 0-9 or all")
+    what.add_argument("--n", type=int, default=1, help="images of each (1)")
+    what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
+    what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
+
+    how = parser.add_argument_group("how (the model's own settings unless given)")
+    how.add_argument("--guidance", type=float, help="strength of guidance; 0 is none")
+    how.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0 is all")
+    how.add_argument("--top-p", type=float, help="then from the likeliest that make up this probability")
+    how.add_argument("--temperature", type=float, help="below 1 draws likelier tokens")
+    how.add_argument("--smooth", action="store_true", help="blend codes: smoother pictures, not for measurements")
+
+    where = parser.add_argument_group("with what, to where")
+    where.add_argument(
+        "--model", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
+    )
+    where.add_argument(
+        "--out", type=Path, default=Path("pictures"), help="a folder, or FILE.npz for ADM's format (pictures)"
+    )
+    where.add_argument("--show-scales", action="store_true", help="also show each image from coarse to fine")
+    where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
+    where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say.
+
+    Returns:
+        0; 130 when interrupted.
+
+    Raises:
+        ValueError, FileNotFoundError: on options that make no sense, naming them.
+    """
+    prompts, metadata = read_prompts(args)
+    to_npz = args.out.suffix == ".npz"
+    if to_npz and args.show_scales:
+        raise ValueError("--show-scales needs a folder to write to, and --out is an npz file")
+
+    from diffusers.utils.logging import disable_progress_bar
+
+    from sample.images import image_stream, make_requests, process_share
+    from sample.load import load_pipeline
+
+    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    disable_progress_bar()
+    if prompts is None:
+        prompts = read_classes(args.classes, pipeline)
+    requests = make_requests(prompts, per_prompt=args.n, seed=args.seed, metadata=metadata)
+    sink, job = make_sink(args, pipeline, requests)
+    job.check()
+    mine = process_share(requests, sink.block)
+    todo = sink.missing(mine)
+    stream = image_stream(
+        pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call_options(args)
+    )
+    started = time.perf_counter()
+    try:
+        write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
+        seconds = time.perf_counter() - started
+        written = finish(args, sink, requests)
+    except KeyboardInterrupt:
+        left = len(sink.missing(requests))
+        print(
+            f"\nnextscale: stopped with {len(requests) - left} of {len(requests)} images done; "
+            "the same command continues",
+            file=sys.stderr,
+        )
+        return 130
+    if written is not None:
+        rate = f", {len(todo) / seconds:.1f} images/s" if todo else ""
+        print(f"{written}: {len(requests)} images ({len(mine) - len(todo)} were there already){rate}")
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[str, Any]] | None]:
+    """The texts to draw (None when classes are asked for), and their GenEval metadata if they have any.
+
+    Raises:
+        ValueError: if not exactly one of texts, file and classes is given, or a line cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    given = [bool(args.prompt), args.prompts is not None, args.classes is not None]
+    if sum(given) != 1:
+        raise ValueError(
+            'give what to draw: a text ("a red star"), or --prompts FILE, or --class 3, and only one of them'
+        )
+    if args.n < 1:
+        raise ValueError(f"--n must be 1 or more, got {args.n}")
+    if args.prompts is None:
+        return args.prompt or None, None
+    if not args.prompts.is_file():
+        raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
+    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts {args.prompts} holds no line")
+    if not lines[0].startswith("{"):
+        return lines, None
+    metadata = [_metadata(args.prompts, number, line) for number, line in enumerate(lines, 1)]
+    return [entry["prompt"] for entry in metadata], metadata
+
+
+def _metadata(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        if isinstance(entry["prompt"], str):
+            return entry
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--prompts {path} line {number} is not a JSON object with a prompt, as the first line is")
+
+
+def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
+    """The classes of "3", "0,3,7", "0-9" or "all".
+
+    Raises:
+        ValueError: if `text` is none of these, or the model knows no such classes.
+    """
+    from sample.pipeline import check_classes
+
+    if not pipeline.by_class:
+        raise ValueError('--class is for class models, and this model reads texts: give one, e.g. "a red star"')
+    if text == "all":
+        return list(range(pipeline.transformer.config.num_classes))
+    classes: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--class must be like 3 or 0,3,7 or 0-9 or all, got {text!r}")
+        classes += range(int(first), int(last or first) + 1)
+    return check_classes(classes, pipeline.transformer.config.num_classes)
+
+
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that go into the pipeline's call, without those left to the model."""
+    options = {
+        "guidance_scale": args.guidance,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "temperature": args.temperature,
+        "negative_prompt": args.negative,
+        "smooth": args.smooth or None,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def make_sink(args: argparse.Namespace, pipeline: NextScalePipeline, requests: list[Request]) -> tuple[Sink, Job]:
+    """Where the images go, and what must not change between the runs of one job."""
+    from sample.images import GenEvalTree, Job, NpzFile, PngFolder, requests_digest
+    from sample.load import model_digest
+
+    own = pipeline.config.sampling or {}
+    settings = {
+        "model": str(args.model),
+        "model_digest": model_digest(args.model),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        **own,
+        **call_options(args),
+    }
+    informal = ("model",)  # a folder may have moved
+    if args.out.suffix == ".npz":
+        of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}
+        return NpzFile(args.out, requests), Job(args.out.with_suffix(".json"), of_job, informal)
+    if args.prompts is not None:
+        of_job = {**settings, "n": args.n, "requests": requests_digest(requests)}
+        tree = GenEvalTree(args.out, settings, every_scale=args.show_scales)
+        return tree, Job(args.out / "settings.json", of_job, informal)
+    pictures = PngFolder(args.out, settings, every_scale=args.show_scales)
+    return pictures, Job(args.out / "settings.json", settings, informal)
+
+
+def write_all(stream: Iterator[tuple[Request, np.ndarray]], sink: Sink, job: Job, *, total: int, done: int) -> None:
+    """Write what comes under a progress bar: `total` images, of which `done` are there. The job's settings go first."""
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    quiet = not PartialState().is_local_main_process or None  # None: also off where stderr is no terminal
+    with tqdm(total=total, initial=done, unit="image", disable=quiet) as bar:
+        for request, image in stream:
+            job.save()
+            sink.write(request, image)
+            bar.update()
+
+
+def finish(args: argparse.Namespace, sink: Sink, requests: list[Request]) -> str | None:
+    """Wait for the other processes, complete the output; what was written, in words (None in all but one process)."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    sink.finish()
+    if args.out.suffix == ".npz":
+        return str(args.out)
+    if args.prompts is not None:
+        return f"{args.out} (GenEval tree)"
+    overviews = [path.name for path in write_overviews(args, sink, requests)]
+    return f"{args.out}" + (f" (see {', '.join(overviews)})" if overviews else "")
+
+
+def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Request]) -> list[Path]:
+    """A grid of several images, and with --show-scales the rows of scales under each other; their paths."""
+    from PIL import Image
+
+    from sample.images import file_stem, grid, write_png
+
+    shown = requests[:GRID_LIMIT]
+    stem = file_stem(requests[0].prompt) if len({r.prompt for r in requests}) == 1 else "all"
+    sheets = []
+    if len(shown) > 1:
+        images = [Image.open(sink.path(request)).convert("RGB") for request in shown]
+        sheets.append((sink.folder / f"{stem}_grid.png", grid(images)))
+    if args.show_scales:
+        rows = [Image.open(sink.scales_path(request)).convert("RGB") for request in shown]
+        sheets.append((sink.folder / f"{stem}_scales.png", grid(rows, columns=1)))
+    for path, sheet in sheets:
+        write_png(path, sheet)
+    return [path for path, _ in sheets]

@@ -1,0 +1,373 @@
+"""Requests to a stream of images, and the places where images end up. What is finished is never made again.
+
+Every file is written under a temporary name and renamed, so what exists is whole. An image depends on its request and
+the settings alone: any batch size and any number of processes give the same files.
+
+Shapes: K scales, h w pixels. Images are uint8 RGB, (h, w, 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from sample.state import GenerationState, Hook
+
+if TYPE_CHECKING:
+    from sample.pipeline import NextScalePipeline
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make.
+
+    Attributes:
+        prompt: a text, or an int: a class for a class model.
+        seed: the image's name.
+        group: which prompt of the job this is.
+        place: which image of that prompt this is.
+        metadata: the GenEval line of the prompt, if it came from such a file.
+    """
+
+    prompt: str | int
+    seed: int
+    group: int = 0
+    place: int = 0
+    metadata: dict[str, Any] | None = None
+
+
+def make_requests(
+    prompts: Sequence[str | int],
+    *,
+    per_prompt: int = 1,
+    seed: int = 0,
+    metadata: Sequence[dict[str, Any]] | None = None,
+) -> list[Request]:
+    """`per_prompt` images of each prompt; image i of them all gets seed + i, as in one call of the pipeline."""
+    return [
+        Request(prompt, seed + group * per_prompt + place, group, place, metadata[group] if metadata else None)
+        for group, prompt in enumerate(prompts)
+        for place in range(per_prompt)
+    ]
+
+
+def image_stream(
+    pipeline: NextScalePipeline,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 16,
+    every_scale: bool = False,
+    **settings: Any,
+) -> Iterator[tuple[Request, np.ndarray]]:
+    """Every request with its image, in order, made batch by batch as they are asked for.
+
+    Args:
+        requests: what to make; give `sink.missing(requests)` to leave out what is finished.
+        batch_size: images made at once.
+        every_scale: yield (K, h, w, 3), the picture after each scale, instead of the last one (h, w, 3).
+        settings: of the pipeline's call: guidance_scale, top_k, plan, hooks, ...
+
+    Raises:
+        ValueError: on a setting that is not allowed.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    hooks = tuple(settings.pop("hooks", ()))
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        history = History() if every_scale else None
+        name = "class_labels" if isinstance(batch[0].prompt, int) else "prompt"
+        output = pipeline(
+            **{name: [request.prompt for request in batch]},
+            seed=[request.seed for request in batch],
+            output_type="latent",
+            hooks=(*hooks, history) if history else hooks,
+            **settings,
+        )
+        if history is None:
+            yield from zip(batch, to_uint8(pipeline.decode(output.images, "np")))
+        else:
+            scales = [to_uint8(pipeline.decode(f_hat, "np")) for f_hat in history.f_hats]
+            yield from zip(batch, np.stack(scales, axis=1))
+
+
+class History(Hook):
+    """Keeps the running reconstruction (B, C, H, W) after each scale."""
+
+    def __init__(self) -> None:
+        self.f_hats: list[torch.Tensor] = []
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """After scale k."""
+        self.f_hats.append(state.f_hat_BCHW)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[0, 1] floats to 0..255 by rounding: what a PNG of the image holds."""
+    return (image * 255).round().astype(np.uint8)
+
+
+def process_share(requests: Sequence[Request], block: int = 1) -> list[Request]:
+    """This process's requests: blocks of `block` are dealt round to the processes that accelerate started."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    return [r for i, r in enumerate(requests) if i // block % state.num_processes == state.process_index]
+
+
+# --- where images end up ---------------------------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """Where images end up.
+
+    Attributes:
+        block: requests that must stay together in one process.
+    """
+
+    block: int
+
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests that are not finished."""
+
+    def write(self, request: Request, image: np.ndarray) -> None:
+        """Take an image (h, w, 3), or the pictures (K, h, w, 3) after each scale."""
+
+    def finish(self) -> None:
+        """Called once, in one process, when all processes have written all images."""
+
+
+class PngFolder:
+    """DIR/<prompt>_seed<seed>.png for every request, with its request and settings in the PNG's text.
+
+    Args:
+        folder: made if missing.
+        settings: what made the images, JSON-able; an image holding others is made again.
+        every_scale: also keep DIR/scales/<name>.png, a row of the pictures after each scale.
+    """
+
+    block = 1
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, every_scale: bool = False):
+        self.folder, self.settings, self.every_scale = Path(folder), settings, every_scale
+
+    def path(self, request: Request) -> Path:
+        """Where the image of a request goes."""
+        return self.folder / f"{file_stem(request.prompt)}_seed{request.seed}.png"
+
+    def scales_path(self, request: Request) -> Path:
+        """Where its row of scales goes."""
+        return self.folder / "scales" / self.path(request).name
+
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests without a whole PNG of the same request and settings."""
+        return [request for request in requests if not self._holds(request)]
+
+    def write(self, request: Request, image: np.ndarray) -> None:
+        """Write the PNG; for (K, h, w, 3) also the row of scales."""
+        text = image_text(request, self.settings)
+        if image.ndim == 4:
+            write_png(self.scales_path(request), np.concatenate(image, axis=1), text)
+            image = image[-1]
+        write_png(self.path(request), image, text)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def _holds(self, request: Request) -> bool:
+        paths = [self.path(request), *([self.scales_path(request)] if self.every_scale else [])]
+        wanted = image_text(request, self.settings)
+        return all(read_png_text(path) == wanted for path in paths)
+
+
+class GenEvalTree(PngFolder):
+    """GenEval's tree: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png, a folder per prompt."""
+
+    def path(self, request: Request) -> Path:
+        """Where the image of a request goes."""
+        return self.folder / f"{request.group:05d}" / "samples" / f"{request.place:04d}.png"
+
+    def scales_path(self, request: Request) -> Path:
+        """Where its row of scales goes."""
+        return self.folder / f"{request.group:05d}" / "scales" / f"{request.place:04d}.png"
+
+    def write(self, request: Request, image: np.ndarray) -> None:
+        """Write the PNG, and first its prompt's metadata."""
+        metadata = self.folder / f"{request.group:05d}" / "metadata.jsonl"
+        if not metadata.exists():
+            write_text(metadata, json.dumps(request.metadata or {"prompt": request.prompt}) + "\n")
+        super().write(request, image)
+
+
+class NpzFile:
+    """One npz with `arr_0`, uint8 (N, h, w, 3) in the order of the requests: what ADM's evaluator reads.
+
+    Until it is complete, its shards lie in FILE.parts/.
+
+    Args:
+        path: the file.
+        requests: all requests of all processes.
+        block: images in a shard; an interrupted job loses at most one of them per process.
+    """
+
+    def __init__(self, path: Path, requests: Sequence[Request], *, block: int = 256):
+        self.path, self.requests, self.block = Path(path), list(requests), block
+        self.parts = self.path.with_name(f"{self.path.name}.parts")
+        self._index = {(request.group, request.place): i for i, request in enumerate(self.requests)}
+        self._waiting: dict[int, dict[int, np.ndarray]] = {}
+
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests of shards that are not written; none when the file exists."""
+        if self.path.exists():
+            return []
+        return [request for request in requests if not self._shard(self._place(request) // self.block).exists()]
+
+    def write(self, request: Request, image: np.ndarray) -> None:
+        """Keep the image until its shard is complete."""
+        index = self._place(request)
+        shard = index // self.block
+        waiting = self._waiting.setdefault(shard, {})
+        waiting[index] = image
+        if len(waiting) == len(self.requests[shard * self.block : (shard + 1) * self.block]):
+            stacked = np.stack([waiting[i] for i in sorted(waiting)])
+            atomically(self._shard(shard), lambda partial: np.save(partial, stacked))
+            del self._waiting[shard]
+
+    def finish(self) -> None:
+        """Join the shards into the file, one shard in memory at a time, and remove them."""
+        if not self.path.exists():
+            atomically(self.path, self._join)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _place(self, request: Request) -> int:
+        return self._index[request.group, request.place]
+
+    def _shard(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.npy"
+
+    def _join(self, partial: Path) -> None:
+        shards = [self._shard(number) for number in range(ceil(len(self.requests) / self.block))]
+        shape = (len(self.requests), *np.load(shards[0], mmap_mode="r").shape[1:])
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with (
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for shard in shards:
+                file.write(np.load(shard).tobytes())
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of a job, kept in a file beside its images so that no folder mixes images of different settings.
+
+    Attributes:
+        path: the file.
+        settings: JSON-able.
+        informal: names of settings that may differ.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    informal: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise a ValueError that names the first difference, if other settings made what is there."""
+        if not self.path.exists():
+            return
+        there = json.loads(self.path.read_text(encoding="utf-8"))
+        for name in sorted({*there, *self.settings} - set(self.informal)):
+            before, now = there.get(name), self.settings.get(name)
+            if before != now:
+                raise ValueError(f"{self.path} is of images with {name} {before!r}, not {now!r}: choose another --out")
+
+    def save(self) -> None:
+        """Write the file unless it is there."""
+        if not self.path.exists():
+            write_text(self.path, json.dumps(self.settings, indent=2) + "\n")
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """Twelve hexadecimal digits that change with any prompt, seed or their order."""
+    lines = "\n".join(json.dumps([r.prompt, r.seed]) for r in requests)
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def file_stem(prompt: str | int) -> str:
+    """A readable file name of a prompt or class; different prompts get different names."""
+    if isinstance(prompt, int):
+        return f"class-{prompt}"
+    plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].rstrip("-")
+    if plain == prompt.replace(" ", "-"):
+        return plain
+    return f"{plain}-{zlib.crc32(prompt.encode()):08x}".lstrip("-")
+
+
+def image_text(request: Request, settings: dict[str, Any]) -> dict[str, str]:
+    """What a PNG says about itself: `prompt` or `class`, `seed`, and all `settings` as JSON."""
+    kind = "class" if isinstance(request.prompt, int) else "prompt"
+    return {kind: str(request.prompt), "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
+
+
+def write_png(path: Path, image: np.ndarray | Image.Image, text: dict[str, str] | None = None) -> None:
+    """Write a PNG with text entries, atomically; the folder is made if missing."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        info.add_text(name, value) if value.isascii() else info.add_itxt(name, value)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    atomically(path, lambda partial: picture.save(partial, pnginfo=info))
+
+
+def read_png_text(path: Path) -> dict[str, str] | None:
+    """The text entries of a PNG; None if it is missing or damaged."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return dict(image.text)
+    except (OSError, SyntaxError, AttributeError):
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically; the folder is made if missing."""
+    atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it; the folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def grid(images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side on white, `gap` pixels apart; about square unless `columns` are given."""
+    columns = columns or ceil(sqrt(len(images)))
+    rows = ceil(len(images) / columns)
+    w, h = images[0].size
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
+    return sheet

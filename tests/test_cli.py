@@ -1,0 +1,274 @@
+"""The `nextscale` command: what it writes, what it keeps, how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nextscale
+from sample import images
+from sample.images import NpzFile, file_stem, grid, make_requests, write_png
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["a red star", "a blue heart above a cross", "two rings"]
+
+
+@pytest.fixture
+def sample(text_folder, class_folder, capsys):
+    """Runs `nextscale sample`; gives (exit code, stdout, stderr)."""
+
+    def run(*argv, model="text"):
+        folder = {"text": text_folder, "class": class_folder}[model]
+        code = nextscale.main(["sample", "--model", str(folder), "--device", "cpu", *map(str, argv)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def stamp(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*seed*.png")}
+
+
+def test_pictures_with_their_origin(sample, text_pipeline, tmp_path):
+    code, out, _ = sample("a red star", "--n", 3, "--seed", 7, "--guidance", 2, "--out", tmp_path)
+    assert code == 0
+    assert names(tmp_path) == ["a-red-star_grid.png", *(f"a-red-star_seed{s}.png" for s in (7, 8, 9)), "settings.json"]
+    assert out.startswith(f"{tmp_path} (see a-red-star_grid.png): 3 images (0 were there already), ")
+    assert out.endswith(" images/s\n")
+    wanted = text_pipeline("a red star", num_images_per_prompt=3, seed=7, guidance_scale=2.0).images
+    for seed, image in zip((7, 8, 9), wanted):
+        made = Image.open(tmp_path / f"a-red-star_seed{seed}.png")
+        assert np.array_equal(np.asarray(made), np.asarray(image))
+        assert (made.text["prompt"], made.text["seed"]) == ("a red star", str(seed))
+        assert json.loads(made.text["settings"])["guidance_scale"] == 2.0
+    assert Image.open(tmp_path / "a-red-star_grid.png").size == (18, 18)  # two by two of 8 pixels, 2 apart
+
+
+def test_the_same_command_goes_on(sample, tmp_path):
+    sample("a red star", "--n", 2, "--out", tmp_path)
+    before = stamp(tmp_path)
+    damaged = tmp_path / "a-red-star_seed1.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    code, out, _ = sample("a red star", "--n", 4, "--out", tmp_path)
+    after = stamp(tmp_path)
+    assert code == 0 and "4 images (1 were there already)" in out
+    assert len(after) == 4
+    assert after["a-red-star_seed0.png"] == before["a-red-star_seed0.png"]
+    assert after["a-red-star_seed1.png"] != before["a-red-star_seed1.png"]
+    assert "4 images (4 were there already)\n" in sample("a red star", "--n", 4, "--out", tmp_path)[1]
+    code, out, _ = sample("two rings", "--n", 1, "--out", tmp_path)  # another prompt, the same settings: welcome
+    assert code == 0 and (tmp_path / "two-rings_seed0.png").exists()
+    code, _, err = sample("a red star", "--top-k", 3, "--out", tmp_path)
+    assert code == 2
+    file = tmp_path / "settings.json"
+    assert err == f"nextscale: error: {file} is of images with top_k None, not 3: choose another --out\n"
+
+
+def test_batch_size_does_not_matter(sample, tmp_path):
+    for size in (1, 3):
+        assert sample("two rings", "--n", 4, "--batch-size", size, "--out", tmp_path / str(size))[0] == 0
+    for path in (tmp_path / "1").glob("*seed*.png"):
+        assert np.abs(pixels(path).astype(int) - pixels(tmp_path / "3" / path.name)).max() <= 1
+
+
+def test_coarse_to_fine(sample, tmp_path):
+    code, out, _ = sample("two rings", "--n", 2, "--show-scales", "--out", tmp_path)
+    assert code == 0 and "see two-rings_grid.png, two-rings_scales.png" in out
+    row, image = pixels(tmp_path / "scales" / "two-rings_seed0.png"), pixels(tmp_path / "two-rings_seed0.png")
+    assert row.shape == (8, 24, 3)  # three scales
+    assert np.array_equal(row[:, 16:], image) and not np.array_equal(row[:, :8], image)
+    assert Image.open(tmp_path / "two-rings_scales.png").size == (24, 18)
+
+
+def test_geneval_tree(sample, tmp_path):
+    lines = [{"tag": "colors", "include": [], "prompt": prompt} for prompt in PROMPTS]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    tree = tmp_path / "tree"
+    assert sample("--prompts", prompts, "--n", 2, "--out", tree)[0] == 0
+    wanted = [
+        f"{g:05d}/{name}" for g in range(3) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
+    ]
+    assert names(tree) == [*wanted, "settings.json"]
+    assert [json.loads((tree / f"{g:05d}" / "metadata.jsonl").read_text()) for g in range(3)] == lines
+    assert Image.open(tree / "00001" / "samples" / "0001.png").text["prompt"] == PROMPTS[1]
+    prompts.write_text("\n".join(PROMPTS))  # plain texts: the same prompts, so the same job
+    assert "6 images (6 were there already)" in sample("--prompts", prompts, "--n", 2, "--out", tree)[1]
+    prompts.write_text("a cross")
+    code, _, err = sample("--prompts", prompts, "--n", 2, "--out", tree)
+    assert code == 2 and "settings.json is of images with requests" in err
+
+
+def test_classes_to_npz(sample, class_pipeline, tmp_path):
+    file = tmp_path / "samples.npz"
+    assert sample("--class", "0-1,4", "--n", 2, "--seed", 5, "--out", file, model="class")[0] == 0
+    assert names(tmp_path) == ["samples.json", "samples.npz"]
+    with np.load(file) as made:
+        assert made.files == ["arr_0"]
+        images = made["arr_0"]
+    wanted = class_pipeline(class_labels=[0, 0, 1, 1, 4, 4], seed=5, output_type="np").images
+    assert images.dtype == np.uint8 and np.array_equal(images, (wanted * 255).round().astype(np.uint8))
+    assert "6 images (6 were there already)" in sample(
+        "--class", "0-1,4", "--n", 2, "--seed", 5, "--out", file, model="class"
+    )[1]  # fmt: skip
+    assert sample("--class", "all", "--out", tmp_path / "all", model="class")[0] == 0
+    assert len(list((tmp_path / "all").glob("class-*_seed*.png"))) == 5
+
+
+def test_npz_shards_survive(tmp_path):
+    requests = make_requests([0, 1, 2], per_prompt=3)
+    picture = {(r.group, r.place): np.full((4, 5, 3), r.seed, np.uint8) for r in requests}
+    first = NpzFile(tmp_path / "x.npz", requests, block=4)
+    for request in requests[:6]:
+        first.write(request, picture[request.group, request.place])
+    again = NpzFile(tmp_path / "x.npz", requests, block=4)
+    assert again.missing(requests) == requests[4:]  # the half-filled shard is made again
+    for request in requests[4:]:
+        again.write(request, picture[request.group, request.place])
+    again.finish()
+    assert again.missing(requests) == [] and names(tmp_path) == ["x.npz"]
+    assert np.load(tmp_path / "x.npz")["arr_0"][:, 0, 0, 0].tolist() == list(range(9))
+
+
+def test_interrupted(sample, tmp_path, monkeypatch):
+    written = []
+
+    def write_then_stop(path, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_png(path, *rest)
+
+    monkeypatch.setattr(images, "write_png", write_then_stop)
+    code, _, err = sample("a red star", "--n", 5, "--out", tmp_path)
+    assert code == 130
+    assert err.splitlines()[-1] == "nextscale: stopped with 2 of 5 images done; the same command continues"
+    monkeypatch.undo()
+    code, out, _ = sample("a red star", "--n", 5, "--out", tmp_path)
+    assert code == 0 and "5 images (2 were there already)" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give what to draw"),
+        (["a star", "--class", "3"], "give what to draw"),
+        (["--class", "3"], "--class is for class models"),
+        (["a star", "--n", "0"], "--n must be 1 or more, got 0"),
+        (["a star", "--n", "some"], "argument --n: invalid int value: 'some'"),
+        (["a star", "--gidance", "3"], "unrecognized arguments: --gidance"),
+        (["a star", "--batch-size", "0"], "batch_size must be 1 or more, got 0"),
+        (["a star", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["a star", "--seed", "-5"], "seed must be in [0, 2**63), got -5"),
+        (["a star", "--dtype", "int4"], "dtype must be one of auto, float32"),
+        (["a star", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is not a file"),
+        (["a star", "--model", "no/such/model/here"], "model 'no/such/model/here' is not 'scenes', no folder here"),
+        (["a star", "--show-scales", "--out", "x.npz"], "--show-scales needs a folder"),
+    ],
+)
+def test_mistakes_are_one_line(sample, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = sample(*argv)
+    assert code == 2 and out == ""
+    assert err.startswith("nextscale: error: ") and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_of_the_front_door(capsys):
+    assert nextscale.main(["smaple"]) == 2
+    assert "invalid choice: 'smaple'" in capsys.readouterr().err
+    assert nextscale.main([]) == 0
+    assert "nextscale COMMAND --help" in capsys.readouterr().out
+    with pytest.raises(AttributeError, match="has no attribute 'plane'"):
+        _ = nextscale.plane
+    assert nextscale.plain.__module__ == "sample.plan" and "plain" in dir(nextscale)
+
+
+def test_more_mistakes(sample, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a star"}\nnot json\n')
+    assert "line 2 is not a JSON object with a prompt" in sample("--prompts", prompts, "--out", tmp_path)[2]
+    prompts.write_text("\n")
+    assert "holds no line" in sample("--prompts", prompts, "--out", tmp_path)[2]
+    assert "class_labels must be in 0..4, got 7" in sample("--class", "7", "--out", tmp_path, model="class")[2]
+    assert "--class must be like 3" in sample("--class", "cat", "--out", tmp_path, model="class")[2]
+    assert "this is a class model" in sample("a cat", "--out", tmp_path / "new", model="class")[2]
+    assert sample("a cat", "--out", prompts)[0] == 2  # a file is in the way
+
+
+@pytest.mark.parametrize("how", [["nextscale.py"], ["-m", "nextscale"]])
+def test_help_is_quick(how):
+    started = time.process_time(), os.times()
+    done = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    ended = os.times()
+    assert "sample" in done.stdout
+    seconds = ended.children_user + ended.children_system - started[1].children_user - started[1].children_system
+    assert seconds < 0.5
+    loaded = "import sys, nextscale; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, check=True)
+
+
+def test_file_names():
+    assert file_stem("a red star") == "a-red-star"
+    assert file_stem(3) == "class-3"
+    assert file_stem("../etc") != file_stem("etc") and "/" not in file_stem("../etc")
+    assert file_stem("A red star") != file_stem("a red star")
+    assert file_stem("ünter") != file_stem("nter")
+    assert len(file_stem("long " * 100)) < 100
+    assert file_stem("日本") == f"{file_stem('日本')}" and file_stem("日本")
+
+
+def test_grid_places_pictures_in_reading_order():
+    sheet = np.asarray(grid([Image.new("RGB", (2, 2), (i, i, i)) for i in range(5)], gap=1))
+    assert sheet.shape == (5, 8, 3)
+    assert [sheet[0, 0, 0], sheet[0, 3, 0], sheet[0, 6, 0], sheet[3, 0, 0], sheet[3, 3, 0]] == [0, 1, 2, 3, 4]
+    assert sheet[3, 6, 0] == 255 and sheet[2, 0, 0] == 255
+
+
+def test_text_of_any_language_survives(tmp_path):
+    write_png(tmp_path / "x.png", np.zeros((2, 2, 3), np.uint8), {"prompt": "ein grüner Stern ★"})
+    assert images.read_png_text(tmp_path / "x.png") == {"prompt": "ein grüner Stern ★"}
+    assert names(tmp_path) == ["x.png"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_images(sample, text_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "nextscale", "sample", "--device", "cpu"]
+    both = [*launch, "--model", text_folder, "--n", "3", "--prompts", prompts]
+    for out in ("two", "two.npz"):
+        subprocess.run([*map(str, both), "--out", str(tmp_path / out)], cwd=ROOT, check=True, timeout=300)
+        assert sample("--prompts", prompts, "--n", 3, "--out", tmp_path / out.replace("two", "one"))[0] == 0
+    paths = [Path(name) for name in names(tmp_path / "one")]
+    assert names(tmp_path / "two") == [str(path) for path in paths] and len(paths) == 13
+    for path in paths:
+        if path.suffix == ".png":
+            assert np.abs(pixels(tmp_path / "one" / path).astype(int) - pixels(tmp_path / "two" / path)).max() <= 1
+    one, two = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert one.shape == (9, 8, 8, 3) and np.abs(one - two).max() <= 1
