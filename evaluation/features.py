@@ -20,6 +20,7 @@ from evaluation.scenes import CANVAS, COLOURS, SHAPES
 SHIPPED = Path(__file__).parent / "scene_features.safetensors"
 SIDE = int(CANVAS)  # pixels along the side of the images the scenes network reads
 WIDTHS = (16, 32, 64, 128)  # channels at 64, 32, 16 and 8 cells a side
+FEATURE_SCALE = 10.0  # of the features of FD-scenes, so that its values are of a handy size
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SceneFeatures(nn.Module):
 
     Four levels of 3x3 convolutions, `WIDTHS` channels at 64, 32, 16 and 8 cells a side. A linear head reads each of
     the 8 x 8 cells: whether an object is centred there, its shape (8) and its colour (10). From these:
-    the features of FD-scenes are the last level averaged over its cells (D = 128);
+    the features of FD-scenes are the last level averaged over its cells (D = 128), times `FEATURE_SCALE`;
     the classes of IS-scenes are the 80 pairs of shape and colour, and their posterior is that of one object of the
     image picked at random: cells weighted by how likely an object is centred in them;
     the feature maps of a perceptual loss are the four levels (`maps`).
@@ -92,8 +93,8 @@ class SceneFeatures(nn.Module):
         if tuple(x.shape[-2:]) != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="area").round()
         last = self.maps(x.div(127.5).sub(1))[-1]
-        logits = self.head(last).float().double().split((1, len(SHAPES), len(COLOURS)), dim=1)
-        return Described(last.double().mean((2, 3)), pair_posterior(*logits))
+        logits = self.head(last).double().split((1, len(SHAPES), len(COLOURS)), dim=1)
+        return Described(last.double().mean((2, 3)) * FEATURE_SCALE, pair_posterior(*logits))
 
 
 def pair_posterior(object_B1hw: torch.Tensor, shape_Bshw: torch.Tensor, colour_Bchw: torch.Tensor) -> torch.Tensor:

@@ -108,20 +108,13 @@ def result(
     }
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replace a text file in one step, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_result(path: str | os.PathLike, content: Mapping) -> None:
     """Write `content` (see `result`) to PATH.json and its rows as a Markdown table to PATH.md, atomically."""
+    from sample.images import write_text
+
     path = Path(path)
-    write_atomically(path.with_suffix(".md"), markdown(content["rows"]) + "\n")
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path.with_suffix(".md"), markdown(content["rows"]) + "\n")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _cell(value: object) -> str:
