@@ -27,9 +27,9 @@ class QuantizerOutput:
 
     Attributes:
         f_hat_BCHW: the sum of all scales, with a straight-through gradient to the encoder.
-        loss: scalar VQ loss, the mean over scales of codebook and commitment terms (papers' eq. 5 without the image terms).
+        loss: scalar VQ loss, the mean over scales of codebook and commitment terms (VAR, equation 5).
         ids: one (B, l) int64 tensor per scale.
-        residuals_NC: per scale, the vectors that were quantised, detached (for restarting dead codes).
+        residuals_NC: per scale, the vectors the codebook was searched for, detached (for restarting dead codes).
     """
 
     f_hat_BCHW: torch.Tensor
@@ -72,6 +72,9 @@ class MultiScaleQuantizer(nn.Module):
         num_scales: scales of the model's own schedule; counts the convolutions when `num_phis` is 0.
         cosine: nearest code by cosine similarity instead of Euclidean distance.
         beta: weight of the commitment term.
+        normalize_scales: divide each scale's residuals by their root mean square before the search, and multiply the
+            codes back. Not in VAR: there fine scales with small residuals share a few short codes. The buffer
+            `scale_rms_K` is set by training.
     """
 
     def __init__(
@@ -84,12 +87,16 @@ class MultiScaleQuantizer(nn.Module):
         num_scales: int = 10,
         cosine: bool = False,
         beta: float = 0.25,
+        normalize_scales: bool = False,
     ):
         super().__init__()
         if vocab_size < 2:
             raise ValueError(f"vocab_size must be 2 or more, got {vocab_size}")
         self.vocab_size, self.channels, self.cosine, self.beta = vocab_size, channels, cosine, beta
         self.num_phis = num_phis
+        self.normalize_scales = normalize_scales
+        if normalize_scales:
+            self.register_buffer("scale_rms_K", torch.ones(num_scales))
         self.codebook = nn.Embedding(vocab_size, channels)
         count = (num_phis or num_scales) if abs(phi_ratio) > 1e-6 else 0
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(count))
@@ -102,19 +109,20 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(f_BCHW.device.type, enabled=False):
             rest, ids = f_BCHW.float(), []
             for k in range(len(schedule)):
-                ids.append(self._nearest(self._shrink(rest, k, schedule)))
+                ids.append(self._nearest(self._shrink(rest, k, schedule) / self.gain(k)))
                 rest = rest - self._spread(self.lookup(ids[k], k, schedule), k, schedule)
         return ids
 
     def lookup(self, ids_Bl: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Tokens (B, l) of scale k to their code map (B, C, h, w), float32."""
         h, w = schedule.sides[k]
-        return rearrange(self.codebook(ids_Bl).float(), "b (h w) c -> b c h w", h=h, w=w)
+        return rearrange(self.codebook(ids_Bl).float(), "b (h w) c -> b c h w", h=h, w=w) * self.gain(k)
 
     def blend(self, weights_BlV: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Code map (B, C, h, w) of a convex mix of codes: `lookup` for soft tokens (Gumbel smoothing)."""
         h, w = schedule.sides[k]
-        return rearrange(weights_BlV.float() @ self.codebook.weight.float(), "b (h w) c -> b c h w", h=h, w=w)
+        mixed = rearrange(weights_BlV.float() @ self.codebook.weight.float(), "b (h w) c -> b c h w", h=h, w=w)
+        return mixed * self.gain(k)
 
     def accumulate(
         self, f_hat_BCHW: torch.Tensor, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule
@@ -163,7 +171,7 @@ class MultiScaleQuantizer(nn.Module):
             target, rest = f.detach(), f.detach()
             f_hat, loss, ids, residuals = torch.zeros_like(f), f.new_zeros(()), [], []
             for k in range(len(schedule)):
-                z_BChw = self._shrink(rest, k, schedule)
+                z_BChw = self._shrink(rest, k, schedule) / self.gain(k)
                 ids.append(self._nearest(z_BChw))
                 residuals.append(rearrange(z_BChw, "b c h w -> (b h w) c"))
                 step = self._spread(self.lookup(ids[k], k, schedule), k, schedule)
@@ -171,6 +179,10 @@ class MultiScaleQuantizer(nn.Module):
                 loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, target)
             straight_through = (f_hat.detach() - target) + f
         return QuantizerOutput(straight_through, loss / len(schedule), ids, residuals)
+
+    def gain(self, k: int) -> torch.Tensor | float:
+        """What the codes of scale k are multiplied by: 1 unless `normalize_scales`."""
+        return self.scale_rms_K[k] if self.normalize_scales else 1.0
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
-from train.train_tokenizer import to_images
+from train.train_tokenizer import load_tokenizer, to_images
 
 
 @dataclass(kw_only=True)
@@ -70,17 +70,6 @@ class Passes(Dataset):
     def __getitem__(self, position: int) -> dict:
         epoch, index = divmod(position, len(self.dataset))
         return self.dataset.at(index, epoch) if hasattr(self.dataset, "at") else self.dataset[index]
-
-
-def load_tokenizer(path: str) -> MultiScaleVQ:
-    """The frozen tokenizer in a folder that `save_pretrained` wrote.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    if not (Path(path) / "config.json").exists():
-        raise FileNotFoundError(f"tokenizer {path!r} has no config.json: give the vqvae folder of a trained tokenizer")
-    return MultiScaleVQ.from_pretrained(path).requires_grad_(False).eval()
 
 
 @torch.no_grad()

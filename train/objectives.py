@@ -50,7 +50,7 @@ class TokenizerLossConfig:
         adversary_width, adversary_layers: shape of the discriminator.
         restart_every: steps between restarts of dead codes; 0 never restarts.
         dead_below: a code is dead when its average hits fall below this share of an equal split, over all scales.
-        restart_until: share of training after which the codebook is left alone, in [0, 1].
+        restart_until: share of training after which dead codes and the scales' sizes are left alone, in [0, 1].
     """
 
     l1: float = 0.2
@@ -123,7 +123,9 @@ class TokenizerObjective(Objective):
             adversarial, d_metrics = self.adversarial_losses(reconstruction, image, likelihood)
             loss, metrics = loss + adversarial, {**metrics, **d_metrics}
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return loss, {**metrics, "hits_KV": count_hits(output.quantized.ids, self.vqvae.config.vocab_size)}
+        metrics["hits_KV"] = count_hits(output.quantized.ids, self.vqvae.config.vocab_size)
+        metrics["rms_K"] = torch.stack([r_NC.square().mean().sqrt() for r_NC in output.quantized.residuals_NC])
+        return loss, metrics
 
     def adversarial_losses(
         self, reconstruction: torch.Tensor, image: torch.Tensor, likelihood: torch.Tensor
@@ -138,11 +140,15 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def after_step(self, batch: Batch, metrics: Metrics, clock: Clock, processes: Processes) -> None:
-        """Update the usage statistic; now and then restart dead codes at vectors of the present batch."""
+        """Update usage and residual sizes by scale; now and then restart dead codes at vectors of the present batch."""
         hits_KV = processes.reduce(metrics["hits_KV"])
         share_K1 = hits_KV.sum(dim=1, keepdim=True) / self.usage_KV.shape[1]
         decay = 0.9 if clock.step < 100 else 0.99
         self.usage_KV.lerp_(hits_KV / share_K1, 1 - decay)
+        quantizer = self.vqvae.quantizer
+        if quantizer.normalize_scales and clock.progress <= self.config.restart_until:
+            drift_K = processes.reduce(metrics["rms_K"]) / processes.accelerator.num_processes
+            quantizer.scale_rms_K.mul_(drift_K if clock.step == 0 else 1 + (1 - decay) * (drift_K - 1))
         every = self.config.restart_every
         if every and clock.step % every == 0 and clock.progress <= self.config.restart_until:
             self.restart_codes(batch["image"], share_K1, clock, processes)

@@ -26,6 +26,7 @@ def parser():
     made.add_class_arguments(RunConfig, "run")
     made.add_class_arguments(DataConfig, "data")
     made.add_class_arguments(MultiScaleVQ, "tokenizer")
+    made.add_argument("--start_from", type=str | None, default=None, help="folder of a tokenizer to begin with")
     made.add_class_arguments(TokenizerLossConfig, "loss")
     made.add_class_arguments(OptimizerConfig, "optimizer")
     made.add_class_arguments(OptimizerConfig, "adversary")
@@ -52,6 +53,32 @@ def export_weights(folder: Path, objective: TokenizerObjective, weights: dict | 
     copy.save_pretrained(folder / "vqvae")
 
 
+def load_tokenizer(path: str) -> MultiScaleVQ:
+    """The frozen tokenizer in a folder that `save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if not (Path(path) / "config.json").exists():
+        raise FileNotFoundError(f"tokenizer {path!r} has no config.json: give the vqvae folder of a trained tokenizer")
+    return MultiScaleVQ.from_pretrained(path).requires_grad_(False).eval()
+
+
+def begin_with(vqvae: MultiScaleVQ, folder: str) -> None:
+    """Copy the weights of the tokenizer in `folder`; a codebook of another size or new statistics stay as they are.
+
+    Raises:
+        ValueError: if its convolutions are of another shape; the message names the first one.
+    """
+    given, own = load_tokenizer(folder).state_dict(), vqvae.state_dict()  # `own` shares memory with the weights
+    for name, tensor in own.items():
+        fits = name in given and given[name].shape == tensor.shape
+        if not fits and not name.startswith("quantizer."):
+            raise ValueError(f"start_from {folder!r} does not fit: {name} is missing or of another shape")
+        if fits:
+            tensor.copy_(given[name])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and train.
 
@@ -70,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"data.size {data.hw} must be {vqvae.image_hw}: stride {vqvae.stride} times the last scale of "
             f"tokenizer.schedule {vqvae.schedule.text}"
         )
+    if config.start_from is not None:
+        begin_with(vqvae, config.start_from)
     objective = TokenizerObjective(vqvae, built.loss, built.optimizer, built.adversary)
     unreadable = Path(run_config.run_dir) / "unreadable_images.txt"
     val_data = build_dataset(data, "val", seed=run_config.seed, corrupt_log=unreadable)

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tokenizer.model import MultiScaleVQ
-from train.cache_tokens import load_tokenizer
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.loop import run
@@ -25,7 +24,7 @@ from train.optimizers import OptimizerConfig
 from train.session import Batch, Task
 from train.text import TextConfig, build_text_encoder, tokenize
 from train.token_cache import TokenCache
-from train.train_tokenizer import to_images
+from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
 
 
