@@ -87,9 +87,7 @@ def _refuse_pointers(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` or download the file itself"
-        )
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` first")
     if not start:
         raise ValueError(f"{path} is empty")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):

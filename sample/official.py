@@ -1,155 +1,196 @@
-"""Official checkpoints in, our models out, and back: one engine, a small adapter for each kind of network.
-
-An adapter names our model class, reads its config off the official tensors and maps our keys to theirs; everything
-else (splitting fused projections, refusing keys by name, streaming) is here. Families say which files belong together.
-"""
+"""Official checkpoint files to our models in memory. Families say which files belong together."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from sample.checkpoints import State
-from tokenizer import convert as tokenizer_keys
-from tokenizer.model import MultiScaleVQ
-from var import convert as var_keys
-from var.transformer import NextScaleTransformer
+from sample import adapters
+from sample.adapters import Adapter
+from sample.checkpoints import State, read_state, stream
+from tokenizer.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """How one official network maps to one of our models.
+class Family:
+    """Checkpoints that make one pipeline.
 
     Attributes:
-        what: its name in messages.
-        model: our class.
-        roots: what its official keys begin with.
-        buffers: official keys that hold no weights; they are left out here.
-        read_config: (official shapes, **flags) to our config.
-        official_name: (our key, config) to the official key; several of ours may share one, in order.
-        official_shape: (official key, our shape) to the official shape.
-        official_buffers: (config, dtype) to the tensors that `buffers` matches.
+        parts: the transformers among our components, in order.
+        sampling: the published settings, saved as the pipeline's defaults.
     """
 
-    what: str
-    model: type[ModelMixin]
-    roots: Sequence[str]
-    buffers: re.Pattern
-    read_config: Callable[..., dict]
-    official_name: Callable[[str, Mapping], str]
-    official_shape: Callable[[str, Sequence[int]], tuple[int, ...]]
-    official_buffers: Callable[[Mapping, torch.dtype], State]
+    parts: tuple[str, ...]
+    sampling: Mapping[str, float]
 
 
-VQVAE = Adapter(
-    "VAR tokenizer (VQVAE)",
-    MultiScaleVQ,
-    tokenizer_keys.ROOTS,
-    tokenizer_keys.BUFFERS,
-    tokenizer_keys.read_config,
-    tokenizer_keys.official_name,
-    tokenizer_keys.official_shape,
-    tokenizer_keys.official_buffers,
-)
-VAR = Adapter(
-    "VAR transformer",
-    NextScaleTransformer,
-    var_keys.ROOTS,
-    var_keys.BUFFERS,
-    var_keys.read_config,
-    var_keys.official_name,
-    var_keys.official_shape,
-    var_keys.official_buffers,
-)
+FAMILIES = {
+    "var": Family(("transformer",), {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}),
+    "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),
+}
 
 
-class _Shapes(dict):
-    """Shapes by official key; a key that is not there is reported as missing from the checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the tensors of an official checkpoint cannot tell, with the official values; None is read off the tensors.
 
-    def __init__(self, state: Mapping[str, torch.Tensor], what: str):
-        super().__init__({key: tuple(tensor.shape) for key, tensor in state.items()})
-        self.what = what
+    Attributes:
+        schedule: the scales; needed only if they are not square or the checkpoint does not record them.
+        heads: attention heads of a transformer without QK-norm; one per 64 channels when None.
+        depth: refuse a transformer of another depth.
+        phi_ratio, cosine, beta: of the quantiser, see `MultiScaleQuantizer` (the reference's `quant_resi`,
+            `using_znorm` and `beta`).
+        handover: scales that a drafter makes before its refiner.
+    """
 
-    def __missing__(self, key: str) -> tuple[int, ...]:
-        raise ValueError(f"{self.what} checkpoint lacks {key}")
+    schedule: str | None = None
+    heads: int | None = None
+    depth: int | None = None
+    phi_ratio: float = 0.5
+    cosine: bool = False
+    beta: float = 0.25
+    handover: int | None = None
 
 
-def read_config(adapter: Adapter, state: Mapping[str, torch.Tensor], **flags: object) -> dict:
-    """The config of our model that an official state dict belongs to.
+@dataclass(frozen=True)
+class Component:
+    """One network on its way: its config, and its weights as views of a file that is mapped anew at each call."""
+
+    adapter: Adapter
+    config: dict
+    weights: Callable[[], State]
+    buffers: State = field(default_factory=dict)
+
+    def on_meta(self) -> ModelMixin:
+        """Our model without weights."""
+        with torch.device("meta"):
+            return self.adapter.model(**self.config)
+
+    def load(self) -> ModelMixin:
+        """Our model with its weights, in eval mode."""
+        model = self.on_meta()
+        model.load_state_dict({key: tensor.clone() for key, tensor in stream(self.weights)}, assign=True)
+        return model.eval()
+
+
+def load_official(
+    *,
+    vae: str | Path,
+    transformer: str | Path,
+    refiner: str | Path | None = None,
+    family: str | None = None,
+    flags: Flags | None = None,
+) -> dict[str, object]:
+    """Official checkpoint files as the arguments of `NextScalePipeline`: models in memory and sampling defaults.
+
+    Args:
+        vae, transformer, refiner: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE for one on the Hub.
+        family: "var" or "code"; told by `refiner` when None.
 
     Raises:
-        ValueError: if a tensor needed to tell is missing, or `flags` contradict the tensors.
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a file is not what it should be, keys are missing or unknown, or files do not belong together.
     """
-    return adapter.read_config(_Shapes(state, adapter.what), **flags)
+    family = family or ("code" if refiner is not None else "var")
+    components, settings = read_components(family, vae=vae, transformer=transformer, refiner=refiner, flags=flags)
+    return {name: component.load() for name, component in components.items()} | settings
 
 
-def key_table(adapter: Adapter, config: Mapping) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """For every official key: which of our tensors, with their shapes, it holds one after the other."""
-    with torch.device("meta"):
-        ours = adapter.model(**config).state_dict()
-    table: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for key, tensor in ours.items():
-        table.setdefault(adapter.official_name(key, config), []).append((key, tuple(tensor.shape)))
-    return table
+def read_components(
+    family: str,
+    *,
+    vae: str | Path,
+    transformer: str | Path,
+    refiner: str | Path | None = None,
+    flags: Flags | None = None,
+) -> tuple[dict[str, Component], dict[str, object]]:
+    """The networks of a family by our component names, checked against each other, with no weight read yet.
+
+    Returns:
+        The components, and what `NextScalePipeline` takes beside its models.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    flags, parts = flags or Flags(), FAMILIES[family].parts
+    files = {name: file for name, file in (("transformer", transformer), ("refiner", refiner)) if file is not None}
+    if set(files) != set(parts):
+        raise ValueError(f"the {family} family needs the files vae, {', '.join(parts)}; got vae, {', '.join(files)}")
+    sources = {
+        name: partial(read_state, fetch(file), adapters.VAR.roots, adapters.VAR.what) for name, file in files.items()
+    }
+    schedule = ScaleSchedule.of(flags.schedule) if flags.schedule else adapters.read_schedule(sources["transformer"]())
+    tokenizer = {"phi_ratio": flags.phi_ratio, "cosine": flags.cosine, "beta": flags.beta}
+    source = partial(read_state, fetch(vae), adapters.VQVAE.roots, adapters.VQVAE.what)
+    components = {"vqvae": _component(adapters.VQVAE, source, vae, schedule=schedule, **tokenizer)}
+    for name in parts:
+        heads = flags.heads if name == "transformer" else None
+        components[name] = _component(adapters.VAR, sources[name], files[name], schedule=schedule, heads=heads)
+    _check_together(components, flags)
+    settings: dict[str, object] = {"sampling": dict(FAMILIES[family].sampling)}
+    if "refiner" in parts:
+        settings["handover"] = _handover(files, len(schedule), flags)
+    return components, settings
 
 
-def from_official(adapter: Adapter, state: Mapping[str, torch.Tensor], config: Mapping) -> State:
-    """An official state dict as ours: views of the same memory, nothing is copied.
+def fetch(file: str | Path) -> Path:
+    """A local path, downloaded first if it is hf://OWNER/NAME/FILE.
 
     Raises:
-        ValueError: naming the keys that are missing, unknown or of another shape.
+        FileNotFoundError: if it cannot be had from the Hub.
     """
-    table = key_table(adapter, config)
-    weights = {key: tensor for key, tensor in state.items() if not adapter.buffers.fullmatch(key)}
-    _check_keys(adapter.what, weights, table)
-    ours: State = {}
-    for official, targets in table.items():
-        _check_shape(adapter, official, weights[official], targets)
-        for (key, shape), part in zip(targets, weights[official].chunk(len(targets))):
-            ours[key] = part.reshape(shape)
-    return ours
+    if not str(file).startswith("hf://"):
+        return Path(file)
+    owner, name, inner = str(file).removeprefix("hf://").split("/", 2)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", inner))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{file} could not be had from the Hub: {str(error).splitlines()[0]}") from None
 
 
-def to_official(adapter: Adapter, state: Mapping[str, torch.Tensor], config: Mapping) -> State:
-    """Our state dict (or gradients by our keys) under official keys and shapes, without the official buffers."""
-    official: State = {}
-    for name, targets in key_table(adapter, config).items():
-        parts = [state[key] for key, _ in targets]
-        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        official[name] = joined.reshape(adapter.official_shape(name, joined.shape))
-    return official
+def _component(adapter: Adapter, source: Callable[[], State], file: str | Path, **flags: object) -> Component:
+    state = source()
+    try:
+        config = adapters.read_config(adapter, state, **flags)
+        adapters.from_official(adapter, state, config)  # every key and shape
+        kept = adapters.kept_buffers(adapter, state, config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    buffers = {key: tensor.clone() for key, tensor in kept.items()}
+    return Component(adapter, config, lambda: adapters.from_official(adapter, source(), config), buffers)
 
 
-def build(adapter: Adapter, state: Mapping[str, torch.Tensor], **flags: object) -> ModelMixin:
-    """Our model, in eval mode, with the weights of an official state dict (which it takes over without copying).
-
-    Raises:
-        ValueError: if keys are missing, unknown or of another shape, or `flags` contradict the tensors.
-    """
-    config = read_config(adapter, state, **flags)
-    with torch.device("meta"):
-        model = adapter.model(**config)
-    model.load_state_dict(from_official(adapter, state, config), assign=True)
-    return model.eval()
-
-
-def _check_keys(what: str, state: Mapping[str, torch.Tensor], table: Mapping[str, object]) -> None:
-    for problem, keys in (("lacks", table.keys() - state.keys()), ("has unknown", state.keys() - table.keys())):
-        if keys:
-            named, more = sorted(keys)[:8], len(keys) - 8
+def _check_together(components: Mapping[str, Component], flags: Flags) -> None:
+    configs = {name: component.config for name, component in components.items()}
+    depth = configs["transformer"]["depth"]
+    if flags.depth not in (None, depth):
+        raise ValueError(f"depth is given as {flags.depth}, the transformer has {depth} blocks")
+    for part in configs.keys() - {"vqvae"}:
+        for name in ("vocab_size", "latent_channels", "schedule"):
+            mine, theirs = configs["vqvae"][name], configs[part][name]
+            if mine != theirs:
+                raise ValueError(f"the tokenizer and the {part} do not belong together: {name} is {mine} and {theirs}")
+    if "refiner" in configs:
+        mine, theirs = (configs[part]["num_classes"] for part in ("transformer", "refiner"))
+        if mine != theirs:
             raise ValueError(
-                f"{what} checkpoint {problem} {', '.join(named)}" + (f" and {more} more" if more > 0 else "")
+                f"the drafter and the refiner do not belong together: they know {mine} and {theirs} classes"
             )
 
 
-def _check_shape(
-    adapter: Adapter, official: str, tensor: torch.Tensor, targets: list[tuple[str, tuple[int, ...]]]
-) -> None:
-    shape = targets[0][1]
-    wanted = adapter.official_shape(official, (len(targets) * shape[0], *shape[1:]) if len(targets) > 1 else shape)
-    if tuple(tensor.shape) != wanted:
-        raise ValueError(f"{adapter.what} checkpoint: {official} is {tuple(tensor.shape)}, expected {wanted}")
+def _handover(files: Mapping[str, str | Path], scales: int, flags: Flags) -> int:
+    """Scales of the drafter: as given, else as the published files are named (drafter_8.pth), else all but two."""
+    named = {int(n) for file in files.values() for n in re.findall(r"(?:drafter|refiner)_(\d+)", Path(file).stem)}
+    if flags.handover is None and len(named) > 1:
+        raise ValueError(f"the drafter and the refiner are for {sorted(named)} scales: give the same, or handover")
+    handover = flags.handover if flags.handover is not None else next(iter(named), max(scales - 2, 1))
+    if not 0 < handover < scales:
+        raise ValueError(f"handover must be in 1..{scales - 1} scales, got {handover}")
+    return handover

@@ -18,9 +18,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sample.draw import check_seeds
+from sample.draw import Filter, check_seeds
 from sample.generate import generate
-from sample.plan import Plan, plain
+from sample.official import Flags, load_official
+from sample.plan import Plan, collaborative, plain
 from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
 from tokenizer.model import MultiScaleVQ
@@ -58,9 +59,11 @@ class NextScalePipeline(DiffusionPipeline):
         vqvae: tokens to images.
         tokenizer, text_encoder: of a text model; None for a class model.
         sampling: the model's own defaults of `guidance_scale`, `top_k`, `top_p` and `temperature`, saved with it.
+        refiner: makes the scales from `handover` on (CoDe); None where `transformer` makes them all.
+        handover: scales that `transformer` makes before a refiner.
     """
 
-    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder", "refiner"]
     _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
 
     def __init__(
@@ -69,11 +72,14 @@ class NextScalePipeline(DiffusionPipeline):
         vqvae: MultiScaleVQ,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
-        sampling: dict[str, float] | None = None,
+        sampling: dict | None = None,
+        refiner: NextScaleTransformer | None = None,
+        handover: int | None = None,
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, vqvae=vqvae, tokenizer=tokenizer, text_encoder=text_encoder)
-        self.register_to_config(sampling=check_sampling(sampling or {}))
+        models = {"transformer": transformer, "vqvae": vqvae, "refiner": refiner}
+        self.register_modules(**models, tokenizer=tokenizer, text_encoder=text_encoder)
+        self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -85,10 +91,22 @@ class NextScalePipeline(DiffusionPipeline):
         if places or kwargs:
             super().to(*places, **kwargs)
         if dtype is not None:
-            for component in (self.transformer, self.vqvae, self.text_encoder):
+            for component in (self.transformer, self.vqvae, self.text_encoder, self.refiner):
                 if component is not None:
                     cast(component, dtype)
         return self
+
+    @classmethod
+    def from_official(
+        cls, *, vae: str, transformer: str, refiner: str | None = None, flags: Flags | None = None
+    ) -> Self:
+        """The pipeline of official VAR or, with a refiner, CoDe checkpoint files; see `sample.official.load_official`.
+
+        Args:
+            vae, transformer, refiner: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE for one on the Hub.
+            flags: what the tensors cannot tell.
+        """
+        return cls(**load_official(vae=vae, transformer=transformer, refiner=refiner, flags=flags))
 
     @torch.no_grad()
     def __call__(
@@ -182,7 +200,12 @@ class NextScalePipeline(DiffusionPipeline):
         settings = {**(self.config.sampling or {}), **given}
         if "guidance_scale" in settings:
             settings["guidance"] = settings.pop("guidance_scale")
-        return plain(self.transformer, **settings)
+        if self.refiner is None:
+            return plain(self.transformer, **settings)
+        guidance = {name: settings.pop(name) for name in ("guidance",) if name in settings}
+        filters = Filter(**settings)
+        models, handover = (self.transformer, self.refiner), self.config.handover
+        return collaborative(*models, handover=handover, drafter_filters=filters, refiner_filters=filters, **guidance)
 
     def _prompt(
         self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, copies: int

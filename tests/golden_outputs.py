@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from sample import official
+from sample import adapters
 from sample.draw import Filter, smooth_weights
 from sample.generate import generate, scale_logits, start
 from sample.plan import Plan, collaborative, plain
@@ -89,12 +89,12 @@ def load_vqvae(weights: Tensors, constructor: dict) -> MultiScaleVQ:
         "cosine": constructor.get("using_znorm", False),
         "beta": constructor.get("beta", 0.25),
     }
-    return official.build(official.VQVAE, weights, schedule=_spec(constructor["v_patch_nums"]), **flags).float()
+    return adapters.build(adapters.VQVAE, weights, schedule=_spec(constructor["v_patch_nums"]), **flags).float()
 
 
 def load_var(weights: Tensors, constructor: dict) -> NextScaleTransformer:
     schedule = _spec(constructor["patch_nums"])
-    return official.build(official.VAR, weights, schedule=schedule, heads=constructor["num_heads"]).float()
+    return adapters.build(adapters.VAR, weights, schedule=schedule, heads=constructor["num_heads"]).float()
 
 
 def vqvae_beside(golden: Golden) -> MultiScaleVQ:
@@ -160,17 +160,17 @@ def tokenizer_training(model: MultiScaleVQ, image: torch.Tensor, weights: Tensor
         "train_vq_loss": output.quantized.loss.detach()[None],
         "train_total_loss": total.detach()[None],
         "train_usages": (hits >= cells / model.quantizer.vocab_size * 0.08).float().mean(dim=1) * 100,
-        **gradients(official.VQVAE, model),
+        **gradients(adapters.VQVAE, model),
     }
 
 
-def gradients(adapter: official.Adapter, model: torch.nn.Module) -> Tensors:
+def gradients(adapter: adapters.Adapter, model: torch.nn.Module) -> Tensors:
     """Gradients under official names."""
     ours = {
         name: torch.zeros_like(weight) if weight.grad is None else weight.grad
         for name, weight in model.named_parameters()
     }
-    return {f"grad.{name}": grad for name, grad in official.to_official(adapter, ours, model.config).items()}
+    return {f"grad.{name}": grad for name, grad in adapters.to_official(adapter, ours, model.config).items()}
 
 
 def var_outputs(golden: Golden) -> Tensors:
@@ -211,7 +211,7 @@ def transformer_training(
     loss = F.cross_entropy(model.logits(model(inputs, cond), cond).flatten(0, 1), targets_BL.flatten())
     loss.backward()
     model.eval()
-    return {"train_ce_loss": loss.detach()[None], **gradients(official.VAR, model)}
+    return {"train_ce_loss": loss.detach()[None], **gradients(adapters.VAR, model)}
 
 
 def code_outputs(golden: Golden) -> Tensors:
@@ -248,13 +248,14 @@ def formula_outputs(golden: Golden) -> Tensors:
     """Weights by a formula in the folder instead of a file."""
     config, formula = golden.config, _module(golden.path / "formula.py")
     vqvae_args, var_args = config["vqvae_constructor"], config["var_constructor"]
-    scale = {name: factor for name, factor in config.get("extra_scale", {}).items()}
     shapes = formula_shapes(vqvae_args, var_args)
     weights = {
         kind: {name: torch.from_numpy(formula.weight(name, shape, salt)) for name, shape in shapes[kind].items()}
         for kind, salt in (("vqvae", config["vqvae_salt"]), ("var", config["var_salt"]))
     }
-    weights["vqvae"] = {name: tensor * scale.get(name, 1) for name, tensor in weights["vqvae"].items()}
+    weights["vqvae"] = {
+        name: tensor * config.get("extra_scale", {}).get(name, 1) for name, tensor in weights["vqvae"].items()
+    }
     vqvae, model = load_vqvae(weights["vqvae"], vqvae_args), load_var(weights["var"], var_args)
     outputs = tokenizer_outputs(vqvae, formula_image(formula, config))
     run = config["var_greedy"]
@@ -291,10 +292,10 @@ def formula_shapes(vqvae_args: dict, var_args: dict) -> dict[str, dict[str, tupl
         "shared_ada": var_args.get("shared_aln", False),
     }
     shapes = {}
-    for kind, adapter, config in (("vqvae", official.VQVAE, vqvae), ("var", official.VAR, var)):
+    for kind, adapter, config in (("vqvae", adapters.VQVAE, vqvae), ("var", adapters.VAR, var)):
         with torch.device("meta"):
             ours = adapter.model(**config)
-        state = official.to_official(adapter, ours.state_dict(), ours.config)
+        state = adapters.to_official(adapter, ours.state_dict(), ours.config)
         shapes[kind] = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes
 

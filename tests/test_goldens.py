@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Summary:
-    """Prints the table at the end of the session: every kind of tensor with --goldens, else the worst of each folder."""
+    """Prints the table at the session's end: every kind of tensor with --goldens, else each folder's worst."""
 
     def __init__(self, lines: list[Line]):
         self.lines = lines

@@ -1,0 +1,76 @@
+"""`nextscale convert`: official checkpoints to our pipeline folder, and back."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nextscale convert`."""
+    parser.description = (
+        "Official checkpoints to a folder that --model takes (--from), or such a folder to official .pth files (--to). "
+        "Sizes are read off the tensors; options name only what they cannot tell, with the official values."
+    )
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="source", choices=["var", "code"], help="what the files are")
+    direction.add_argument("--to", dest="target", choices=["var"], help="what to write")
+    files = parser.add_argument_group("files")
+    files.add_argument("--vae", metavar="FILE", help="the tokenizer: .pth, .safetensors or hf://OWNER/NAME/FILE")
+    files.add_argument("--transformer", "--drafter", metavar="FILE", help="the VAR transformer, or CoDe's drafter")
+    files.add_argument("--refiner", metavar="FILE", help="CoDe's refiner")
+    files.add_argument("--model", metavar="DIR", help="the folder to write as official files (--to)")
+    files.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
+    files.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    told = parser.add_argument_group("what tensors cannot tell")
+    told.add_argument("--schedule", help="sides of the scales, e.g. 1,2,3,4 or 1x2,2x4, where they are not recorded")
+    told.add_argument("--heads", type=int, help="heads of a transformer without QK-norm (one per 64 channels)")
+    told.add_argument("--depth", type=int, help="refuse a transformer of another depth")
+    told.add_argument("--phi-ratio", type=float, default=0.5, help="quant_resi (0.5)")
+    told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")
+    told.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss (0.25)")
+    told.add_argument("--handover", type=int, help="scales of CoDe's drafter (as the files are named: drafter_8.pth)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was found and written.
+
+    Raises:
+        FileNotFoundError, ValueError: on a file that is missing or wrong, in one line.
+    """
+    from sample.convert import convert, convert_back
+    from sample.official import Flags
+
+    if args.target:
+        _need(args, "--to", "model")
+        for path in convert_back(args.model, args.out, overwrite=args.overwrite):
+            print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+        return 0
+    _need(args, f"--from {args.source}", "vae", "transformer", *(["refiner"] if args.source == "code" else []))
+    names = ("schedule", "heads", "depth", "phi_ratio", "cosine", "beta", "handover")
+    components = convert(
+        args.out,
+        family=args.source,
+        vae=args.vae,
+        transformer=args.transformer,
+        refiner=args.refiner,
+        flags=Flags(**{name: getattr(args, name) for name in names}),
+        overwrite=args.overwrite,
+    )
+    for name, component in components.items():
+        print(f"{name:12} {_described(component.config)}")
+    example = min(207, components["transformer"].config["num_classes"] - 1)
+    print(f"{args.out}: try `nextscale sample --model {args.out} --class {example} --out pictures/`")
+    return 0
+
+
+def _need(args: argparse.Namespace, option: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise ValueError(f"{option} needs --{name}")
+
+
+def _described(config: dict) -> str:
+    sizes = ("depth", "width", "heads", "num_classes", "qk_norm", "shared_ada", "channels", "num_phis", "phi_ratio")
+    sizes += ("vocab_size", "latent_channels")
+    sides = ",".join(str(h) if h == w else f"{h}x{w}" for h, w in config["schedule"])
+    return ", ".join(f"{name} {config[name]}" for name in sizes if name in config) + f", scales {sides}"
