@@ -1,0 +1,107 @@
+"""A training run as a pipeline to hand out: `python -m train.export --model runs/scenes-var --out sample/bundled`.
+
+Half the size of the run's own export: all weights in bfloat16 (or float16), and the model's sampling defaults beside
+them. Loading brings them back to the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sample.load import DTYPES, load_pipeline
+from train.config import base_parser, exit_code
+
+PARTS = ("transformer", "vqvae", "text_encoder", "tokenizer")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What to export, where to, and how it is drawn from by default.
+
+    Args:
+        model: a training run, or a pipeline folder.
+        out: folder of the pipeline; other files in it stay.
+        vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
+        dtype: float32, bfloat16 or float16.
+        guidance_scale, top_k, top_p, temperature: sampling defaults of the model.
+    """
+
+    model: str
+    out: str
+    vqvae: str | None = None
+    dtype: str = "bfloat16"
+    guidance_scale: float = 3.0
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+
+
+def export(config: ExportConfig) -> float:
+    """Write the pipeline; returns its size in MB (10**6 bytes).
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: on an unknown dtype, or a tokenizer that makes other tokens.
+    """
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}")
+    pipeline = load_pipeline(config.model, dtype=torch.float32, device="cpu")
+    if config.vqvae is not None:
+        pipeline.register_modules(vqvae=same_tokens(pipeline.vqvae, config.vqvae))
+    names = ("guidance_scale", "top_k", "top_p", "temperature")
+    pipeline.register_to_config(sampling={name: getattr(config, name) for name in names})
+    for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
+        if part is not None:
+            part.to(DTYPES[config.dtype])
+    out = Path(config.out)
+    partial = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    replace_parts(partial, out)
+    return sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
+
+
+def same_tokens(own: torch.nn.Module, folder: str) -> torch.nn.Module:
+    """The tokenizer in `folder`, if it makes the same tokens and transformer inputs as `own`.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    from train.token_cache import tokenizer_hash
+    from train.train_tokenizer import load_tokenizer
+
+    other = load_tokenizer(folder)
+    if tokenizer_hash(other) != tokenizer_hash(own):
+        raise ValueError(f"vqvae {folder!r} makes other tokens than the model's own: only its decoder may differ")
+    return other
+
+
+def replace_parts(source: Path, out: Path) -> None:
+    """Move the pipeline's files from `source` into `out`, each by a rename, model_index.json last."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PARTS:
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+        if (source / name).exists():
+            (source / name).rename(out / name)
+    (source / "model_index.json").replace(out / "model_index.json")
+    shutil.rmtree(source)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and export."""
+    parser = base_parser("Export a run as a pipeline.")
+    parser.add_class_arguments(ExportConfig)
+    config = parser.parse_args(argv)
+    made = ExportConfig(**{name: value for name, value in vars(config).items() if name != "config"})
+    print(f"{made.out}: {export(made):.2f} MB of weights")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
