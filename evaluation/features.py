@@ -4,7 +4,8 @@ Shapes: B images, h w pixels, c channels of a feature map, D features, P pairs o
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from evaluation.frechet import Moments
 from evaluation.scenes import CANVAS, COLOURS, SHAPES
 
 SHIPPED = Path(__file__).parent / "scene_features.safetensors"
@@ -107,6 +109,16 @@ def pair_posterior(object_B1hw: torch.Tensor, shape_Bshw: torch.Tensor, colour_B
     return rearrange(pairs, "b s c -> b (s c)")
 
 
+def scene_reference(path: str | Path = SHIPPED) -> Moments:
+    """The statistics of fresh renders (all compositions, tags alike) that FD-scenes is measured from."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        mean, covariance = (file.get_tensor(f"reference_{name}").double() for name in ("mean", "covariance"))
+    return Moments(mean, covariance, facts["reference_n"])
+
+
 def load_scene_features(path: str | Path = SHIPPED) -> SceneFeatures:
     """The trained scenes network in eval mode, float32, gradients off. Raises FileNotFoundError without the file."""
     from safetensors.torch import load_file
@@ -160,31 +172,25 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def describe_all(describer: Describer, images: Iterable[np.ndarray] | np.ndarray, *, batch_size: int = 64) -> Described:
-    """Describe a stream of uint8 (h, w, 3) images, all of one size, in batches; rows in the order of the stream.
+def describe_all(describer: Describer, images: Iterable[np.ndarray], *, batch_size: int = 64) -> Described:
+    """Describe a stream of uint8 (h, w, 3) images in batches of one size; rows in their order, on the CPU.
 
-    Raises ValueError if there are none, or their sizes differ within a batch.
+    Raises ValueError if there are none.
     """
     found: list[Described] = []
     batch: list[np.ndarray] = []
 
     def flush() -> None:
-        found.append(describer.describe(_stack(batch)))
+        described = describer.describe(rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w"))
+        found.append(Described(described.features.cpu(), described.log_posterior.cpu()))
         batch.clear()
 
     for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
+        if len(batch) == batch_size or (batch and batch[0].shape != image.shape):
             flush()
+        batch.append(image)
     if batch:
         flush()
     if not found:
         raise ValueError("images must not be empty: there is nothing to describe")
-    return Described(torch.cat([d.features for d in found]).cpu(), torch.cat([d.log_posterior for d in found]).cpu())
-
-
-def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ValueError(f"images must all have the same size, got {', '.join(map(str, sorted(shapes)))}")
-    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
+    return Described(torch.cat([d.features for d in found]), torch.cat([d.log_posterior for d in found]))

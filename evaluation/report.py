@@ -27,15 +27,17 @@ def portable(path: str | os.PathLike) -> str:
     return Path(*absolute.parts[1:][-2:]).as_posix() if Path(path).is_absolute() else absolute.name
 
 
-def command_line(program: str, argv: Sequence[str]) -> str:
-    """The command as typed, with absolute and upward paths made `portable`."""
-    words = []
-    for word in argv:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if value.startswith(("/", "..", "~")):
-            value = portable(os.path.expanduser(value))
-        words.append(flag + equals + value)
-    return f"{program} {shlex.join(words)}".strip()
+def command_line(program: str, options: Mapping, defaults: Mapping) -> str:
+    """The command that gives these options: those that differ from their defaults, paths made `portable`."""
+    words = [program]
+    for name, value in options.items():
+        if value == defaults.get(name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        is_path = isinstance(value, Path) or str(value).startswith(("/", "~", ".."))
+        text = portable(value) if is_path else str(value)
+        words += [flag] if value is True else [flag, shlex.quote(text)]
+    return " ".join(words)
 
 
 def commit() -> str:

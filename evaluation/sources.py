@@ -5,18 +5,19 @@ Shapes: N images, h w pixels, D features. Images are uint8 RGB, (h, w, 3).
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from evaluation.frechet import Moments
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-NOT_SAMPLES = {"grid.png", "scales"}  # what `nextscale sample` puts beside its images
+NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_image(path: Path) -> np.ndarray:
 def open_images(path: str | Path) -> Images:
     """The images of a folder (all below it, by name) or of an npz (`arr_0`, uint8 (N, h, w, 3): the ADM format).
 
-    Grids and rows of scales that `nextscale sample` puts beside its images are left out.
+    Overviews and rows of scales that `nextscale sample` puts beside its images are left out.
     Raises FileNotFoundError if the path does not exist or holds no image, ValueError on an npz without images.
     """
     path = Path(path)
@@ -67,7 +68,8 @@ def open_images(path: str | Path) -> Images:
 
 
 def _is_sample(path: Path) -> bool:
-    return not NOT_SAMPLES.intersection(path.parts) and not any(part.startswith(".") for part in path.parts)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and "scales" not in path.parts[:-1] and not path.name.endswith(NOT_SAMPLES)
 
 
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
@@ -114,3 +116,8 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
     if not paths:
         raise FileNotFoundError(f"images {folder} is no GenEval tree: it has no NNNNN/metadata.jsonl")
     return FileImages(paths), metadatas
+
+
+def progress(images: Iterable[np.ndarray], what: str, total: int) -> Iterable[np.ndarray]:
+    """The images under a progress bar, shown on terminals only."""
+    return tqdm(images, desc=what, total=total, unit="image", disable=None, leave=False)

@@ -6,7 +6,6 @@ bounds what any transformer on these tokens can score. PSNR and SSIM compare the
 Shapes: B images, l tokens of one scale, V codes, K scales.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.judge import judge_report
-from evaluation.report import command_line, portable, result, table, write_result
+from evaluation.report import portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
+from sample.images import write_png
 from tokenizer.model import MultiScaleVQ
 
 USED = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
@@ -149,47 +149,35 @@ def comparison(pairs: np.ndarray, columns: int = 8, zoom: int = 2) -> Image.Imag
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer, or of a run or pipeline with one")
-    parser.add_argument("--n", type=int, default=1200, help="scenes reconstructed and judged (default 1200)")
-    parser.add_argument("--usage-n", type=int, default=2000, help="scenes tokenised for codebook use (default 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
-    parser.add_argument("--out", default=None, help="write the figures to this .json, its table and picture beside it")
+def picture_path(out: Path | None) -> Path:
+    """Where the picture goes: beside `out`, or pictures/tokenizer.png."""
+    return out.with_suffix(".png") if out else Path("pictures/tokenizer.png")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measure, print a table, and write what `--out` names."""
-    model = load_tokenizer(options.tokenizer)
-    measured = measure(model, n=options.n, usage_n=options.usage_n, seed=options.seed)
-    row = {"tokenizer": portable(options.tokenizer), "schedule": model.schedule.text}
+def report(tokenizer: Path, *, n: int, usage_n: int, seed: int, out: Path | None, command: str) -> None:
+    """Measure a tokenizer, print its figures, write the picture and, if `out` is given, the result and its table.
+
+    Raises as `load_tokenizer` and `measure` do.
+    """
+    model = load_tokenizer(tokenizer)
+    measured = measure(model, n=n, usage_n=usage_n, seed=seed)
+    row = {"tokenizer": portable(tokenizer), "schedule": model.schedule.text}
     row |= {"vocab_size": model.config.vocab_size, "parameters": sum(p.numel() for p in model.parameters())}
     row |= measured.row
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
-    picture = Path(options.out).with_suffix(".png") if options.out else Path("pictures/tokenizer.png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f".{picture.stem}.part.png")
-    comparison(measured.pairs).save(partial)
-    partial.replace(picture)
-    print(f"each original above its reconstruction: {picture}")
-    if options.out:
-        command = command_line("nextscale evaluate", argv)
-        settings = {"scenes": "all compositions", "used_from_share_of_equal_split": USED}
-        write_result(options.out, result([row], command=command, n=options.n, seeds=options.seed, settings=settings))
-        print(f"written: {options.out}")
-    return 0
+    write_png(picture_path(out), comparison(measured.pairs))
+    print(f"each original above its reconstruction: {picture_path(out)}")
+    if out:
+        settings = {"scenes": "fresh, all compositions, tags in turn", "used_from_share_of_equal_split": USED}
+        write_result(out, result([row], command=command, n=n, seeds=seed, settings=settings))
+        print(f"written: {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; user mistakes are one line and exit code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m evaluation.tokenizer_quality", description=__doc__.split("\n")[0])
-    configure(parser)
-    try:
-        return run(parser.parse_args(argv), argv)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """`nextscale evaluate` with its mistakes told in one line."""
+    from evaluation.cli import main as evaluate
+
+    return evaluate(argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""The work of `nextscale evaluate`: make or read images, judge them, measure their distribution, report.
+
+Images are uint8 RGB, (h, w, 3).
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation import cli
+from evaluation.distributions import Measure
+from evaluation.report import command_line, portable, result, table, write_result
+from evaluation.scenes import TAGS, prompt_suite
+from evaluation.sheet import verdict_sheet
+from evaluation.sources import Images, open_images
+from evaluation.tokenizer_quality import report as report_tokenizer
+from evaluation.verdicts import Judged
+from sample.images import GenEvalTree, Job, grid, image_stream, make_requests, process_share, write_png, write_text
+from sample.load import load_pipeline, model_digest
+
+PICTURES = 48  # in the picture beside a result
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Do what a checked command line says (see `evaluation.cli`); 0.
+
+    Raises ValueError and FileNotFoundError as its parts do, before images are made where that is possible.
+    """
+    command = command_line("nextscale evaluate", vars(args), cli.defaults())
+    if args.tokenizer is not None:
+        sizes = {"n": args.n or 1200, "usage_n": args.usage_n}
+        report_tokenizer(args.tokenizer, **sizes, seed=args.seed, out=args.out, command=command)
+        return 0
+    measure = Measure.of(args)
+    settings: dict = {}
+    source = args.images
+    if args.model is not None:
+        source, settings = make_images(args)
+        if source is None:
+            return 0
+    if args.suite is None:
+        images, judged = open_images(source), None
+        row = {"images": portable(args.images), "n": len(images)}
+    else:
+        judged = Judged.of(source)
+        images = judged.images
+        row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
+        row |= {"suite": args.suite, **judged.scores(args.seed)}
+        settings["prompts"] = len(set(judged.prompts))
+    row |= measure.figures(images)
+    settings |= measure.settings()
+    tags = [metadata["tag"] for metadata in judged.metadatas] if judged is not None else None
+    cautions = measure.cautions(len(images), tags)
+    print(table([row], [name for name in row if not name.endswith("_ci95")]))
+    for caution in cautions:
+        print(f"caution: {caution}", file=sys.stderr)
+    write(args, row, settings | {"cautions": cautions}, images, judged, command)
+    return 0
+
+
+def write(
+    args: argparse.Namespace, row: dict, settings: dict, images: Images, judged: Judged | None, command: str
+) -> None:
+    """Write what `--verdicts` and `--out` ask for: verdicts; the result, its table and a picture."""
+    if args.verdicts is not None and judged is not None:
+        write_text(args.verdicts, "".join(f"{line}\n" for line in judged.lines()))
+        print(f"written: {args.verdicts}")
+    if args.out is None:
+        return
+    if judged is not None:
+        picture = verdict_sheet(*judged.first_of_each_tag(PICTURES // len(TAGS)))
+    else:
+        picture = grid([Image.fromarray(image) for image, _ in zip(images, range(PICTURES))])
+    write_png(args.out.with_suffix(".png"), picture)
+    write_result(args.out, result([row], command=command, n=len(images), seeds=args.seed, settings=settings))
+    print(f"written: {args.out}")
+
+
+def model_name(model: str) -> str:
+    """A model as it may be published: its name, or its folder without this machine's part of the path."""
+    return portable(model) if Path(model).exists() else model
+
+
+# --- making images ---------------------------------------------------------------------------------------------------
+
+
+def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """Make what is missing of a suite's images as a GenEval tree; its folder, and the settings that made it.
+
+    The folder is None in all but the main process. Interrupted, it says how much is done and raises KeyboardInterrupt.
+    """
+    from accelerate import PartialState
+
+    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if pipeline.by_class:
+        raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
+    call = {"guidance_scale": args.guidance, "top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
+    call = {name: value for name, value in call.items() if value is not None}
+    settings = {
+        "model_digest": model_digest(args.model),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        **(pipeline.config.sampling or {}),
+        **call,
+    }
+    per_prompt = args.n or 1
+    metadatas = prompt_suite(args.per_tag, args.seed, unseen=True if args.suite == "scenes-unseen" else None)
+    prompts = [metadata["prompt"] for metadata in metadatas]
+    requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadatas)
+    of_job = {
+        **settings,
+        "suite": args.suite,
+        "per_tag": args.per_tag,
+        "images_per_prompt": per_prompt,
+        "seed": args.seed,
+    }
+    folder = args.work or default_folder(of_job)
+    job = Job(folder / "settings.json", of_job)
+    job.check()
+    tree = GenEvalTree(folder, settings)
+    todo = tree.missing(process_share(requests))
+    job.save()
+    try:
+        stream = image_stream(pipeline, todo, batch_size=args.batch_size, **call)
+        for request, image in tqdm(stream, desc="drawing", total=len(todo), unit="image", disable=None):
+            tree.write(request, image)
+    except KeyboardInterrupt:
+        done = len(requests) - len(tree.missing(requests))
+        print(f"\n{done} of {len(requests)} images are made; the same command continues", file=sys.stderr)
+        raise
+    state = PartialState()
+    state.wait_for_everyone()
+    return folder if state.is_main_process else None, of_job
+
+
+def default_folder(settings: dict) -> Path:
+    """The folder of a job's images when none is named: one per model and settings, so that nothing is mixed."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("cache/evaluate") / f"{settings['suite']}-{settings['model_digest']}-{digest}"
