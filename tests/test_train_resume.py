@@ -58,7 +58,7 @@ def test_killed_while_writing_a_checkpoint(tmp_path, whole):
 def test_killed_again_and_again_at_any_time(tmp_path, whole):
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
         child = start_child(toy_run, tmp_path, die=lambda step: time.sleep(0.01))
-        wait_for(lambda: (tmp_path / "metrics.jsonl").exists() or not child.is_alive())
+        wait_for(lambda c=child: (tmp_path / "metrics.jsonl").exists() or not c.is_alive())
         time.sleep(delay)
         os.kill(child.pid, signal.SIGKILL)
         child.join()

@@ -65,6 +65,8 @@ class RunConfig:
         for name in ("total_images", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"run.micro_batch must be 1 or more, got {self.micro_batch}")
         if self.precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"run.precision must be no, bf16 or fp16, got {self.precision!r}")
         if not 0 <= self.ema < 1:
@@ -127,7 +129,7 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
 
     try:
         work(argv)
-    except (ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
         return _say(error, 2)
     except NonFiniteError as error:
         return _say(error, 3)

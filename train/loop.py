@@ -83,15 +83,10 @@ def tell_unreadable(session: Session) -> None:
 def start(task: Task, config: RunConfig) -> Session:
     """Set up precision, processes, optimisers and averaging; checks the arithmetic of batch sizes."""
     handlers = [
-        DistributedDataParallelKwargs(find_unused_parameters=task.objective.find_unused, broadcast_buffers=False),
+        DistributedDataParallelKwargs(find_unused_parameters=task.objective.find_unused),
         GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),  # VAR's
     ]
-    try:
-        accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=config.cpu)
-    except ValueError as error:
-        if "fp16" in str(error):
-            raise ValueError("run.precision fp16 needs a GPU: use bf16 or no") from None
-        raise
+    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=config.cpu)
     config.check_split(accelerator.num_processes)
     if accelerator.is_fsdp2 and not task.objective.shardable:
         raise ValueError(
@@ -109,13 +104,25 @@ def start(task: Task, config: RunConfig) -> Session:
     plain = iter(wrapper.optimizer for wrapper in prepared)
     optimizers = {name: [next(plain) for _ in group] for name, group in built.items()}
     session = Session(config, accelerator, task, model, branches, optimizers)
-    if config.ema:
-        session.ema = EMAModel(session.averaged_parameters, decay=config.ema, foreach=True)
-    if isinstance(task.train_data, StreamDataset):
-        part = task.train_data.for_rank(accelerator.process_index, accelerator.num_processes)
-        size = config.micro(accelerator.num_processes)
-        session.stream = StreamLoader(part, batch_size=size, num_workers=config.workers)
+    begin_averaging(session)
+    open_stream(session)
     return session
+
+
+def begin_averaging(session: Session) -> None:
+    """Start the averages (EMA, decay warmed up as (1 + t) / (10 + t)) at the present weights."""
+    if session.config.ema:
+        decay, fused = session.config.ema, not session.is_sharded  # sharded tensors have no fused copy
+        session.ema = EMAModel(session.averaged_parameters, decay=decay, foreach=fused)
+
+
+def open_stream(session: Session) -> None:
+    """Give streamed training data a position of its own in every process."""
+    if isinstance(session.task.train_data, StreamDataset):
+        count = session.accelerator.num_processes
+        part = session.task.train_data.for_rank(session.accelerator.process_index, count)
+        workers = session.config.workers
+        session.stream = StreamLoader(part, batch_size=session.config.micro(count), num_workers=workers)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class TokenizerLossConfig:
         adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
         adversary_start: share of training after which the adversary joins, in [0, 1].
         adversary_width, adversary_layers: shape of the discriminator.
+        draw_codes: begin with every code at a vector of the first batch; false keeps the codes of `start_from`.
         restart_every: steps between restarts of dead codes; 0 never restarts.
         dead_below: a code is dead when its average hits fall below this share of an equal split, over all scales.
         restart_until: share of training after which dead codes and the scales' sizes are left alone, in [0, 1].
@@ -63,6 +64,7 @@ class TokenizerLossConfig:
     adversary_start: float = 0.2
     adversary_width: int = 64
     adversary_layers: int = 3
+    draw_codes: bool = True
     restart_every: int = 100
     dead_below: float = 0.03
     restart_until: float = 0.8
@@ -89,6 +91,11 @@ class TokenizerObjective(Objective):
         self.perceptual = LpipsLoss() if config.perceptual_kind == "lpips" else None
         self.discriminator = None
         if config.adversary > 0:
+            if min(vqvae.image_hw) < 3 * 2**config.adversary_layers:
+                raise ValueError(
+                    f"loss.adversary_layers {config.adversary_layers} needs images of {3 * 2**config.adversary_layers} "
+                    f"pixels or more, these have {min(vqvae.image_hw)}"
+                )
             self.discriminator = PatchDiscriminator(config.adversary_width, config.adversary_layers)
         self.find_unused = self.discriminator is not None
         # Hits of each code at each scale over its fair share (B * l / V), an exponential average over steps.
@@ -150,7 +157,8 @@ class TokenizerObjective(Objective):
             drift_K = processes.reduce(metrics["rms_K"]) / processes.accelerator.num_processes
             quantizer.scale_rms_K.mul_(drift_K if clock.step == 0 else 1 + (1 - decay) * (drift_K - 1))
         every = self.config.restart_every
-        if every and clock.step % every == 0 and clock.progress <= self.config.restart_until:
+        first = clock.step == 0 and self.config.draw_codes
+        if first or (every and clock.step and clock.step % every == 0 and clock.progress <= self.config.restart_until):
             self.restart_codes(batch["image"], share_K1, clock, processes)
 
     @torch.no_grad()

@@ -236,4 +236,5 @@ def averaged_weights(session: Session) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)

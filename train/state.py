@@ -82,14 +82,24 @@ def resume(session: Session) -> None:
                 f"run.batch_size {config.batch_size} differs from {state['batch_size']} of the run in "
                 f"{config.run_dir}: resume with that, or give another run.run_dir"
             )
-        try:
-            restore(session, state)
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"run.run_dir {config.run_dir} holds a run of another model: {reason}") from None
+        check_shapes(session, state["model"])
+        restore(session, state)
     if session.accelerator.is_main_process:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         cut_metrics(config.metrics, session.step)
+
+
+def check_shapes(session: Session, saved: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError, naming the first difference, unless the saved weights are of this very model."""
+    frozen = {name for name, p in session.objective.named_parameters() if not p.requires_grad}
+    here = {name: tuple(v.shape) for name, v in session.objective.state_dict().items() if name not in frozen}
+    there = {name: tuple(v.shape) for name, v in saved.items()}
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"run.run_dir {session.config.run_dir} holds a run of another model: {name} is "
+                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here; give another run.run_dir"
+            )
 
 
 def restore(session: Session, state: dict) -> None:

@@ -36,7 +36,9 @@ class TextConfig:
 def build_text_encoder(config: TextConfig) -> tuple[nn.Module, object]:
     """(encoder, tokenizer): transformers' own classes. A folder may hold both in `text_encoder/` and `tokenizer/`."""
     from transformers import AutoModelForTextEncoding, AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # every checkpoint would draw one over the run's own
     if config.pretrained is not None:
         root = Path(config.pretrained)
         nested = (root / "text_encoder").is_dir()

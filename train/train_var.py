@@ -112,19 +112,20 @@ def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 def exporter(
     vqvae: MultiScaleVQ, tokenizer: object | None, frozen: nn.Module | None
 ) -> Callable[[Path, VarObjective, dict | None], None]:
-    """Writes `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`."""
+    """Writes the whole pipeline: `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`."""
+
+    from sample.pipeline import NextScalePipeline
 
     def export(folder: Path, objective: VarObjective, weights: dict | None) -> None:
-        state = objective.transformer.state_dict() if weights is None else part(weights, "transformer.")
-        copy = NextScaleTransformer.from_config(objective.transformer.config)
-        copy.load_state_dict(state)
-        copy.save_pretrained(folder / "transformer")
-        vqvae.save_pretrained(folder / "vqvae")
-        if tokenizer is not None:
-            text_encoder = objective.text_encoder if frozen is None else frozen
-            state = None if weights is None or frozen is not None else part(weights, "text_encoder.")
-            text_encoder.save_pretrained(folder / "text_encoder", state_dict=state)
-            tokenizer.save_pretrained(folder / "tokenizer")
+        transformer, encoder = objective.transformer, objective.text_encoder
+        if weights is not None:
+            transformer = NextScaleTransformer.from_config(transformer.config)
+            transformer.load_state_dict(part(weights, "transformer."))
+            if encoder is not None:
+                encoder = type(encoder)(encoder.config)
+                encoder.load_state_dict(part(weights, "text_encoder."), strict=False)  # tied tables are saved once
+        pipeline = NextScalePipeline(transformer, vqvae, tokenizer=tokenizer, text_encoder=encoder or frozen)
+        pipeline.save_pretrained(folder)
 
     return export
 

@@ -1,0 +1,413 @@
+"""The loop over any split of a batch, the objectives' rules, the token cache, every stage through its command line."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
+
+from train.config import RunConfig, exit_code
+from train.loop import begin_averaging, micro_batches, train_step, validate
+from train.objectives import (
+    TokenizerLossConfig,
+    TokenizerObjective,
+    VarLossConfig,
+    VarObjective,
+    drop_prompts,
+)
+from train.optimizers import OptimizerConfig, build_optimizers
+from train.report import log_training
+from train.session import Clock, Processes, Session, Task
+from train.state import resume, save
+from train.text import TextConfig, build_text_encoder, tokenize
+from var.conditioning import ClassPrompt
+from var.transformer import NextScaleTransformer
+
+START = Clock(step=0, progress=0.0, seed=0)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in curve(folder)]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_do_not_change_the_run(tmp_path):
+    assert in_child(toy_run, tmp_path / "one", dropout=0.0) == 0
+    assert in_child(toy_run, tmp_path / "four", dropout=0.0, micro_batch=2) == 0
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_processes_do_not_change_the_run(tmp_path):
+    assert in_child(toy_run, tmp_path / "one", dropout=0.0) == 0
+    assert in_processes(2, toy_run, tmp_path / "two", dropout=0.0, micro_batch=2) == [0, 0]
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [row["first"] for row in two] == pytest.approx([row["first"] for row in one])  # the same images
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert final_state(tmp_path / "two")["model"]["seen"].item() == pytest.approx(
+        2 * final_state(tmp_path / "one")["model"]["seen"].item(), rel=1e-5
+    )
+
+
+def sharded_run(folder: Path, steps: int) -> None:
+    """The toy with its parameters split over two processes (FSDP2), step by step as `run` does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    accelerator, objective = Accelerator(cpu=True), ToyObjective(dropout=0.0)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(objective.net, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    branches = objective.branches()
+    optimizers = {name: build_optimizers(branch) for name, branch in branches.items()}
+
+    def write(path, module, weights):
+        path.mkdir()
+        torch.save(weights, path / "weights.pt")
+
+    task = Task(objective=objective, train_data=Rows(), val_data=Rows(16), prepare=dict, export=write)
+    session = Session(toy_config(folder), accelerator, task, objective, branches, optimizers)
+    begin_averaging(session)
+    resume(session)
+    batches = micro_batches(session)
+    while session.step < steps:
+        train_step(session, batches)
+        if session.step % 3 == 0:
+            log_training(session, 0.0)
+        if session.step % 6 == 0:
+            validate(session)
+        if session.step % 4 == 0:
+            save(session)
+
+
+def test_sharded_parameters_train_and_resume_like_whole_ones(tmp_path):
+    assert in_processes(2, toy_run, tmp_path / "whole", dropout=0.0) == [0, 0]
+    assert in_processes(2, sharded_run, tmp_path / "split", 6) == [0, 0]
+    assert in_processes(2, sharded_run, tmp_path / "split", 12) == [0, 0]
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    whole, split = (
+        torch.load(tmp_path / name / "latest" / "weights.pt", weights_only=True) for name in ("whole", "split")
+    )
+    for name, value in split.items():
+        assert torch.allclose(value, whole[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_exported_weights_are_the_averages(tmp_path):
+    assert in_child(toy_run, tmp_path) == 0
+    state = final_state(tmp_path)
+    exported = torch.load(tmp_path / "latest" / "weights.pt", weights_only=True)
+    names = [name for name in state["model"] if name.startswith("net")]
+    shadows = {tuple(value.shape): value for value in state["ema"]["shadow_params"]}
+    for name in names:
+        assert torch.equal(exported[name], shadows[tuple(exported[name].shape)])
+        assert not torch.equal(exported[name], state["model"][name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "run.batch_size must be 1 or more"),
+        ({"precision": "fp8"}, "run.precision must be no, bf16 or fp16"),
+        ({"ema": 1.0}, "run.ema"),
+        ({"micro_batch": 0}, "run.micro_batch"),
+    ],
+)
+def test_run_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**changes)
+
+
+def test_batch_must_split_evenly():
+    with pytest.raises(ValueError, match="multiple of micro_batch x processes = 3 x 2"):
+        RunConfig(batch_size=32, micro_batch=3).check_split(2)
+    RunConfig(batch_size=30, micro_batch=3).check_split(2)
+
+
+# --- the tokenizer's objective ---------------------------------------------------------------------------------------
+
+
+def tokenizer_objective(vqvae, **loss) -> TokenizerObjective:
+    config = TokenizerLossConfig(**{"adversary_width": 8, "adversary_layers": 1, **loss})
+    return TokenizerObjective(vqvae, config, OptimizerConfig(), OptimizerConfig())
+
+
+@pytest.fixture()
+def vqvae(tiny_vqvae):
+    """A copy that may be trained."""
+    copy = type(tiny_vqvae).from_config(tiny_vqvae.config)
+    copy.load_state_dict(tiny_vqvae.state_dict())
+    return copy.train()
+
+
+def images(count: int = 4) -> dict:
+    return {"image": torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+
+
+def test_adversary_and_tokenizer_do_not_leak_into_each_other(vqvae):
+    objective = tokenizer_objective(vqvae, adversary=1.0, adversary_start=0.0)
+    reconstruction = vqvae(images()["image"]).reconstruction
+    likelihood = (reconstruction - images()["image"]).square().mean()
+    total, metrics = objective.adversarial_losses(reconstruction, images()["image"], likelihood)
+    d_weight = objective.discriminator.net[0].weight
+    both = torch.autograd.grad(total, d_weight, retain_graph=True)[0]
+    alone = torch.autograd.grad(metrics["discriminator"], d_weight, retain_graph=True)[0]
+    assert torch.equal(both, alone)
+    g_weight = vqvae.decoder.conv_out.weight
+    both = torch.autograd.grad(total, g_weight, retain_graph=True)[0]
+    alone = torch.autograd.grad(metrics["adversarial"], g_weight, retain_graph=True)[0] * metrics["adaptive_weight"]
+    assert torch.allclose(both, alone, rtol=1e-4, atol=1e-6)
+    nll = torch.autograd.grad(likelihood, g_weight)[0]
+    assert both.norm() == pytest.approx(nll.norm().item(), rel=0.05)  # as strong as the reconstruction
+
+
+def test_adversary_joins_when_it_is_time(vqvae):
+    objective = tokenizer_objective(vqvae, adversary=1.0, adversary_start=0.5).train()
+    _, before = objective(images(), Clock(3, 0.49, 0))
+    _, after = objective(images(), Clock(3, 0.5, 0))
+    assert "adversarial" not in before and "adversarial" in after
+
+
+def test_dead_codes_restart_at_data_the_same_way_every_time(vqvae):
+    objective = tokenizer_objective(vqvae, restart_every=10)
+    codebook = vqvae.quantizer.codebook.weight
+    with torch.no_grad():
+        codebook[5:] += 1000.0  # out of reach: dead
+    objective.usage_KV[:, 5:] = 0.0
+    _, metrics = objective(images(), START)
+    before, processes = codebook.detach().clone(), Processes(Accelerator(cpu=True))
+    objective.after_step(images(), metrics, Clock(20, 0.1, 7), processes)
+    first = codebook.detach().clone()
+    assert torch.equal(first[:5], before[:5])
+    assert first[5:].abs().max() < 100
+    with torch.no_grad():
+        codebook.copy_(before)
+    objective.usage_KV[:, 5:] = 0.0
+    objective.after_step(images(), metrics, Clock(20, 0.1, 7), processes)
+    assert torch.equal(codebook, first)
+    with torch.no_grad():
+        codebook.copy_(before)
+    objective.usage_KV[:, 5:] = 0.0
+    objective.after_step(images(), metrics, Clock(20, 0.95, 7), processes)
+    assert torch.equal(codebook, before)  # too late in training
+
+
+def test_usage_counts_codes_by_scale(vqvae):
+    objective = tokenizer_objective(vqvae)
+    objective.usage_KV.zero_()
+    objective.usage_KV[0, :4] = 1.0
+    objective.usage_KV[1, 3:5] = 0.081
+    statistics = objective.statistics()
+    assert (statistics["usage_1x1"], statistics["usage_2x2"], statistics["usage_4x4"]) == (4 / 16, 2 / 16, 0)
+    assert statistics["usage"] == 5 / 16
+
+
+def test_validation_reports_psnr_and_ssim(vqvae):
+    objective = tokenizer_objective(vqvae).eval()
+    batch = {"image": torch.rand(2, 3, 16, 16) * 2 - 1}
+    vqvae.quantizer.codebook.weight.data.mul_(1.0)
+    with torch.no_grad():
+        metrics = objective({"image": batch["image"][..., :8, :8]}, START)[1]
+    assert metrics["psnr"] > 0 and -1 <= metrics["ssim"] <= 1
+
+
+# --- the transformer's objective -------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def transformer():
+    torch.manual_seed(0)
+    return NextScaleTransformer(
+        depth=2, width=32, heads=2, vocab_size=16, latent_channels=4, schedule="1,2,4", num_classes=5
+    )
+
+
+def token_batch(count: int = 6) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "ids": torch.randint(16, (count, 21), generator=generator),
+        "inputs": torch.randn(count, 20, 4, generator=generator),
+        "label": torch.arange(count) % 5,
+        "counter": range(count),
+    }
+
+
+def test_loss_by_scale_adds_up(transformer):
+    objective = VarObjective(transformer, VarLossConfig(drop=0.0), OptimizerConfig()).eval()
+    loss, metrics = objective(token_batch(), START)
+    expected = (metrics["loss_1x1"] * 1 + metrics["loss_2x2"] * 4 + metrics["loss_4x4"] * 16) / 21
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(np.log(16), rel=0.05)  # a fresh model knows nothing
+
+
+def test_prompts_drop_by_image_not_by_batch(transformer):
+    """Image i's prompt is dropped or not whatever the batch; a share of `drop` is dropped."""
+    seen = []
+
+    class Watch(VarObjective):
+        def hidden(self, inputs, cond, clock):
+            seen.append(cond.start_BD)
+            return super().hidden(inputs, cond, clock)
+
+    objective = Watch(transformer, VarLossConfig(drop=0.3), OptimizerConfig()).train()
+    count = 200
+    batch = {
+        k: v[:1].expand(count, *v.shape[1:]) if isinstance(v, torch.Tensor) else v for k, v in token_batch().items()
+    }
+    objective({**batch, "counter": range(count)}, START)
+    halves = {k: v[:100] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    objective({**halves, "counter": range(100, 200)}, START)
+    null = transformer.conditioner.embedding.weight[5]
+    dropped = (seen[0] == null).all(dim=1)
+    assert 0.2 < dropped.float().mean() < 0.4
+    assert torch.equal((seen[1] == null).all(dim=1), dropped[100:])
+
+
+def test_drop_prompts_keeps_the_others():
+    prompt = drop_prompts(
+        ClassPrompt(torch.tensor([1, 2])), ClassPrompt(torch.tensor([9, 9])), torch.tensor([True, False])
+    )
+    assert prompt.classes_B.tolist() == [9, 2]
+
+
+def test_text_encoder_trains_along():
+    torch.manual_seed(0)
+    encoder, tokenizer = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))
+    transformer = NextScaleTransformer(
+        depth=1, width=32, heads=2, vocab_size=16, latent_channels=4, schedule="1,2,4", conditioning="text",
+        text_width=16, text_length=12,
+    )  # fmt: skip
+    objective = VarObjective(transformer, VarLossConfig(drop=0.5), OptimizerConfig(), encoder).train()
+    text = tokenize(tokenizer, ["a ring", "two very long captions"] * 3, 12)
+    assert text["input_ids"].shape == (6, 12) and text["mask"].dtype == torch.bool
+    loss, _ = objective({**token_batch(), **text}, START)
+    loss.backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
+# --- the stages, through their command lines -------------------------------------------------------------------------
+
+TINY = ["--run.log_every=2", "--run.checkpoint_every=2", "--run.validate_every=4", "--run.workers=0", "--run.cpu=true"]
+TINY += ["--run.batch_size=4", "--run.total_images=16", "--run.validation_images=4", "--run.previews=2"]
+TINY += ["--run.bar_every=60", "--data.source=scenes", "--data.size=16", "--data.num_scenes=40"]
+TOKENIZER = [*TINY, "--tokenizer.channels=[8,8]", "--tokenizer.layers_per_block=1", "--tokenizer.attention=false"]
+TOKENIZER += ["--tokenizer.latent_channels=4", "--tokenizer.vocab_size=16", "--tokenizer.schedule=1,2,8"]
+TOKENIZER += ["--tokenizer.norm_groups=4", "--loss.adversary_layers=1", "--loss.adversary_width=8"]
+
+
+def stage(module: str, *arguments: str) -> int:
+    """Exit code of a stage's command line in a child process."""
+    import importlib
+
+    main = importlib.import_module(f"train.{module}").main
+    return in_child(lambda: os._exit(exit_code(main, list(arguments))))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert stage("train_tokenizer", *TOKENIZER, f"--run.run_dir={folder}", "--loss.adversary=0.5") == 0
+    return folder
+
+
+def test_tokenizer_stage(tokenizer_run):
+    assert {"config.yaml", "metrics.jsonl", "images", "checkpoints", "latest"} <= set(os.listdir(tokenizer_run))
+    last = curve(tokenizer_run)[-1]
+    assert last["kind"] == "validation" and last["images"] == 16 and {"psnr", "ssim"} <= set(last)
+    train = curve(tokenizer_run, "train")[-1]
+    assert {"usage_1x1", "usage_8x8", "adversarial", "grad_norm_adversary", "lr"} <= set(train)
+    assert list((tokenizer_run / "images").glob("*.png"))
+
+
+def test_saved_configuration_runs_again(tokenizer_run, tmp_path):
+    arguments = [f"--config={tokenizer_run}/config.yaml", f"--run.run_dir={tmp_path}"]
+    assert stage("train_tokenizer", *arguments) == 0
+    assert curve(tmp_path) == curve(tokenizer_run)
+
+
+@pytest.fixture(scope="module")
+def cache(tokenizer_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    arguments = ["--data.source=scenes", "--data.size=16", "--data.num_scenes=40", "--data.val_fraction=0.2"]
+    arguments += [f"--cache.tokenizer={tokenizer_run}/latest/vqvae", f"--cache.folder={folder}"]
+    arguments += ["--cache.shard_size=16", "--cache.batch_size=8"]
+    assert stage("cache_tokens", *arguments) == 0
+    (folder / "train" / "00001.npy").unlink()  # as if stopped half-way
+    (folder / "train" / "manifest.json").unlink()
+    assert stage("cache_tokens", *arguments) == 0
+    assert stage("cache_tokens", *arguments, "--cache.seed=1") == 2
+    return folder
+
+
+def test_cached_tokens_are_the_tokenizers(cache, tokenizer_run):
+    from tokenizer.model import MultiScaleVQ
+    from train.data import DataConfig, build_dataset
+    from train.token_cache import TokenCache
+    from train.train_tokenizer import to_images
+
+    vqvae = MultiScaleVQ.from_pretrained(tokenizer_run / "latest" / "vqvae").eval()
+    cached = TokenCache(cache, "train", vqvae)
+    data = build_dataset(DataConfig(source="scenes", size=16, num_scenes=40, val_fraction=0.2), "train")
+    assert len(cached) == len(data) == 40 and cached.num_classes == 6
+    for index in (0, 17, 39):
+        item, image = cached[index], data[index]
+        ids = torch.cat(vqvae.image_to_tokens(to_images({"image": image["image"][None]})["image"]), dim=1)
+        assert torch.equal(item["ids"], ids[0])
+        assert (item["label"], item["caption"]) == (image["label"], image["caption"])
+    assert np.load(cache / "train" / "00000.npy").dtype == np.uint16
+
+
+def test_a_cache_of_another_tokenizer_is_refused(cache, tiny_vqvae):
+    from train.token_cache import TokenCache
+
+    with pytest.raises(ValueError, match="another tokenizer"):
+        TokenCache(cache, "train", tiny_vqvae)
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        TokenCache(cache / "nowhere", "train", tiny_vqvae)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_transformer_stage(cache, tokenizer_run, tmp_path, kind):
+    arguments = [*TINY, f"--run.run_dir={tmp_path}", f"--tokens.tokenizer={tokenizer_run}/latest/vqvae"]
+    arguments += ["--transformer.depth=1", "--transformer.width=16", "--transformer.heads=2"]
+    if kind == "text":
+        arguments += ["--transformer.conditioning=text", "--text.d_model=16", "--text.layers=1", "--text.heads=2"]
+        arguments += ["--text.d_ff=16", f"--tokens.cache={cache}", "--optimizer.name=muon"]
+    assert stage("train_var", *arguments) == 0
+    from sample.pipeline import NextScalePipeline
+
+    pipeline = NextScalePipeline.from_pretrained(tmp_path / "latest")
+    assert (pipeline.text_encoder is not None) == (kind == "text")
+    assert list((tmp_path / "images").glob("samples_*.png"))
+    assert {"accuracy", "loss_1x1", "accuracy_8x8"} <= set(curve(tmp_path)[-1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--optimizer.nme=x", "--optimizer.nme"),
+        ("--run.total_images=many", "run.total_images"),
+        ("--data.size=24", "data.size (24, 24) must be (16, 16)"),
+        ("--tokenizer.schedule=3,2", "schedule must not shrink"),
+        ("--optimizer.name=muon", "muon"),
+    ],
+)
+def test_user_mistakes_are_one_line_and_exit_2(tmp_path, capfd, argument, words):
+    assert stage("train_tokenizer", *TOKENIZER, f"--run.run_dir={tmp_path}/run", argument) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_another_model_in_the_same_folder_is_refused(tokenizer_run, capfd):
+    before = json.loads((tokenizer_run / "metrics.jsonl").read_text().splitlines()[-1])
+    arguments = [*TOKENIZER, f"--run.run_dir={tokenizer_run}", "--loss.adversary=0.5", "--tokenizer.vocab_size=32"]
+    state = final_state(tokenizer_run)
+    assert stage("train_tokenizer", *arguments) == 2
+    assert "holds a run of another model" in capfd.readouterr().err
+    assert json.loads((tokenizer_run / "metrics.jsonl").read_text().splitlines()[-1]) == before
+    assert equal(final_state(tokenizer_run), state)
