@@ -42,6 +42,7 @@ NAMES = {
 COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
+    "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
 }
 
 __all__ = [*NAMES, "main"]

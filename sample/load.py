@@ -45,8 +45,8 @@ def load_pipeline(
     with silent_loading():
         whole = (folder / "model_index.json").is_file()
         pipeline = NextScalePipeline.from_pretrained(folder) if whole else assemble(folder)
-    for component in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
-        if component is not None:
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
             component.eval()
     return pipeline.to(place, precision)
 

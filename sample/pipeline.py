@@ -355,8 +355,8 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
 
 
 def _repeat(count: int, copies: int) -> torch.Tensor:
