@@ -105,7 +105,7 @@ def _read_safetensors(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
+        raise ValueError(f"{path} is damaged or cut short: {_first_sentence(error)}") from None
 
 
 def _read_pickle(path: Path) -> object:
@@ -123,12 +123,14 @@ def _read_pickle(path: Path) -> object:
                 f"{path} is a pickle that would run or build {found[1]}; only plain tensors are read"
             ) from None
         raise ValueError(f"{path} is not a weight file torch can read") from None
+    except LookupError:
+        raise ValueError(f"{path} is not a weight file torch can read") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
+        raise ValueError(f"{path} is damaged or cut short: {_first_sentence(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.?\s*\n|\. ", str(error) or type(error).__name__)[0]
 
 
 def _state_dicts(nested: object) -> Iterator[State]:

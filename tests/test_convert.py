@@ -1,0 +1,357 @@
+"""Official checkpoints in and out: bit-equal round trips, detection from tensors, and one clear line for bad files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sample import adapters, convert_cli
+from sample.checkpoints import read_state, stream, write_safetensors
+from sample.convert import convert, convert_back
+from sample.load import load_pipeline
+from sample.official import Flags, load_official
+from sample.pipeline import NextScalePipeline
+
+GOLDENS = Path(__file__).parent / "goldens"
+State = dict[str, torch.Tensor]
+
+
+def weights(folder: str, part: str = "") -> State:
+    state = load_file(GOLDENS / folder / "weights.safetensors")
+    return {key.removeprefix(part): tensor for key, tensor in state.items() if key.startswith(part)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """The tiny official checkpoints as .pth files."""
+    states = {
+        "vae": weights("vqvae_tiny") | {"quantize.ema_vocab_hit_SV": torch.rand(10, 64)},  # as published: 10 rows
+        "other_vae": weights("vqvae_tiny_nin"),
+        "var": weights("var_tiny"),
+        "saln": weights("var_tiny_saln"),
+        "drafter_2": weights("code_tiny", "drafter."),
+        "refiner_2": weights("code_tiny", "refiner."),
+    }
+    for name, state in states.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    return {name: tmp_path / f"{name}.pth" for name in states}
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+# --- there and back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transformer", ["var", "saln"])
+def test_round_trip_of_var_is_bit_equal(files: dict[str, Path], tmp_path: Path, transformer: str) -> None:
+    out = tmp_path / "ours"
+    convert(out, family="var", vae=files["vae"], transformer=files[transformer], flags=Flags(heads=4))
+    convert_back(out, tmp_path / "back")
+    assert same(torch.load(tmp_path / "back/vae.pth"), torch.load(files["vae"]))
+    assert same(torch.load(tmp_path / "back/transformer.pth"), torch.load(files[transformer]))
+
+
+def test_round_trip_of_code_is_bit_equal(files: dict[str, Path], tmp_path: Path) -> None:
+    drafter, refiner = files["drafter_2"], files["refiner_2"]
+    convert(tmp_path / "ours", family="code", vae=files["vae"], transformer=drafter, refiner=refiner)
+    convert_back(tmp_path / "ours", tmp_path / "back")
+    assert same(torch.load(tmp_path / "back/transformer.pth"), torch.load(drafter))
+    assert same(torch.load(tmp_path / "back/refiner.pth"), torch.load(refiner))
+
+
+def test_folder_and_memory_give_the_official_tokens(files: dict[str, Path], tmp_path: Path) -> None:
+    recorded = load_file(GOLDENS / "code_tiny/io.safetensors")
+    given = {"vae": files["vae"], "transformer": files["drafter_2"], "refiner": files["refiner_2"]}
+    convert(tmp_path / "ours", family="code", **given)
+    for pipeline in (load_pipeline(tmp_path / "ours", device="cpu"), NextScalePipeline.from_official(**given)):
+        assert pipeline.config.handover == 2  # from the names of the files
+        pipeline.set_progress_bar_config(disable=True)
+        labels = recorded["labels"].tolist()
+        output = pipeline(class_labels=labels, guidance_scale=1.5, top_k=1, top_p=1.0, seed=0, output_type="pt")
+        for k, tokens in enumerate(output.tokens):
+            assert torch.equal(tokens, recorded[f"ids_scale{k}"])
+        torch.testing.assert_close(output.images, recorded["img01"], atol=5e-5, rtol=0)
+
+
+def test_a_trainers_file_is_searched(files: dict[str, Path], tmp_path: Path) -> None:
+    trainer = {
+        "config": {"depth": 4},
+        "var_wo_ddp": {f"module.{key}": tensor for key, tensor in weights("var_tiny").items()},
+        "vae_local": weights("vqvae_tiny"),
+        "var_opt": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+    }
+    both = tmp_path / "ar-ckpt-last.pth"
+    torch.save({"epoch": 3, "trainer": trainer, "args": {"exp_name": "x"}}, both)
+    models = load_official(vae=both, transformer=both)
+    plain = load_official(vae=files["vae"], transformer=files["var"])
+    for name in ("vqvae", "transformer"):
+        assert same(models[name].state_dict(), plain[name].state_dict())
+
+
+def test_safetensors_half_precision_and_the_old_format_are_read(files: dict[str, Path], tmp_path: Path) -> None:
+    half = {key: t.half() if t.is_floating_point() else t for key, t in weights("var_tiny").items()}
+    save_file(half, tmp_path / "half.safetensors")
+    torch.save(half, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("half.safetensors", "old.pth"):
+        convert(tmp_path / "ours", family="var", vae=files["vae"], transformer=tmp_path / name, overwrite=True)
+        convert_back(tmp_path / "ours", tmp_path / "back", overwrite=True)
+        assert same(torch.load(tmp_path / "back/transformer.pth"), half)
+
+
+# --- what the tensors tell ----------------------------------------------------------------------------------------
+
+SIDES = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(sorted)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sides=SIDES,
+    depth=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    head_width=st.sampled_from([4, 6]),
+    mlp_ratio=st.sampled_from([2.0, 4.0, 2.5]),
+    classes=st.integers(1, 9),
+    qk_norm=st.booleans(),
+    shared=st.booleans(),
+)
+def test_transformer_config_is_read_off_the_tensors(
+    sides: list[int],
+    depth: int,
+    heads: int,
+    head_width: int,
+    mlp_ratio: float,
+    classes: int,
+    qk_norm: bool,
+    shared: bool,
+) -> None:
+    sizes = {
+        "depth": depth,
+        "width": heads * head_width,
+        "heads": heads,
+        "mlp_ratio": mlp_ratio,
+        "num_classes": classes,
+    }
+    variant = {"qk_norm": qk_norm, "shared_ada": shared, "vocab_size": 11, "latent_channels": 3}
+    model = adapters.VAR.model(**sizes, **variant, schedule=sides)
+    state = adapters.to_official(adapters.VAR, model.state_dict(), model.config)
+    state |= adapters.VAR.official_buffers(model.config, torch.float32)
+    schedule = adapters.read_schedule(state)
+    config = adapters.read_config(adapters.VAR, state, schedule=schedule, heads=None if qk_norm else heads)
+    assert {key: model.config[key] for key in config} == config
+    assert same(adapters.from_official(adapters.VAR, state, config), model.state_dict())
+    assert not adapters.kept_buffers(adapters.VAR, state, config)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    sides=SIDES,
+    factors=st.lists(st.integers(1, 2), min_size=1, max_size=3),
+    stem=st.sampled_from([32, 64]),
+    phis=st.sampled_from([0, 1, 2, 4, 5]),
+)
+def test_tokenizer_config_is_read_off_the_tensors(sides: list[int], factors: list[int], stem: int, phis: int) -> None:
+    channels = [32 * factor for factor in factors]
+    sizes = {"channels": channels, "stem_channels": None if stem == channels[0] else stem, "num_phis": phis}
+    with torch.device("meta"):
+        model = adapters.VQVAE.model(**sizes, vocab_size=7, latent_channels=3, layers_per_block=1, schedule=sides)
+    state = adapters.to_official(adapters.VQVAE, model.state_dict(), model.config)
+    config = adapters.read_config(adapters.VQVAE, state, schedule=sides)
+    assert {key: model.config[key] for key in config} == config
+    assert adapters.from_official(adapters.VQVAE, state, config).keys() == model.state_dict().keys()
+
+
+def test_known_schedules_without_recorded_levels() -> None:
+    state = {"pos_1LC": torch.zeros(1, 680, 1), "lvl_embed.weight": torch.zeros(10, 1)}
+    assert adapters.read_schedule(state).text == "1,2,3,4,5,6,8,10,13,16"
+    with pytest.raises(ValueError, match="681 tokens fit no known schedule"):
+        adapters.read_schedule(state | {"pos_1LC": torch.zeros(1, 681, 1)})
+
+
+# --- files that cannot be read ------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.system, ("true",)
+
+
+def _cut(source: Path, target: Path) -> Path:
+    target.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    return target
+
+
+def _saved(target: Path, state: object) -> Path:
+    torch.save(state, target)
+    return target
+
+
+def _without(state: State, *keys: str) -> State:
+    return {key: tensor for key, tensor in state.items() if not key.startswith(keys)}
+
+
+BAD = {
+    "missing": (lambda f, d: d / "no.pth", "no such file: .*no.pth"),
+    "folder": (lambda f, d: d, "is a folder"),
+    "pointer": (
+        lambda f, d: _text(d / "p.pth", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+        "is a Git LFS pointer",
+    ),
+    "web page": (lambda f, d: _text(d / "p.pth", "<!DOCTYPE html><html>404</html>"), "is a web page"),
+    "empty": (lambda f, d: _text(d / "p.pth", ""), "is empty"),
+    "text": (lambda f, d: _text(d / "p.pth", "hello there"), "not a weight file|damaged"),
+    "cut .pth": (lambda f, d: _cut(f["var"], d / "cut.pth"), "damaged or cut short"),
+    "cut .safetensors": (
+        lambda f, d: _cut(GOLDENS / "var_tiny/weights.safetensors", d / "cut.safetensors"),
+        "damaged or cut short",
+    ),
+    "code": (lambda f, d: _saved(d / "e.pth", weights("var_tiny") | {"x": Evil()}), r"pickle that .*posix\.system"),
+    "tokenizer": (lambda f, d: f["vae"], "holds no VAR transformer"),
+    "no tensors": (lambda f, d: _saved(d / "n.pth", {"a": 1}), "no tensor at all"),
+    "hole": (
+        lambda f, d: _saved(d / "h.pth", _without(weights("var_tiny"), "blocks.2.")),
+        r"lacks blocks\.2\.ada_lin.* and \d+ more",
+    ),
+    "one missing": (
+        lambda f, d: _saved(d / "m.pth", _without(weights("var_tiny"), "word_embed.weight")),
+        "lacks word_e",
+    ),
+    "unknown": (
+        lambda f, d: _saved(d / "u.pth", weights("var_tiny") | {"blocks.0.attn.extra": torch.zeros(1)}),
+        r"has unknown blocks\.0\.attn\.extra",
+    ),
+    "shape": (
+        lambda f, d: _saved(d / "s.pth", weights("var_tiny") | {"blocks.1.ffn.fc2.bias": torch.zeros(5)}),
+        r"blocks\.1\.ffn\.fc2\.bias is \(5,\), expected \(64,\)",
+    ),
+    "key bias": (
+        lambda f, d: _saved(d / "b.pth", weights("var_tiny") | {"blocks.1.attn.zero_k_bias": torch.ones(64)}),
+        r"blocks\.1\.attn\.zero_k_bias is not what",
+    ),
+}
+
+
+def _text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_file_is_one_clear_line(files: dict[str, Path], tmp_path: Path, case: str) -> None:
+    make, message = BAD[case]
+    bad = make(files, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        convert(tmp_path / "ours", family="var", vae=files["vae"], transformer=bad)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert not (tmp_path / "ours").exists() and not (tmp_path / ".ours.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "message"),
+    [
+        ({"vae": "other_vae"}, {}, "tokenizer and the transformer do not belong together: vocab_size is 48 and 64"),
+        ({"vae": "var"}, {}, "holds no VAR tokenizer"),
+        ({}, {"depth": 16}, "depth is given as 16, the transformer has 4 blocks"),
+        ({}, {"heads": 8}, "heads is 8, the transformer has 4"),
+        ({}, {"schedule": "1,1x3,2x5,2x8"}, "attn_bias_for_masking is not what the scales 1,1x3,2x5,2x8"),
+        ({}, {"schedule": "1,2,3"}, "schedule 1,2,3 has 14 tokens, the transformer was built for 30"),
+        ({}, {"phi_ratio": 0.0}, "has unknown quantize.quant_resi"),
+        ({"refiner": "refiner_2"}, {}, "var family needs the files vae, transformer; got vae, transformer, refiner"),
+        ({"family": "code"}, {}, "code family needs the files vae, transformer, refiner"),
+        ({"family": "code", "refiner": "refiner_2"}, {"handover": 4}, "handover must be in 1..3 scales, got 4"),
+    ],
+)
+def test_files_that_do_not_fit(
+    files: dict[str, Path], tmp_path: Path, given: dict[str, str], flags: dict, message: str
+) -> None:
+    chosen = {"family": "var", "vae": "vae", "transformer": "var"} | given
+    arguments = {name: files.get(value, value) if name != "family" else value for name, value in chosen.items()}
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "ours", **arguments, flags=Flags(**flags))
+
+
+def test_an_existing_folder_is_kept(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/mine.txt").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        convert(tmp_path / "ours", family="var", vae=files["vae"], transformer=files["var"])
+    assert (tmp_path / "ours/mine.txt").exists()
+
+
+def test_a_model_the_official_code_lacks_is_not_written(tmp_path: Path, tiny_vqvae, tiny_text_model) -> None:
+    tiny_vqvae.save_pretrained(tmp_path / "ours/vqvae")
+    tiny_text_model.save_pretrained(tmp_path / "ours/transformer")
+    with pytest.raises(ValueError, match="norm_groups 32"):
+        convert_back(tmp_path / "ours", tmp_path / "back")
+    with pytest.raises(ValueError, match="conditioning class"):
+        adapters.to_official(adapters.VAR, tiny_text_model.state_dict(), tiny_text_model.config)
+
+
+# --- the command and memory ---------------------------------------------------------------------------------------
+
+
+def test_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def command(*words: object) -> int:
+        parser = argparse.ArgumentParser()
+        convert_cli.configure(parser)
+        return convert_cli.run(parser.parse_args([str(word) for word in words]))
+
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert command("--from", "var", "--vae", files["vae"], "--transformer", files["var"], "--out", ours) == 0
+    assert "depth 4, width 64, heads 4" in capsys.readouterr().out
+    assert command("--to", "var", "--model", ours, "--out", back) == 0
+    assert same(torch.load(back / "transformer.pth"), torch.load(files["var"]))
+    with pytest.raises(ValueError, match="--from code needs --refiner"):
+        command("--from", "code", "--vae", files["vae"], "--drafter", files["var"], "--out", ours)
+
+
+def test_streaming_maps_the_file_anew(files: dict[str, Path], tmp_path: Path) -> None:
+    mapped = []
+
+    def make() -> State:
+        mapped.append(1)
+        return read_state(files["var"], adapters.VAR.roots, adapters.VAR.what)
+
+    state = make()
+    size = sum(tensor.nbytes for tensor in state.values())
+    mapped.clear()
+    assert [key for key, _ in stream(make, budget=size // 4)] == list(state)
+    assert 3 <= len(mapped) <= 6
+    write_safetensors(tmp_path / "copy.safetensors", make)
+    assert same(load_file(tmp_path / "copy.safetensors"), state)
+
+
+MEASURE = """
+import resource, sys
+from sample.convert import convert
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(sys.argv[3], family="var", vae=sys.argv[1], transformer=sys.argv[2])
+print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_large_conversion(files: dict[str, Path], tmp_path: Path) -> None:
+    """Peak resident memory of the whole process, mapped pages and imports included, over the size of the file."""
+    model = adapters.VAR.model(
+        depth=8, width=1024, heads=16, num_classes=1000, vocab_size=64, latent_channels=8, schedule="1,2,3,4"
+    )
+    state = adapters.to_official(adapters.VAR, model.state_dict(), model.config)
+    big = _saved(tmp_path / "big.pth", state | adapters.VAR.official_buffers(model.config, torch.float32))
+    del model, state
+    command = [sys.executable, "-c", MEASURE, str(files["vae"]), str(big), str(tmp_path / "ours")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    before, peak = map(int, result.stdout.split()[-2:])
+    size = big.stat().st_size
+    assert peak - before < 0.6 * size, f"{(peak - before) / size:.2f} of the file's {size / 1e6:.0f} MB"
