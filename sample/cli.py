@@ -80,15 +80,16 @@ def run(args: argparse.Namespace) -> int:
     from diffusers.utils.logging import disable_progress_bar
 
     from sample.images import image_stream, make_requests, process_share
-    from sample.load import load_pipeline
+    from sample.load import load_pipeline, model_folder
 
-    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    folder = model_folder(args.model)  # once: a training run may export a newer one while we work
+    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     disable_progress_bar()
     if prompts is None:
         prompts = read_classes(args.classes, pipeline)
     requests = make_requests(prompts, per_prompt=args.n, seed=args.seed, metadata=metadata)
-    sink, job = make_sink(args, pipeline, requests)
+    sink, job = make_sink(args, folder, pipeline, requests)
     job.check()
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
@@ -185,7 +186,9 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def make_sink(args: argparse.Namespace, pipeline: NextScalePipeline, requests: list[Request]) -> tuple[Sink, Job]:
+def make_sink(
+    args: argparse.Namespace, folder: Path, pipeline: NextScalePipeline, requests: list[Request]
+) -> tuple[Sink, Job]:
     """Where the images go, and what must not change between the runs of one job."""
     from sample.images import GenEvalTree, Job, NpzFile, PngFolder, requests_digest
     from sample.load import model_digest
@@ -193,7 +196,7 @@ def make_sink(args: argparse.Namespace, pipeline: NextScalePipeline, requests: l
     own = pipeline.config.sampling or {}
     settings = {
         "model": str(args.model),
-        "model_digest": model_digest(args.model),
+        "model_digest": model_digest(folder),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         **own,
         **call_options(args),

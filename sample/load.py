@@ -139,13 +139,18 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
     try:
-        return Path(NextScalePipeline.download(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"model {name!r} is not {BUNDLED!r}, no folder here, and could not be had from the Hub: {reason}"
-        ) from None
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except HFValidationError:
+        reason = "cannot be the name of one on the Hub"
+    except RepositoryNotFoundError:
+        reason = "is not on the Hub"
+    except OSError:
+        reason = "could not be had from the Hub, which cannot be reached"
+    raise FileNotFoundError(f"model {name!r} is not {BUNDLED!r}, is no folder here, and {reason}")
 
 
 @contextmanager

@@ -177,7 +177,10 @@ def test_interrupted(sample, tmp_path, monkeypatch):
         (["a star", "--dtype", "int4"], "dtype must be one of auto, float32"),
         (["a star", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is not a file"),
-        (["a star", "--model", "no/such/model/here"], "model 'no/such/model/here' is not 'scenes', no folder here"),
+        (
+            ["a star", "--model", "no/such/model/here"],
+            "model 'no/such/model/here' is not 'scenes', is no folder here, and",
+        ),
         (["a star", "--show-scales", "--out", "x.npz"], "--show-scales needs a folder"),
     ],
 )
