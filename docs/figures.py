@@ -1,0 +1,67 @@
+"""The drawings of the docs: `python -m docs.figures` writes docs/images/pyramid.png with the bundled tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.scenes import render, scene_at
+from sample.images import write_png
+from sample.load import load_pipeline
+from tokenizer.model import MultiScaleVQ
+
+SIDE, GAP = 128, 6  # pixels
+
+
+def code_colours(model: MultiScaleVQ) -> np.ndarray:
+    """A colour per code, uint8 (V, 3): codes that are alike look alike (first three principal directions)."""
+    codes_VC = model.quantizer.codebook.weight.detach().float()
+    centred = codes_VC - codes_VC.mean(dim=0)
+    axes_C3 = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
+    ranks_V3 = (centred @ axes_C3).argsort(dim=0).argsort(dim=0)
+    return (40 + 200 * ranks_V3 / len(codes_VC)).to(torch.uint8).numpy()
+
+
+@torch.no_grad()
+def pyramid(model: MultiScaleVQ, image: np.ndarray) -> np.ndarray:
+    """Tokens of every scale above, the reconstruction after it below; uint8 (h, w, 3) from uint8 (h, w, 3)."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    ids = model.image_to_tokens(x)
+    colours, columns = code_colours(model), []
+    for (h, w), ids_Bl, f_hat in zip(model.schedule.sides, ids, model.quantizer.partial_sums(ids, model.schedule)):
+        decoded = model.decode(f_hat)[0].clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        halves = [colours[ids_Bl[0].numpy().reshape(h, w)], decoded.permute(1, 2, 0).numpy()]
+        columns.append(stack([enlarge(half) for half in halves], axis=0))
+    columns.append(stack([np.full((SIDE, SIDE, 3), 255, np.uint8), enlarge(image)], axis=0))
+    return stack(columns, axis=1)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """To SIDE x SIDE, pixels kept square."""
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
+def stack(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    """Side by side, GAP white pixels apart."""
+    shape = list(parts[0].shape)
+    shape[axis] = GAP
+    white = np.full(shape, 255, np.uint8)
+    return np.concatenate([piece for part in parts for piece in (part, white)][:-1], axis=axis)
+
+
+def main() -> None:
+    """Draw everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="scenes", help="model whose tokenizer is shown")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    args = parser.parse_args()
+    model = load_pipeline(args.model, device="cpu").vqvae
+    write_png(args.out / "pyramid.png", pyramid(model, render(scene_at(11, seed=1))))
+
+
+if __name__ == "__main__":
+    main()
