@@ -1,4 +1,4 @@
-"""The drawings of the docs: `python -m docs.figures` writes docs/images/pyramid.png with the bundled tokenizer."""
+"""The pictures of the docs, made by the bundled model: `python -m docs.figures` writes docs/images/*.png."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.scenes import render, scene_at
 from sample.images import write_png
 from sample.load import load_pipeline
+from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 
 SIDE, GAP = 128, 6  # pixels
+PROMPTS = (
+    "a star",
+    "a purple heart",
+    "three circles",
+    "a ring and a square",
+    "a triangle above a cross",
+    "a red star left of a blue heart",
+    "an orange diamond and a green ring",
+    "a yellow circle below a black square",
+)
 
 
 def code_colours(model: MultiScaleVQ) -> np.ndarray:
@@ -40,6 +51,24 @@ def pyramid(model: MultiScaleVQ, image: np.ndarray) -> np.ndarray:
     return stack(columns, axis=1)
 
 
+def samples(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np.ndarray:
+    """Seeds 0, 1, ... of every prompt of PROMPTS under its text, unselected; uint8 (h, w, 3)."""
+    panels = []
+    for prompt in PROMPTS:
+        images = pipeline(prompt, num_images_per_prompt=each, seed=0).images
+        row = stack([enlarge(np.asarray(image)) for image in images], axis=1)
+        panels.append(np.concatenate([label(prompt, row.shape[1]), row]))
+    rows = [stack(panels[i : i + columns], axis=1) for i in range(0, len(panels), columns)]
+    return stack(rows, axis=0)
+
+
+def label(text: str, width: int) -> np.ndarray:
+    """A line of text on white, uint8 (h, width, 3)."""
+    image = Image.new("RGB", (width, 26), "white")
+    ImageDraw.Draw(image).text((2, 3), text, fill="black", font=ImageFont.load_default(17))
+    return np.asarray(image)
+
+
 def enlarge(image: np.ndarray) -> np.ndarray:
     """To SIDE x SIDE, pixels kept square."""
     return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST))
@@ -59,8 +88,10 @@ def main() -> None:
     parser.add_argument("--model", default="scenes", help="model whose tokenizer is shown")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
-    model = load_pipeline(args.model, device="cpu").vqvae
-    write_png(args.out / "pyramid.png", pyramid(model, render(scene_at(11, seed=1))))
+    pipeline = load_pipeline(args.model, device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    write_png(args.out / "pyramid.png", pyramid(pipeline.vqvae, render(scene_at(11, seed=1))))
+    write_png(args.out / "samples.png", samples(pipeline))
 
 
 if __name__ == "__main__":
