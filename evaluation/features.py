@@ -146,19 +146,19 @@ class InceptionFeatures:
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"inception_weights {weights} does not exist: give the .pth file of torch-fidelity")
-        try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
+        from torchmetrics.image.fid import NoTrainInceptionV3
 
-            self.network = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048"], str(weights) if weights is not None else None, antialias=False
-            ).to(device)
-        except ImportError as error:
+        path = str(weights) if weights is not None else None
+        try:
+            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False)
+        except ModuleNotFoundError as error:
             raise ValueError(
                 f"FID, IS and KID need the eval extra: pip install 'nextscale[eval]' ({_first_line(error)})"
             ) from None
         except Exception as error:  # a download or an unpickling can raise almost anything
-            source = f"file {weights}" if weights is not None else "download (use --inception-weights FILE offline)"
-            raise ValueError(f"Inception weights could not be read from {source}: {_first_line(error)}") from None
+            source = f"from {weights}" if weights is not None else "by download: use --inception-weights FILE offline"
+            raise ValueError(f"Inception weights cannot be had {source} ({_first_line(error)})") from None
+        self.network = network.to(device)
 
     @torch.no_grad()
     def describe(self, images_BCHW: torch.Tensor) -> Described:

@@ -1,0 +1,400 @@
+"""Measurements are right: known answers, invariances, the shipped feature network, and `nextscale evaluate`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+import nextscale
+from evaluation import cli
+from evaluation.features import SHIPPED, SceneFeatures, describe_all, load_scene_features, scene_reference
+from evaluation.frechet import (
+    Moments,
+    bootstrap_interval,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+)
+from evaluation.report import command_line, markdown, result, write_result
+from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
+from evaluation.sources import geneval_tree, open_images, stored_moments
+from evaluation.tokenizer_quality import comparison, fresh_scenes, measure, usage
+from evaluation.verdicts import Judged, prompt_intervals
+from train.train_features import IGNORED, loss_of, save, targets, train
+
+
+@pytest.fixture(scope="module")
+def network() -> SceneFeatures:
+    return load_scene_features()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return fresh_scenes(96, seed=3)
+
+
+@pytest.fixture(scope="module")
+def renders(scenes) -> np.ndarray:
+    return np.stack([render(scene) for scene in scenes])
+
+
+def write_tree(folder: Path, per_tag: int, copies: int = 1) -> Path:
+    """A GenEval tree whose images are true renders of their captions."""
+    rng = np.random.default_rng(4)
+    for number in range(per_tag * len(TAGS)):
+        scene = sample_scene(rng, tag=TAGS[number % len(TAGS)], split="all")
+        samples = folder / f"{number:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps(scene.metadata))
+        for copy in range(copies):
+            Image.fromarray(render(scene)).save(samples / f"{copy:04d}.png")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- Frechet
+
+
+def gaussian(mean: list[float], deviations: list[float], turn: torch.Tensor | None = None) -> Moments:
+    covariance = torch.diag(torch.tensor(deviations, dtype=torch.float64) ** 2)
+    if turn is not None:
+        covariance = turn @ covariance @ turn.T
+    return Moments(torch.tensor(mean, dtype=torch.float64), covariance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(-5, 5)] * 2, *[st.floats(0, 4)] * 2), min_size=1, max_size=6), st.integers(0, 99))
+def test_the_distance_of_gaussians_with_common_axes_is_known(axes, seed):
+    mean_a, mean_b, a, b = map(list, zip(*axes))
+    noise = torch.randn(len(a), len(a), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    turn = torch.linalg.qr(noise).Q
+    expected = sum((x - y) ** 2 for x, y in zip(mean_a, mean_b)) + sum((x - y) ** 2 for x, y in zip(a, b))
+    first, second = gaussian(mean_a, a, turn), gaussian(mean_b, b, turn)
+    assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-5)
+    assert frechet_distance(second, first) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_distance_is_that_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Identity):
+        num_features = 12
+
+    torch.manual_seed(0)
+    a, b = torch.randn(50, 12).double() @ torch.randn(12, 12).double(), torch.randn(40, 12).double() + 1
+    metric = FrechetInceptionDistance(feature=Given())
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(float(metric.compute()), rel=1e-9)
+
+
+def test_identical_sets_have_no_distance_even_with_fewer_images_than_features():
+    features = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    shuffled = features[torch.randperm(10)]
+    assert frechet_distance(moments(features), moments(shuffled)) == pytest.approx(0, abs=1e-4)
+
+
+def test_mistakes_in_distances_are_named():
+    with pytest.raises(ValueError, match="at least 2 images"):
+        moments(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="one network, got 1 and 2"):
+        frechet_distance(gaussian([0.0], [1.0]), gaussian([0.0, 0.0], [1.0, 1.0]))
+    with pytest.raises(ValueError, match="at least 4 images"):
+        kernel_distance(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(ValueError, match="splits must be 1 to 3"):
+        inception_score(torch.zeros(3, 2), splits=4)
+
+
+def test_the_inception_score_counts_sure_and_even_classes():
+    sure = torch.full((40, 8), -60.0).scatter(1, torch.arange(40)[:, None] % 8, 0.0).log_softmax(1)
+    assert inception_score(sure)[0] == pytest.approx(8, rel=1e-5)
+    assert inception_score(torch.zeros(40, 8).log_softmax(1), splits=4) == (
+        pytest.approx(1),
+        pytest.approx(0, abs=1e-6),
+    )
+    state = torch.random.get_rng_state()
+    assert inception_score(sure, splits=5, seed=1) == inception_score(sure, splits=5, seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_kernel_distance_tells_equal_distributions_from_different_ones():
+    features = torch.randn(300, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same, interval, size = kernel_distance(features[:150], features[150:], subsets=30)
+    assert size == 75 and interval[0] < 0 < interval[1]
+    far, (low, _), _ = kernel_distance(features[:150] + 1, features[150:], subsets=30)
+    assert low > abs(same) and far > low
+
+
+def test_a_bootstrap_interval_is_as_wide_as_theory_says():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 5
+    low, high = bootstrap_interval(lambda rows: float(values[rows].mean()), 5.0, 400, resamples=400)
+    assert (low + high) / 2 == pytest.approx(5)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------------------ feature network
+
+
+def test_the_shipped_network_names_the_objects_of_fresh_scenes(network, scenes, renders):
+    assert SHIPPED.stat().st_size <= 1.5e6
+    names = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    described = describe_all(network, renders)
+    assert torch.allclose(described.log_posterior.exp().sum(1), torch.ones(len(renders)).double())
+    right = [
+        names[i] in {(item.shape, item.colour) for item in scene.objects}
+        for i, scene in zip(described.log_posterior.argmax(1).tolist(), scenes)
+    ]
+    assert np.mean(right) >= 0.98
+
+
+def test_features_do_not_depend_on_batches_or_order(network, renders):
+    whole = describe_all(network, renders, batch_size=96).features
+    assert torch.allclose(describe_all(network, renders, batch_size=7).features, whole, atol=1e-4)
+    assert torch.allclose(describe_all(network, renders[::-1], batch_size=32).features.flip(0), whole, atol=1e-4)
+
+
+def test_images_of_several_sizes_can_follow_each_other(network, scenes):
+    mixed = [render(scenes[0]), render(scenes[0], 128), render(scenes[1])]
+    features = describe_all(network, mixed).features
+    assert (features[0] - features[1]).norm() < 0.2 * (features[0] - features[2]).norm()
+    with pytest.raises(ValueError, match="uint8"):
+        network.describe(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="empty"):
+        describe_all(network, [])
+
+
+def test_fd_scenes_grows_with_what_is_wrong(network, renders):
+    def distance(images: np.ndarray) -> float:
+        return frechet_distance(moments(describe_all(network, images).features), scene_reference())
+
+    soft = ndimage.gaussian_filter(renders.astype(float), (0, 2.5, 2.5, 0)).round().astype(np.uint8)
+    assert distance(renders) < distance(soft) < distance(np.repeat(renders[:1], 96, axis=0))
+
+
+def test_feature_maps_serve_a_perceptual_loss(network):
+    from tokenizer.losses import PerceptualLoss
+
+    x = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    maps = network.maps(x)
+    assert [tuple(m.shape) for m in maps] == [(2, c, s, s) for c, s in ((16, 64), (32, 32), (64, 16), (128, 8))]
+    PerceptualLoss(network.maps)(x, torch.rand(2, 3, 64, 64)).backward()
+    assert x.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_training_targets_stand_where_objects_are(scenes, network, renders):
+    shape, colour = targets(scenes)
+    assert ((shape != IGNORED).sum((1, 2)) == torch.tensor([len(scene.objects) for scene in scenes])).all()
+    x = torch.from_numpy(renders).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    assert loss_of(network, x, shape, colour) < loss_of(network, x, shape.flip(-1), colour.flip(-1))
+
+
+def test_a_trained_network_is_saved_rounded_and_loads(tmp_path):
+    trained = train(steps=2, pool=8, batch_size=8)
+    save(trained, tmp_path / "n.safetensors", {}, {})
+    loaded = load_scene_features(tmp_path / "n.safetensors")
+    assert all(torch.equal(a.half().float(), b.float()) for a, b in zip(trained.parameters(), loaded.parameters()))
+    with pytest.raises(FileNotFoundError, match="train_features"):
+        load_scene_features(tmp_path / "none.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_a_folder_is_read_without_what_sampling_put_beside_its_images(tmp_path):
+    for name in ("b.png", "a/c.png", "all_grid.png", "all_scales.png", "scales/b.png", ".tmp/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    images = open_images(tmp_path)
+    assert [path.name for path in images.paths] == ["c.png", "b.png"]
+    assert next(iter(images)).shape == (4, 4, 3)
+
+
+def test_transparent_images_are_read_on_white(tmp_path):
+    Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "x.png")
+    assert (next(iter(open_images(tmp_path))) == 255).all()
+
+
+def test_npz_files_hold_images_or_statistics(tmp_path):
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images)
+    np.savez(tmp_path / "stats.npz", mu=np.arange(5.0), sigma=np.eye(5))
+    assert np.array_equal(open_images(tmp_path / "images.npz"), images)
+    assert stored_moments(tmp_path / "images.npz") is None
+    assert stored_moments(tmp_path / "stats.npz").mean.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="must hold arr_0"):
+        open_images(tmp_path / "stats.npz")
+    (tmp_path / "broken.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_images(tmp_path / "broken.npz")
+    (tmp_path / "bad.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="image .*bad"):
+        list(open_images(tmp_path))
+
+
+def test_an_unfinished_or_foreign_tree_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no GenEval tree"):
+        geneval_tree(tmp_path)
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a star"}')
+    with pytest.raises(ValueError, match="tag, include and prompt"):
+        geneval_tree(tmp_path)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"tag": "colors", "include": [], "prompt": ""}')
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        geneval_tree(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ judging
+
+
+def test_intervals_widen_when_images_of_a_prompt_agree():
+    metadatas = [{"tag": "colors", "unseen": False}] * 200
+    correct = [i // 10 % 2 == 0 for i in range(200)]
+    alone = prompt_intervals(correct, metadatas, [Path(str(i)) for i in range(200)])["colors_ci95"]
+    together = prompt_intervals(correct, metadatas, [Path(str(i // 10)) for i in range(200)])["colors_ci95"]
+    assert together[1] - together[0] > 2.5 * (alone[1] - alone[0])
+
+
+def test_a_tree_of_true_renders_is_judged_right(tmp_path):
+    judged = Judged.of(write_tree(tmp_path, per_tag=4, copies=2))
+    scores = judged.scores()
+    assert scores["n"] == 48
+    assert all(scores[tag] >= 0.75 for tag in TAGS) and scores["overall"] >= 0.95
+    assert scores["overall_ci95"][0] < scores["overall"] <= scores["overall_ci95"][1]
+    line = json.loads(next(judged.lines()))
+    assert line["file"] == "00000/samples/0000.png" and line["tag"] == TAGS[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def test_codebook_use_follows_the_threshold():
+    hits = torch.tensor([[10, 10, 0, 0], [997, 1, 1, 1]])
+    shares = usage(hits, [(1, 1), (2, 2)])
+    assert shares["usage_1x1"] == 0.5 and shares["used_once_1x1"] == 0.5
+    assert shares["usage_2x2"] == 0.25 and shares["used_once_2x2"] == 1.0
+    assert shares["usage_any_scale"] == 0.5 and shares["used_once_any_scale"] == 1.0
+
+
+def test_a_tokenizer_is_measured():
+    from tokenizer.model import MultiScaleVQ
+
+    torch.manual_seed(0)
+    shape = {"channels": [8, 8], "layers_per_block": 1, "attention": False, "norm_groups": 4}
+    model = MultiScaleVQ(**shape, latent_channels=4, vocab_size=16, schedule="1,2,12").eval()
+    measured = measure(model, n=6, usage_n=8, pairs=4)
+    assert measured.pairs.shape == (4, 2, 24, 24, 3)
+    assert measured.row["n"] == 6 and measured.row["usage_n"] == 8
+    assert 0 < measured.row["psnr_db"] < 40 and measured.row["accepted_overall"] == 0
+    assert comparison(measured.pairs).size == (4 * 56 - 8, 2 * 56 - 8)
+    with pytest.raises(ValueError, match="at least 6"):
+        measure(model, n=5, usage_n=8)
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": str(tmp_path / "runs/a"), "out": Path("/somewhere/else/x.json"), "n": 3, "top_k": None}
+    command = command_line("nextscale evaluate", options, {"n": 1, "top_k": None})
+    assert command == "nextscale evaluate --model runs/a --out else/x.json --n 3"
+    row = {"score": 0.5, "score_ci95": [0.4, 0.6], "name": "a"}
+    content = result([row], command=command, n=7, seeds=0)
+    write_result(tmp_path / "x.json", content)
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert stored == content
+    assert {"command", "commit", "hardware", "date", "versions", "seeds", "n", "settings", "rows"} == stored.keys()
+    assert str(tmp_path) not in (tmp_path / "x.json").read_text()
+    assert "| score | 0.5 [0.4, 0.6] |" in markdown([row])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "give one of --model, --images and --tokenizer, got none"),
+        ("--model scenes --images x", "got --model and --images"),
+        ("--model scenes", "--model needs --suite"),
+        ("--images x", "--images needs --suite scenes"),
+        ("--images x --metrics fd", "--metrics must be of fid"),
+        ("--images x --metrics fid", "fid needs --reference"),
+        ("--images nowhere --metrics is-scenes", "nowhere does not exist"),
+        ("--images x --metrics is --inception-weights nowhere.pth", "nowhere.pth does not exist"),
+        ("--model nowhere --suite scenes", "nowhere"),
+        ("--tokenizer nowhere", "nowhere has no config.json"),
+        ("--tokenizer x --suite scenes", "neither --suite nor --metrics"),
+        ("--model scenes --suite scenes --per-tag 0", "--per-tag must be 1 or more, got 0"),
+        ("--model scenes --suite bench", "invalid choice"),
+        ("--images x --metrics is-scenes --out x.txt", "--out must be a .json file"),
+        ("--images x --metrics is-scenes --bootstrap 1", "--bootstrap must be 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert nextscale.main(["evaluate", *words.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and said in error[0]
+
+
+def test_options_are_read_without_torch():
+    code = "import sys; from evaluation import cli; cli.defaults(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(nextscale.__file__).parent).returncode == 0
+
+
+def test_images_are_scored_against_others(tmp_path, renders, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", renders[:40])
+    words = "evaluate --images a.npz --metrics fd-scenes,is-scenes --bootstrap 5 --out r/x.json"
+    assert nextscale.main([*words.split(), "--reference", "a.npz"]) == 0
+    row = json.loads(Path("r/x.json").read_text())["rows"][0]
+    assert row["n"] == 40 and row["fd_scenes"] == pytest.approx(0, abs=1e-3)
+    assert row["is_scenes_ci95"][0] < row["is_scenes"] < row["is_scenes_ci95"][1]
+    assert "caution: fd-scenes of 40 images is biased" in capsys.readouterr().err
+    assert Path("r/x.png").is_file() and "fd_scenes" in Path("r/x.md").read_text()
+
+
+def test_a_model_is_evaluated_and_finished_images_are_kept(text_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--model", str(text_folder), "--suite", "scenes", "--per-tag", "1", "--n", "2"]
+    words += ["--bootstrap", "3", "--work", "work", "--out", "r/x.json", "--verdicts", "r/v.jsonl"]
+    assert nextscale.main(words) == 0
+    content = json.loads(Path("r/x.json").read_text())
+    assert content["n"] == 12 and content["settings"]["images_per_prompt"] == 2
+    assert {*TAGS, "overall", "overall_ci95", "fd_scenes", "is_scenes"} <= content["rows"][0].keys()
+    assert str(text_folder) not in Path("r/x.json").read_text()
+    assert len(Path("r/v.jsonl").read_text().splitlines()) == 12
+
+    first, second = Path("work/00000/samples/0000.png"), Path("work/00000/samples/0001.png")
+    kept, made = second.stat().st_mtime_ns, first.read_bytes()
+    first.unlink()
+    assert nextscale.main([*words, "--batch-size", "5"]) == 0
+    assert first.read_bytes() == made and second.stat().st_mtime_ns == kept
+    assert json.loads(Path("r/x.json").read_text())["rows"] == content["rows"]
+    capsys.readouterr()
+    assert nextscale.main([*words, "--top-k", "3"]) == 2
+    assert "top_k" in capsys.readouterr().err
+
+    shutil.rmtree("r")
+    assert nextscale.main(["evaluate", "--images", "work", "--suite", "scenes", "--bootstrap", "0"]) == 0
+    assert "overall" in capsys.readouterr().out
+
+
+def test_the_default_folder_of_a_job_follows_its_settings():
+    from evaluation.evaluate import default_folder
+
+    job = {"suite": "scenes", "model_digest": "abc", "seed": 0}
+    assert default_folder(job) == default_folder(dict(job)) != default_folder({**job, "seed": 1})
+    assert cli.defaults()["per_tag"] == 100
