@@ -197,6 +197,16 @@ def test_dead_codes_restart_at_data_the_same_way_every_time(vqvae):
     assert torch.equal(codebook, before)  # too late in training
 
 
+def test_perceptual_network_never_changes(vqvae):
+    objective = tokenizer_objective(vqvae, perceptual_kind="scenes").train()
+    before = {name: value.clone() for name, value in objective.perceptual.state_dict().items()}
+    loss, metrics = objective(images(), START)
+    loss.backward()
+    assert metrics["perceptual"] > 0
+    assert equal(dict(objective.perceptual.state_dict()), before)
+    assert not any(p.requires_grad for p in objective.perceptual.parameters())
+
+
 def test_usage_counts_codes_by_scale(vqvae):
     objective = tokenizer_objective(vqvae)
     objective.usage_KV.zero_()

@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evaluation.features import load_scene_features
 from tokenizer.losses import (
     LpipsLoss,
     PatchDiscriminator,
+    PerceptualLoss,
     adaptive_weight,
     gradient_loss,
     hinge_d_loss,
@@ -43,7 +45,8 @@ class TokenizerLossConfig:
         l2: of the mean squared pixel error.
         gradient: of the error of finite differences (edges).
         perceptual: of the perceptual distance.
-        perceptual_kind: none, or lpips (needs the lpips extra).
+        perceptual_kind: none, scenes (the shipped scenes network, which FD-scenes is measured with too) or lpips
+            (needs the lpips extra).
         vq: of the quantiser's own loss.
         adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
         adversary_start: share of training after which the adversary joins, in [0, 1].
@@ -70,8 +73,31 @@ class TokenizerLossConfig:
     restart_until: float = 0.8
 
     def __post_init__(self) -> None:
-        if self.perceptual_kind not in ("none", "lpips"):
-            raise ValueError(f"loss.perceptual_kind must be none or lpips, got {self.perceptual_kind!r}")
+        if self.perceptual_kind not in ("none", "scenes", "lpips"):
+            raise ValueError(f"loss.perceptual_kind must be none, scenes or lpips, got {self.perceptual_kind!r}")
+
+
+class SceneMaps(nn.Module):
+    """The scenes network's four feature maps, frozen: it stays in eval mode when what holds it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = load_scene_features()
+
+    def train(self, mode: bool = True) -> SceneMaps:
+        """Eval mode, whatever is asked for."""
+        return super().train(False)
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, h, w) in [-1, 1] to four maps (B, c, h', w')."""
+        return self.network.maps(image)
+
+
+def build_perceptual(kind: str) -> nn.Module | None:
+    """The frozen perceptual distance of two batches of images, or None for "none"."""
+    if kind == "none":
+        return None
+    return LpipsLoss() if kind == "lpips" else PerceptualLoss(SceneMaps())
 
 
 class TokenizerObjective(Objective):
@@ -88,7 +114,7 @@ class TokenizerObjective(Objective):
         super().__init__()
         self.vqvae, self.config = vqvae, config
         self.optimizer, self.adversary_optimizer = optimizer, adversary
-        self.perceptual = LpipsLoss() if config.perceptual_kind == "lpips" else None
+        self.perceptual = build_perceptual(config.perceptual_kind)
         self.discriminator = None
         if config.adversary > 0:
             if min(vqvae.image_hw) < 3 * 2**config.adversary_layers:
