@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from evaluation.cli import METRICS
 from evaluation.features import (
     Described,
     InceptionFeatures,
@@ -30,6 +29,7 @@ from evaluation.frechet import (
     kernel_distance,
     moments,
 )
+from evaluation.options import METRICS
 from evaluation.scenes import TAGS, render
 from evaluation.sources import Images, open_images, progress, stored_moments
 from evaluation.tokenizer_quality import fresh_scenes
@@ -42,7 +42,7 @@ PARTS = 10  # of the published inception score
 class Measure:
     """Which distribution metrics to take, and what they need: networks and a reference.
 
-    metrics: some of `METRICS`.  reference: real images; None for the shipped reference of FD-scenes.
+    metrics: some of `evaluation.options.METRICS`.  reference: real images; None for the shipped reference of FD-scenes.
     stored: Inception statistics read from the reference file.  resamples: behind intervals; None for the default.
     """
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation import cli
 from evaluation.distributions import Measure
+from evaluation.options import defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
@@ -27,11 +27,11 @@ PICTURES = 48  # in the picture beside a result
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Do what a checked command line says (see `evaluation.cli`); 0.
+    """Do what a checked command line says (see `evaluation.options`); 0.
 
     Raises ValueError and FileNotFoundError as its parts do, before images are made where that is possible.
     """
-    command = command_line("nextscale evaluate", vars(args), cli.defaults())
+    command = command_line("nextscale evaluate", vars(args), defaults())
     if args.tokenizer is not None:
         sizes = {"n": args.n or 1200, "usage_n": args.usage_n}
         report_tokenizer(args.tokenizer, **sizes, seed=args.seed, out=args.out, command=command)

@@ -6,6 +6,7 @@ bounds what any transformer on these tokens can score. PSNR and SSIM compare the
 Shapes: B images, l tokens of one scale, V codes, K scales.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.judge import judge_report
-from evaluation.report import portable, result, table, write_result
+from evaluation.options import check, configure, defaults
+from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
 from sample.images import write_png
 from tokenizer.model import MultiScaleVQ
@@ -174,10 +176,17 @@ def report(tokenizer: Path, *, n: int, usage_n: int, seed: int, out: Path | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`nextscale evaluate` with its mistakes told in one line."""
-    from evaluation.cli import main as evaluate
-
-    return evaluate(argv)
+    """`nextscale evaluate --tokenizer ...` without the rest of it."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.tokenizer_quality")
+    configure(parser)
+    args = parser.parse_args(argv)
+    command = command_line("nextscale evaluate", vars(args), defaults())
+    try:
+        check(args)
+        report(args.tokenizer, n=args.n or 1200, usage_n=args.usage_n, seed=args.seed, out=args.out, command=command)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""The options of `nextscale evaluate`: declared, given defaults, checked. Nothing heavy is imported here."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """examples:
+  nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json
+  nextscale evaluate --suite scenes --images geneval/            judge a GenEval tree somebody else made
+  nextscale evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,is
+  nextscale evaluate --images pictures/ --metrics fd-scenes,is-scenes
+  nextscale evaluate --tokenizer runs/scenes-tokenizer/latest/vqvae --n 1200
+  accelerate launch -m nextscale evaluate --model scenes --suite scenes      the same images, by several processes
+
+FID, IS and KID use Inception features; distances on the scenes network are called fd-scenes and is-scenes.
+The same command again goes on where it stopped; finished images are kept."""
+
+METRICS = ("fid", "is", "kid", "fd-scenes", "is-scenes")
+SUITES = ("scenes", "scenes-unseen")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Measure a model, a folder of images, or a tokenizer.", EXAMPLES
+    what = parser.add_argument_group("what to measure (one of)")
+    what.add_argument("--model", help="make images: scenes (bundled), a model folder, a training run, or a Hub id")
+    what.add_argument("--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), or an .npz")
+    what.add_argument("--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: folder of a tokenizer or run")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--suite", choices=SUITES, help="prompts to judge; scenes-unseen names held-out pairs only")
+    how.add_argument("--per-tag", type=int, default=100, help="prompts of each tag (100)")
+    how.add_argument("--n", type=int, help="images of each prompt (1); with --tokenizer, scenes to reconstruct (1200)")
+    how.add_argument("--usage-n", type=int, default=2000, help="with --tokenizer, scenes to count codes on (2000)")
+    how.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
+    how.add_argument("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; fd-scenes,is-scenes for scenes")
+    how.add_argument("--reference", type=Path, metavar="PATH", help="real images, or an npz with mu and sigma")
+    how.add_argument("--inception-weights", type=Path, metavar="FILE", help="local Inception weights of torch-fidelity")
+    how.add_argument("--bootstrap", type=int, help="resamples behind intervals (200; 20 on Inception's; 0: none)")
+
+    sampling = parser.add_argument_group("sampling (the model's own settings unless given)")
+    sampling.add_argument("--guidance", type=float, help="strength of guidance; 0 is none")
+    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0 is all")
+    sampling.add_argument("--top-p", type=float, help="then from the likeliest that make up this probability")
+    sampling.add_argument("--temperature", type=float, help="below 1 draws likelier tokens")
+
+    where = parser.add_argument_group("with what, to where")
+    where.add_argument("--batch-size", type=int, default=32, help="images at once (32)")
+    where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    where.add_argument("--work", type=Path, metavar="DIR", help="folder of made images (one per job in cache/evaluate)")
+    where.add_argument("--verdicts", type=Path, metavar="FILE", help="also write each image's verdict, a JSON a line")
+    where.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")
+
+
+def defaults() -> dict:
+    """Every option's value when it is not given."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    return vars(parser.parse_args([]))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError on options that make no sense together, naming them."""
+    given = [name for name in ("model", "images", "tokenizer") if getattr(args, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(f"--{name}" for name in given) or "none"
+        raise ValueError(f"give one of --model, --images and --tokenizer, got {got}")
+    for name, low in (("per_tag", 1), ("n", 1), ("usage_n", 1), ("seed", 0), ("batch_size", 1), ("bootstrap", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+    if args.bootstrap == 1:
+        raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
+    if args.out is not None and args.out.suffix != ".json":
+        raise ValueError(f"--out must be a .json file, got {args.out}")
+    if args.tokenizer is not None and (args.suite or args.metrics):
+        raise ValueError("--tokenizer measures reconstructions of scenes; it takes neither --suite nor --metrics")
+    if args.model is not None and args.suite is None:
+        raise ValueError("--model needs --suite scenes: the prompts to make images of")
+    if args.images is not None and not args.suite and not args.metrics:
+        raise ValueError(f"--images needs --suite scenes (a GenEval tree) or --metrics {','.join(METRICS)}")
