@@ -21,7 +21,7 @@ from evaluation.sources import Images, open_images
 from evaluation.tokenizer_quality import report as report_tokenizer
 from evaluation.verdicts import Judged
 from sample.images import GenEvalTree, Job, grid, image_stream, make_requests, process_share, write_png, write_text
-from sample.load import load_pipeline, model_digest
+from sample.load import load_pipeline, model_digest, model_folder
 
 PICTURES = 48  # in the picture beside a result
 
@@ -96,14 +96,15 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     """
     from accelerate import PartialState
 
-    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    model = model_folder(args.model)  # once: a training run may export a newer one while we work
+    pipeline = load_pipeline(model, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.by_class:
         raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
     call = {"guidance_scale": args.guidance, "top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
     call = {name: value for name, value in call.items() if value is not None}
     settings = {
-        "model_digest": model_digest(args.model),
+        "model_digest": model_digest(model),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         **(pipeline.config.sampling or {}),
         **call,

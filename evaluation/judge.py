@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from evaluation.report import command_line, result, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, TAGS, Scene, coverage, relations, render, sample_scene
 
 UNKNOWN = "unknown"  # the shape or colour of a blob that looks like none of ours
@@ -331,11 +333,17 @@ def self_check(n: int, seed: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def _rate_intervals(row: dict[str, float]) -> dict[str, list[float]]:
+    trials = {"right": row["n"], "false_accept": row["mismatched"]}
+    return {f"{name}_ci95": wilson(round(row[name] * n), int(n)) for name, n in trials.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the self-check as a table; 1 if any tag is right on less than 99.5 % of its fresh renders, else 0."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description="check the judge on fresh renders")
     parser.add_argument("--n", type=int, default=2000, help="images, spread over the six tags (default 2000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the renders (default 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json, and its table beside it")
     options = parser.parse_args(argv)
     if options.n < len(TAGS):
         parser.error(f"--n must be at least {len(TAGS)}, one image per tag, got {options.n}")
@@ -346,6 +354,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tag, row in rows.items():
         print(f"{tag:<14} {row['n']:>6} {row['right']:>8.4f} {row['mismatched']:>11} {row['false_accept']:>13.4f}")
     print(f"overall {np.mean([row['right'] for row in rows.values()]):.4f}, {options.n / seconds:.0f} images/s")
+    if options.out is not None:
+        command = command_line("python -m evaluation.judge", vars(options), {})
+        intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}
+        listed = [{"tag": tag, **row, **intervals[tag]} for tag, row in rows.items()]
+        write_result(options.out, result(listed, command=command, n=options.n, seeds=options.seed))
     return int(any(row["right"] < MIN_RIGHT for row in rows.values()))
 
 
