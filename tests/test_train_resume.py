@@ -80,6 +80,8 @@ def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
     child = start_child(lambda: os._exit(exit_code(main)))
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and curve(tmp_path))
     os.kill(child.pid, number)
+    time.sleep(0.01)
+    os.kill(child.pid, number)  # as a launcher does that forwards what its children already got
     child.join()
     assert child.exitcode == 128 + number
     assert "same command goes on" in capfd.readouterr().err

@@ -14,6 +14,7 @@ stopped (bit-equal on CPU). A batch is the same for any split over processes and
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,12 @@ def start(task: Task, config: RunConfig) -> Session:
         GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),  # VAR's
     ]
     accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=config.cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but do not form a group: without GPUs launch with "
+            "torchrun --nproc_per_node N and --run.cpu=true"
+        )
     config.check_split(accelerator.num_processes)
     if accelerator.is_fsdp2 and not task.objective.shardable:
         raise ValueError(

@@ -61,16 +61,16 @@ def stopped_by(session: Session, number: int) -> Stopped:
 
 @contextlib.contextmanager
 def catch_signals(session: Session) -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM for the loop to see; a second one acts as it would have."""
-    before = {}
+    """Note SIGINT and SIGTERM for the loop to see.
+
+    Every one is noted, not only the first: a launcher forwards the Ctrl-C that its children already got from the
+    terminal. To stop at once, send SIGKILL (or Ctrl-\\): the last checkpoint stays whole.
+    """
 
     def note(number: int, frame: object) -> None:
-        session.stop_signal = number
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        session.stop_signal = session.stop_signal or number
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
