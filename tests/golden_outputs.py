@@ -94,12 +94,12 @@ def load_vqvae(weights: Tensors, constructor: dict) -> MultiScaleVQ:
 
 def load_var(weights: Tensors, constructor: dict) -> NextScaleTransformer:
     schedule = _spec(constructor["patch_nums"])
-    return adapters.build(adapters.VAR, weights, schedule=schedule, heads=constructor["num_heads"]).float()
+    return adapters.build(adapters.VAR, weights, schedule=schedule, heads=constructor.get("num_heads")).float()
 
 
 def vqvae_beside(golden: Golden) -> MultiScaleVQ:
     path = golden.path / golden.config.get("vae_weights", "weights.safetensors")
-    return load_vqvae(load_file(path), golden.config["vae_constructor"])
+    return load_vqvae(load_file(path), golden.config.get("vae_constructor") or Golden(path.parent).config["constructor"])
 
 
 def _spec(sides: Sequence) -> list[list[int]]:
