@@ -99,7 +99,9 @@ def load_var(weights: Tensors, constructor: dict) -> NextScaleTransformer:
 
 def vqvae_beside(golden: Golden) -> MultiScaleVQ:
     path = golden.path / golden.config.get("vae_weights", "weights.safetensors")
-    return load_vqvae(load_file(path), golden.config.get("vae_constructor") or Golden(path.parent).config["constructor"])
+    return load_vqvae(
+        load_file(path), golden.config.get("vae_constructor") or Golden(path.parent).config["constructor"]
+    )
 
 
 def _spec(sides: Sequence) -> list[list[int]]:
