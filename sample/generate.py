@@ -68,6 +68,8 @@ def generate(
         The final state: `f_hat_BCHW` is ready for the decoder, `tokens` holds every scale.
     """
     state = start(plan, quantizer, prompt, seeds, negative=negative)
+    for hook in hooks:
+        hook.on_start(state)
     for stage in plan.stages:
         state.enter(stage)
         for k in stage.scales:

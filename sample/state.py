@@ -32,7 +32,8 @@ class GenerationState:
         tokens: int64 (B, l) of every finished scale.
         inputs: float32 (B, l, C), the transformer input of scales 1.. made so far (one more than finished scales - 1).
         stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when guided.
-        copies: images made from each seed by duplication, for fresh streams.
+        origins: which image of the request each row is, or is a copy of.
+        copies: rows made of each origin by duplication, for fresh streams.
     """
 
     plan: Plan
@@ -47,7 +48,11 @@ class GenerationState:
     stage: Stage | None = None
     cond: Conditioning | None = None
     cache: KVCache | None = None
+    origins: list[int] = field(default_factory=list)
     copies: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.origins = self.origins or list(range(len(self.seeds)))
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -125,16 +130,18 @@ class GenerationState:
         self.uniforms_BLn = self.uniforms_BLn[on_device]
         self._refresh_copies(rows.tolist())
         self.seeds = [self.seeds[row] for row in rows.tolist()]
-        self.cond = self.cond.select(both)
-        self.cache.select(both)
+        self.origins = [self.origins[row] for row in rows.tolist()]
+        if self.stage is not None:  # before the first stage there is no more to select
+            self.cond = self.cond.select(both)
+            self.cache.select(both)
 
     def _refresh_copies(self, rows: list[int]) -> None:
         begin, seen = self.plan.schedule.ends[self.scale - 1] if self.scale else 0, set()
         for place, row in enumerate(rows):
             if row in seen:
-                seed = self.seeds[row]
-                self.copies[seed] += 1
-                key = derive_seed(seed, self.scale, self.copies[seed])
+                origin = self.origins[row]
+                self.copies[origin] += 1
+                key = derive_seed(self.seeds[row], self.scale, self.copies[origin])
                 fresh = image_uniforms(key, self.plan.schedule, self.uniforms_BLn.shape[-1])
                 self.uniforms_BLn[place, begin:] = fresh[begin:].to(self.uniforms_BLn)
             seen.add(row)
@@ -166,6 +173,9 @@ def _active(stage: Stage) -> range | set[int]:
 
 class Hook:
     """Something plugged into the loop. Every method here changes nothing; override what you need."""
+
+    def on_start(self, state: GenerationState) -> None:
+        """Before the first scale (more rows by `state.select`, `state.extras`)."""
 
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
