@@ -16,6 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 
+from tokenizer.bitwise import BinarySphericalQuantizer
 from tokenizer.quantizer import MultiScaleQuantizer, QuantizerOutput
 from tokenizer.schedule import ScaleSchedule
 
@@ -62,6 +63,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         patch: pixels folded into channels before the encoder and unfolded after the decoder (1: none); saves the
             costly finest level.
         stem_channels: width of the encoder's first convolution where it is not that of the finest level.
+        bitwise: tokens of latent_channels bits instead of codes (Infinity): no codebook, and no convolution next to the
+            quantiser. vocab_size is 2 then; of the quantiser's options only beta is used.
+        token_patch: latent cells along a bitwise token's side (Infinity 8B: 2).
+        entropy: weight of the entropy penalty, see `BinarySphericalQuantizer`.
     """
 
     _supports_gradient_checkpointing = True
@@ -85,10 +90,16 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         norm_groups: int = 32,
         patch: int = 1,
         stem_channels: int | None = None,
+        bitwise: bool = False,
+        token_patch: int = 1,
+        entropy: float = 0.0,
     ):
         super().__init__()
+        if token_patch != 1 and not bitwise:
+            raise ValueError(f"token_patch is for bitwise tokens, got token_patch {token_patch} without bitwise")
+        vocab_size = 2 if bitwise else vocab_size
         self.schedule = ScaleSchedule.of(schedule)
-        self.register_to_config(schedule=self.schedule.spec, channels=list(channels))
+        self.register_to_config(schedule=self.schedule.spec, channels=list(channels), vocab_size=vocab_size)
         plain = len(channels) - 1
         shared = {
             "norm_num_groups": norm_groups,
@@ -117,6 +128,12 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         )
         for attention_layer in (m for m in self.modules() if isinstance(m, Attention)):
             attention_layer.set_processor(ContiguousAttention())
+        if bitwise:
+            self.quant_conv = self.post_quant_conv = nn.Identity()
+            self.quantizer = BinarySphericalQuantizer(
+                channels=latent_channels, patch=token_patch, entropy=entropy, beta=beta
+            )
+            return
         self.quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
         self.quantizer = MultiScaleQuantizer(
@@ -132,8 +149,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     @property
     def stride(self) -> int:
-        """Pixels per latent cell along a side."""
-        return self.config.patch * 2 ** (len(self.config.channels) - 1)
+        """Pixels per token of the finest scale along a side."""
+        return self.config.patch * 2 ** (len(self.config.channels) - 1) * self.config.token_patch
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ transformer sees before predicting a scale). All arithmetic is float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,12 +30,14 @@ class QuantizerOutput:
         loss: scalar VQ loss, the mean over scales of codebook and commitment terms (VAR, equation 5).
         ids: one (B, l) int64 tensor per scale.
         residuals_NC: per scale, the vectors the codebook was searched for, detached (for restarting dead codes).
+        sums_BCHW: the sum after each scale with its gradient, where the quantiser can give one (bitwise).
     """
 
     f_hat_BCHW: torch.Tensor
     loss: torch.Tensor
     ids: list[torch.Tensor]
     residuals_NC: list[torch.Tensor]
+    sums_BCHW: list[torch.Tensor] = field(default_factory=list)
 
 
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
@@ -61,7 +63,40 @@ class Phi(nn.Conv2d):
         return torch.lerp(h_BCHW, super().forward(h_BCHW), self.ratio)
 
 
-class MultiScaleQuantizer(nn.Module):
+class PyramidQuantizer(nn.Module):
+    """What every quantiser has that keeps the four verbs.
+
+    Attributes:
+        vocab_size: values of a token or, bitwise, of each bit.
+        channels: what the transformer reads of a token.
+        draws_per_token: random draws that make one token.
+    """
+
+    vocab_size: int
+    channels: int
+    draws_per_token = 1
+
+    @torch.no_grad()
+    def teacher_inputs(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> torch.Tensor:
+        """Transformer inputs of scales 1.. for known tokens: (B, L - l of scale 0, C) float32."""
+        f_hat = self.start(len(ids[0]), schedule, ids[0].device)
+        inputs = []
+        for k in range(len(schedule) - 1):
+            f_hat = self.accumulate(f_hat, self.lookup(ids[k], k, schedule), k, schedule)
+            inputs.append(self.next_input(f_hat, k + 1, schedule))
+        return torch.cat(inputs, dim=1) if inputs else f_hat.new_zeros(len(f_hat), 0, self.channels)
+
+    @torch.no_grad()
+    def partial_sums(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> list[torch.Tensor]:
+        """The running reconstruction after each scale: K tensors (B, C, H, W)."""
+        f_hat, sums = self.start(len(ids[0]), schedule, ids[0].device), []
+        for k in range(len(schedule)):
+            f_hat = self.accumulate(f_hat, self.lookup(ids[k], k, schedule), k, schedule)
+            sums.append(f_hat)
+        return sums
+
+
+class MultiScaleQuantizer(PyramidQuantizer):
     """One codebook, residual quantisation over the scales of a schedule.
 
     Args:
@@ -140,25 +175,6 @@ class MultiScaleQuantizer(nn.Module):
     def start(self, batch: int, schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
         """The empty reconstruction: zeros (batch, C, H, W), float32."""
         return torch.zeros(batch, self.channels, *schedule.latent_hw, device=device)
-
-    @torch.no_grad()
-    def teacher_inputs(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> torch.Tensor:
-        """Transformer inputs of scales 1.. for known tokens: (B, L - l of scale 0, C) float32."""
-        f_hat = self.start(len(ids[0]), schedule, ids[0].device)
-        inputs = []
-        for k in range(len(schedule) - 1):
-            f_hat = self.accumulate(f_hat, self.lookup(ids[k], k, schedule), k, schedule)
-            inputs.append(self.next_input(f_hat, k + 1, schedule))
-        return torch.cat(inputs, dim=1) if inputs else f_hat.new_zeros(len(f_hat), 0, self.channels)
-
-    @torch.no_grad()
-    def partial_sums(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> list[torch.Tensor]:
-        """The running reconstruction after each scale: K tensors (B, C, H, W)."""
-        f_hat, sums = self.start(len(ids[0]), schedule, ids[0].device), []
-        for k in range(len(schedule)):
-            f_hat = self.accumulate(f_hat, self.lookup(ids[k], k, schedule), k, schedule)
-            sums.append(f_hat)
-        return sums
 
     def forward(self, f_BCHW: torch.Tensor, schedule: ScaleSchedule) -> QuantizerOutput:
         """Quantise latents (B, C, H, W) for training.
