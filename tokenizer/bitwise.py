@@ -162,7 +162,8 @@ class BinarySphericalQuantizer(PyramidQuantizer):
 def entropy_penalty(z_BChw: torch.Tensor) -> torch.Tensor:
     """Mean entropy of each vector's soft bits minus the entropy of their mean: bits sure, but evenly used. A scalar.
 
-    In closed form, bit by bit (BSQ, section 3.3): a unit vector's bit i is 0 with probability sigmoid(-4 t z_i / sqrt(C)).
+    In closed form, bit by bit (BSQ, section 3.3): bit i of a unit vector is 0 with probability
+    sigmoid(-4 t z_i / sqrt(C)).
 
     Args:
         z_BChw: residuals on the unit sphere, (B, C, h, w).
