@@ -30,7 +30,7 @@ def _all_templates() -> dict[float, ScaleSchedule]:
         int(1000 / ratio) / 1000: ScaleSchedule(tuple((w, h) for h, w in schedule.sides))
         for ratio, schedule in portrait.items()
     }
-    return {ratio: schedule for ratio, schedule in sorted((turned | portrait).items())}
+    return dict(sorted((turned | portrait).items()))
 
 
 TEMPLATES = _all_templates()

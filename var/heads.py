@@ -1,6 +1,6 @@
 """What turns the transformer's hidden states into logits over tokens.
 
-Shapes: B images, l tokens, D width, V codes.
+Shapes: B images, l tokens, D width, V codes, n bits of a token.
 """
 
 from __future__ import annotations
@@ -36,3 +36,14 @@ class CategoricalHead(nn.Module):
         """(B, l, D) to logits (B, l, V) float32."""
         with torch.autocast(features_BlD.device.type, enabled=False):
             return self.proj(features_BlD.to(self.proj.weight.dtype)).float()
+
+
+class BitwiseHead(CategoricalHead):
+    """Two logits for each bit of a token: 2n outputs instead of 2**n (Infinity, section 3.3)."""
+
+    def __init__(self, width: int, bits: int):
+        super().__init__(width, 2 * bits)
+
+    def project(self, features_BlD: torch.Tensor) -> torch.Tensor:
+        """(B, l, D) to logits (B, l, n, 2) float32; index 1 is bit 1."""
+        return super().project(features_BlD).unflatten(-1, (-1, 2))

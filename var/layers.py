@@ -171,6 +171,7 @@ class Block(nn.Module):
     Args:
         shared_ada: the modulation comes from a linear layer shared by all blocks, plus this block's own offset.
         cross: attend to a text memory between the two.
+        cross_gate: first value of a learned gate a channel on what that adds; None for no gate.
         drop_path: probability that training skips a branch for an image.
     """
 
@@ -183,6 +184,7 @@ class Block(nn.Module):
         qk_norm: bool,
         shared_ada: bool,
         cross: bool,
+        cross_gate: float | None = None,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -196,6 +198,8 @@ class Block(nn.Module):
         if cross:
             self.cross_norm = nn.LayerNorm(width, eps=EPS)
             self.cross = CrossAttention(width, heads)
+        gated = cross and cross_gate is not None
+        self.cross_gate_D = nn.Parameter(torch.full((width,), cross_gate)) if gated else None
 
     def modulation(self, cond_BD: torch.Tensor, shared_B6D: torch.Tensor | None) -> torch.Tensor:
         """This block's gamma1, gamma2, scale1, scale2, shift1, shift2 (official order), (B, 6, D)."""
@@ -218,7 +222,8 @@ class Block(nn.Module):
         attended = self.attn(modulate(x_BlD, scale1, shift1), mask, rope_lf, cache, layer, store)
         x_BlD = x_BlD + self._drop(attended * gamma1)
         if memory is not None:
-            x_BlD = x_BlD + self.cross(self.cross_norm(x_BlD), memory, memory_mask)
+            read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
+            x_BlD = x_BlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
         return x_BlD + self._drop(self.ffn(modulate(x_BlD, scale2, shift2)) * gamma2)
 
     def _drop(self, branch_BlD: torch.Tensor) -> torch.Tensor:

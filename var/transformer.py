@@ -1,11 +1,13 @@
 """The next-scale-prediction transformer (VAR, section 3; text options as in Infinity, section 3).
 
-Shapes: B images, l tokens of the scales at hand, L all tokens, C latent channels, D width, V codes, T text tokens.
+Shapes: B images, l tokens of the scales at hand, L all tokens, C latent channels, D width, V codes, T text tokens,
+n bits of a bitwise token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from math import sqrt
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.conditioning import ClassConditioner, Conditioning, Prompt, TextConditioner
-from var.heads import CategoricalHead
+from var.heads import BitwiseHead, CategoricalHead
 from var.layers import AdaLinear, Block, rope_table
 from var.masks import attention_mask
 
@@ -39,6 +41,11 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask: "block_causal" (VAR) or "block_diagonal" (HMAR).
         drop_path: largest stochastic depth, reached linearly at the last block.
         level_table: rows of the level embedding; the number of scales when None.
+        level_every: add the level embedding again before every so many blocks; 0 adds it once (Infinity's chunks).
+        bitwise: predict tokens of latent_channels bits, two logits a bit (Infinity); vocab_size is 2 then.
+        pool_heads: heads of the text's attentive pooling; `heads` when None.
+        cross_gate: first value of a learned gate on cross-attention; None for no gate.
+        rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
     """
 
     _supports_gradient_checkpointing = True
@@ -67,16 +74,26 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask: str = "block_causal",
         drop_path: float = 0.0,
         level_table: int | None = None,
+        level_every: int = 0,
+        bitwise: bool = False,
+        pool_heads: int | None = None,
+        cross_gate: float | None = None,
+        rope_grid: list[int] | None = None,
     ):
         super().__init__()
         _check_sizes(width=width, heads=heads, conditioning=conditioning, positions=positions)
-        self.schedule = ScaleSchedule.of(schedule)
-        self.register_to_config(schedule=self.schedule.spec)
+        vocab_size = 2 if bitwise else vocab_size
+        given = ScaleSchedule.of(schedule)
+        self.schedule = replace(given, grid=tuple(rope_grid) if rope_grid is not None else given.grid)
+        grid = None if self.schedule.grid is None else list(self.schedule.grid)
+        self.register_to_config(schedule=self.schedule.spec, vocab_size=vocab_size, rope_grid=grid)
 
         if conditioning == "class":
             self.conditioner = ClassConditioner(num_classes, width)
         else:
-            self.conditioner = TextConditioner(text_width, width, max_length=text_length, pool_heads=heads)
+            self.conditioner = TextConditioner(
+                text_width, width, max_length=text_length, pool_heads=pool_heads or heads
+            )
 
         first = self.schedule.lengths[0]
         self.start_position_1lD = nn.Parameter(torch.empty(1, first, width))
@@ -93,11 +110,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 qk_norm=qk_norm,
                 shared_ada=shared_ada,
                 cross=conditioning == "text",
+                cross_gate=cross_gate,
                 drop_path=drop_path * i / max(depth - 1, 1),
             )
             for i in range(depth)
         )
-        self.head = CategoricalHead(width, vocab_size)
+        self.head = BitwiseHead(width, latent_channels) if bitwise else CategoricalHead(width, vocab_size)
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -126,6 +144,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cache: KVCache | None = None,
         layers: Collection[int] | None = None,
         attention_backend: str = "sdpa",
+        schedule: ScaleSchedule | None = None,
+        after: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, l, D) of the tokens of `scales`.
 
@@ -136,15 +156,24 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             cache: holds the scales before `scales.start`, and takes the new ones.
             layers: the blocks to run, the others pass their input on; all when None.
             attention_backend: "sdpa" or "flex".
+            schedule: the scales to work on instead of the model's own (another aspect ratio); see `check_schedule`.
+            after: for some blocks, what their hidden states (B, l, D) become before the next block.
         """
-        scales = scales if scales is not None else range(len(self.schedule))
-        h = self._embed(x_BlC, cond, scales)
+        schedule = self.check_schedule(schedule)
+        scales = scales if scales is not None else range(len(schedule))
+        levels_lD = self._levels(schedule, scales)
+        h = self._embed(x_BlC, cond, scales) + levels_lD
+        if self.position_1LD is not None:
+            h = h + self.position_1LD[:, schedule.begins[scales.start] : schedule.ends[scales.stop - 1]]
         mask = attention_mask(
-            self.schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
+            schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
         )
-        rope = self._rope(scales, h.device)
-        store = scales.stop < len(self.schedule)
+        rope = self._rope(schedule, scales, h.device)
+        store = scales.stop < len(schedule)
+        every = self.config.level_every
         for i, block in enumerate(self.blocks):
+            if every and i and i % every == 0:
+                h = h + levels_lD
             if layers is not None and i not in layers:
                 continue
             memory = cond.memory[i] if cond.memory else None
@@ -153,15 +182,38 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 h = self._gradient_checkpointing_func(block, *arguments)
             else:
                 h = block(*arguments)
+            if after and i in after:
+                h = after[i](h)
         return h
 
     def logits(self, hidden_BlD: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """Logits (B, l, V), float32."""
+        """Logits (B, l, V) or, bitwise, (B, l, n, 2); float32."""
         return self.head.project(self.head.features(hidden_BlD, cond.head_B2D))
 
-    def new_cache(self) -> KVCache:
-        """An empty cache of this model's size."""
-        return KVCache(len(self.blocks), capacity=self.schedule.begins[-1])
+    def new_cache(self, schedule: ScaleSchedule | None = None) -> KVCache:
+        """An empty cache for the model's own or another schedule."""
+        return KVCache(len(self.blocks), capacity=(schedule or self.schedule).begins[-1])
+
+    def check_schedule(self, schedule: ScaleSchedule | None) -> ScaleSchedule:
+        """`schedule` if this model can work on it, its own when None.
+
+        Raises:
+            ValueError: if positions are learned for one schedule, the first scales differ in tokens, or there are more
+                scales than levels.
+        """
+        if schedule is None or schedule == self.schedule:
+            return self.schedule
+        if self.position_1LD is not None:
+            raise ValueError(f"schedule {schedule.text} needs rotary positions; this model learned those of its own")
+        if schedule.lengths[0] != self.schedule.lengths[0]:
+            raise ValueError(
+                f"schedule must begin with {self.schedule.lengths[0]} tokens as the model's own, got {schedule.text}"
+            )
+        if len(schedule) > self.level_embedding.num_embeddings:
+            raise ValueError(
+                f"schedule must have at most {self.level_embedding.num_embeddings} scales, got {len(schedule)}"
+            )
+        return schedule
 
     def _embed(self, x_BlC: torch.Tensor | None, cond: Conditioning, scales: range) -> torch.Tensor:
         parts = []
@@ -169,16 +221,17 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             parts.append(cond.start_BD[:, None] + self.start_position_1lD)
         if x_BlC is not None:
             parts.append(self.input_proj(x_BlC.to(self.input_proj.weight.dtype)))
-        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        begin, end = self.schedule.begins[scales.start], self.schedule.ends[scales.stop - 1]
-        levels = torch.tensor(self.schedule.level_ids[begin:end], device=h.device)
-        h = h + self.level_embedding(levels)
-        return h if self.position_1LD is None else h + self.position_1LD[:, begin:end]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _rope(self, scales: range, device: torch.device) -> torch.Tensor | None:
+    def _levels(self, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
+        begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
+        ids = torch.tensor(schedule.level_ids[begin:end], device=self.level_embedding.weight.device)
+        return self.level_embedding(ids)
+
+    def _rope(self, schedule: ScaleSchedule, scales: range, device: torch.device) -> torch.Tensor | None:
         if self.config.positions == "learned":
             return None
-        return rope_table(self.schedule, scales, self.config.width // self.config.heads, device)
+        return rope_table(schedule, scales, self.config.width // self.config.heads, device)
 
     @torch.no_grad()
     def init_weights(self, *, gate_gain: float = 1e-3, ada_gain: float = 0.5, head_gain: float = 0.02) -> None:
