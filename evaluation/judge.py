@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from evaluation.report import command_line, result, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, TAGS, Scene, coverage, relations, render, sample_scene
+from evaluation.sheet import verdict_sheet
 
 UNKNOWN = "unknown"  # the shape or colour of a blob that looks like none of ours
 MIN_MATCH = {  # least overlap with the best template, see `_match_shape`
@@ -338,12 +339,23 @@ def _rate_intervals(row: dict[str, float]) -> dict[str, list[float]]:
     return {f"{name}_ci95": wilson(round(row[name] * n), int(n)) for name, n in trials.items()}
 
 
+def examples(seed: int, per_tag: int = 8) -> Image.Image:
+    """The first scenes of every tag of `self_check`, with their captions and verdicts."""
+    scenes: list[Scene] = []
+    for index, tag in enumerate(TAGS):
+        rng = np.random.default_rng((seed, index))
+        scenes += [sample_scene(rng, tag=tag, split="all") for _ in range(per_tag)]
+    images = [render(scene) for scene in scenes]
+    correct = [judge(image, scene.metadata).correct for image, scene in zip(images, scenes, strict=True)]
+    return verdict_sheet(images, [scene.caption for scene in scenes], correct, columns=per_tag)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the self-check as a table; 1 if any tag is right on less than 99.5 % of its fresh renders, else 0."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description="check the judge on fresh renders")
     parser.add_argument("--n", type=int, default=2000, help="images, spread over the six tags (default 2000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the renders (default 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json, and its table beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and a picture beside it")
     options = parser.parse_args(argv)
     if options.n < len(TAGS):
         parser.error(f"--n must be at least {len(TAGS)}, one image per tag, got {options.n}")
@@ -355,9 +367,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{tag:<14} {row['n']:>6} {row['right']:>8.4f} {row['mismatched']:>11} {row['false_accept']:>13.4f}")
     print(f"overall {np.mean([row['right'] for row in rows.values()]):.4f}, {options.n / seconds:.0f} images/s")
     if options.out is not None:
+        from sample.images import write_png
+
         command = command_line("python -m evaluation.judge", vars(options), {})
         intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}
         listed = [{"tag": tag, **row, **intervals[tag]} for tag, row in rows.items()]
+        write_png(options.out.with_suffix(".png"), examples(options.seed))
         write_result(options.out, result(listed, command=command, n=options.n, seeds=options.seed))
     return int(any(row["right"] < MIN_RIGHT for row in rows.values()))
 

@@ -1,6 +1,8 @@
 """Measurements are right: known answers, invariances, the shipped feature network, and `nextscale evaluate`."""
 
+import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -398,3 +400,16 @@ def test_the_default_folder_of_a_job_follows_its_settings():
     job = {"suite": "scenes", "model_digest": "abc", "seed": 0}
     assert default_folder(job) == default_folder(dict(job)) != default_folder({**job, "seed": 1})
     assert options.defaults()["per_tag"] == 100
+
+
+def documented() -> list[list[str]]:
+    text = (Path(nextscale.__file__).parent / "docs" / "scenes-benchmark.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("nextscale evaluate")]
+    return [shlex.split(line)[2:] for line in lines]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_make_sense(words):
+    parser = argparse.ArgumentParser()
+    options.configure(parser)
+    options.check(parser.parse_args(words))
