@@ -255,6 +255,16 @@ def test_loss_by_scale_adds_up(transformer):
     assert loss.item() == pytest.approx(np.log(16), rel=0.05)  # a fresh model knows nothing
 
 
+def test_recomputed_activations_give_the_same_gradients(transformer):
+    objective = VarObjective(transformer, VarLossConfig(), OptimizerConfig()).train()
+    objective(token_batch(), START)[0].backward()
+    kept = {name: p.grad.clone() for name, p in objective.named_parameters()}
+    objective.zero_grad()
+    objective.checkpoint_activations()
+    objective(token_batch(), START)[0].backward()
+    assert all(torch.allclose(p.grad, kept[name], atol=1e-6) for name, p in objective.named_parameters())
+
+
 def test_prompts_drop_by_image_not_by_batch(transformer):
     """Image i's prompt is dropped or not whatever the batch; a share of `drop` is dropped."""
     seen = []

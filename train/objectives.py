@@ -302,6 +302,7 @@ class VarObjective(Objective):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
         self.config, self.optimizer = config, optimizer
+        self.find_unused = config.drop == 0  # then the null prompt learns nothing
 
     def branches(self) -> dict[str, Branch]:
         """One branch: the transformer, and the text encoder if it trains."""
@@ -318,6 +319,8 @@ class VarObjective(Objective):
 
     def hidden(self, inputs: torch.Tensor, cond: Conditioning, clock: Clock) -> torch.Tensor:
         """Hidden states (B, L, D) of all tokens; an objective that trains subnetworks chooses the layers here."""
+        if self.transformer.gradient_checkpointing:  # the backward pass recomputes outside of any block of code here
+            return self.transformer(inputs, cond)
         with fast_cpu_attention(inputs.device):
             return self.transformer(inputs, cond)
 
