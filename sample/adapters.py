@@ -15,9 +15,11 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from sample.checkpoints import State
 from tokenizer import convert as tokenizer_keys
+from tokenizer import convert_bitwise as bitwise_keys
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from var import convert as var_keys
+from var import convert_infinity as infinity_keys
 from var.transformer import NextScaleTransformer
 
 
@@ -60,7 +62,7 @@ VQVAE = Adapter(
     tokenizer_keys.official_shape,
     tokenizer_keys.official_buffers,
     keeps_buffers=True,
-    needs={"patch": 1, "norm_groups": 32},
+    needs={"patch": 1, "norm_groups": 32, "bitwise": False},
 )
 VAR = Adapter(
     "VAR transformer",
@@ -71,7 +73,37 @@ VAR = Adapter(
     var_keys.official_name,
     var_keys.official_shape,
     var_keys.official_buffers,
-    needs={"conditioning": "class", "positions": "learned", "mask": "block_causal", "level_table": None},
+    needs={
+        "conditioning": "class",
+        "positions": "learned",
+        "mask": "block_causal",
+        "level_table": None,
+        "bitwise": False,
+    },
+)
+
+
+BSQ = Adapter(
+    "Infinity tokenizer (MultiScaleBSQ)",
+    MultiScaleVQ,
+    bitwise_keys.ROOTS,
+    bitwise_keys.BUFFERS,
+    bitwise_keys.read_config,
+    bitwise_keys.official_name,
+    bitwise_keys.official_shape,
+    bitwise_keys.official_buffers,
+    needs={"bitwise": True, "patch": 1, "norm_groups": 32, "attention": False},
+)
+INFINITY = Adapter(
+    "Infinity transformer",
+    NextScaleTransformer,
+    infinity_keys.ROOTS,
+    infinity_keys.BUFFERS,
+    infinity_keys.read_config,
+    infinity_keys.official_name,
+    infinity_keys.official_shape,
+    infinity_keys.official_buffers,
+    needs={"bitwise": True, "conditioning": "text", "positions": "rope", "mask": "block_causal"},
 )
 
 
