@@ -16,14 +16,18 @@ from var.transformer import NextScaleTransformer
 class Stage:
     """Consecutive scales made by one model under one setting.
 
+    A stage goes on with the cache of the one before if model and `new_cache` are the same and no layer joins; layers
+    that no longer run give theirs back. Else it begins with an empty cache and prefills it, in one masked pass.
+
     Attributes:
         model: the transformer.
         scales: which scales, e.g. range(0, 7).
-        layers: blocks to run; all when None. The others' cache is freed when the stage begins.
+        layers: blocks to run; all when None.
         guidance: classifier-free guidance of these scales.
         filters: what may be drawn; one for all scales of the stage, or one each.
         new_cache: makes the stage's cache; the model's own when None.
         attention_backend: "sdpa" or "flex", for a prefill.
+        recompute: prefill in any case: these layers read what they themselves make of the earlier scales.
     """
 
     model: NextScaleTransformer
@@ -33,6 +37,17 @@ class Stage:
     filters: Filter | Sequence[Filter] = field(default_factory=Filter)
     new_cache: Callable[[], KVCache] | None = None
     attention_backend: str = "sdpa"
+    recompute: bool = False
+
+    @property
+    def active(self) -> frozenset[int]:
+        """The blocks that run."""
+        return frozenset(range(len(self.model.blocks)) if self.layers is None else self.layers)
+
+    def continues(self, before: Stage) -> bool:
+        """Whether this stage goes on with the cache of `before`."""
+        same = self.model is before.model and self.new_cache is before.new_cache
+        return same and not self.recompute and before.active >= self.active
 
     def filter(self, k: int) -> Filter:
         """The filter of scale k."""
@@ -63,6 +78,17 @@ class Plan:
     def schedule(self) -> ScaleSchedule:
         """The token schedule of all stages."""
         return self.stages[0].model.schedule
+
+    def reserved(self, stage: Stage) -> list[int]:
+        """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again."""
+        place = next(i for i, own in enumerate(self.stages) if own is stage)
+        after = self.stages[place + 1] if place + 1 < len(self.stages) else None
+        staying = after.active if after is not None and after.continues(stage) else frozenset()
+        last, schedule = stage.scales[-1], self.schedule
+        return [
+            schedule.ends[last] if layer in staying else schedule.begins[last] if layer in stage.active else 0
+            for layer in range(len(stage.model.blocks))
+        ]
 
     @property
     def guided(self) -> bool:

@@ -72,23 +72,16 @@ class GenerationState:
         return self._double(self.inputs[k - 1]) if k else None
 
     def enter(self, stage: Stage) -> None:
-        """Begin a stage: a model that joins late conditions itself and prefills its cache in one masked pass.
-
-        The same model going on with other layers keeps its cache; layers that stop running give theirs back.
-        """
-        continues = self.stage is not None and self.stage.model is stage.model and stage.new_cache is None
+        """Begin a stage: go on with the cache, or condition the model and prefill a new one (see `Stage`)."""
+        before, self.stage = self.stage, stage
+        continues = before is not None and stage.continues(before)
         if continues:
-            ran = set(_active(self.stage))
-            if not ran >= set(_active(stage)):
-                continues = False  # a layer would join without the keys of earlier scales
-        if continues:
-            self.cache.free_layers(ran - set(_active(stage)))
-            self.stage = stage
-            return
-        self.stage = stage
-        self.cond = self._condition(stage)
-        self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
-        if self.scale:
+            self.cache.free_layers(before.active - stage.active)
+        else:
+            self.cond = self._condition(stage)
+            self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
+        self.cache.reserve(self.plan.reserved(stage))
+        if self.scale and not continues:
             self._prefill(stage)
 
     def uniforms(self, k: int) -> torch.Tensor:
@@ -109,7 +102,6 @@ class GenerationState:
         self.tokens.append(tokens_Bl)
         if k + 1 < len(schedule):
             self.inputs.append(self.quantizer.next_input(self.f_hat_BCHW, k + 1, schedule))
-        self.cache.end_of_scale(k)
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> None:
         """Keep the images of `rows`, in that order; a row may be named several times.
@@ -165,10 +157,6 @@ class GenerationState:
 
     def _double(self, x_BlC: torch.Tensor) -> torch.Tensor:
         return torch.cat([x_BlC, x_BlC]) if self.doubled else x_BlC
-
-
-def _active(stage: Stage) -> range | set[int]:
-    return range(len(stage.model.blocks)) if stage.layers is None else set(stage.layers)
 
 
 class Hook:

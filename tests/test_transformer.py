@@ -156,8 +156,10 @@ def test_cache_accounting_is_exact():
     assert cache.nbytes == 2 * (2 * 4 * 14 * 8) * 2
     cache.select(torch.tensor([1, 1, 0]))
     assert torch.equal(cache.keys[1][0, :, :5], k[1]) and torch.equal(cache.keys[1][2, :, :5], k[0])
-    cache.evict(1, torch.tensor([0, 3]).expand(3, 4, 2))
-    assert cache.lengths == [0, 2] and torch.equal(cache.keys[1][0, :, 1], k[1, :, 3])
+    cache.reserve([14, 20])
+    wide = torch.randn(3, 4, 3, 8, dtype=torch.bfloat16)
+    cache.update(1, wide, wide, begin=5)
+    assert cache.nbytes == 2 * (3 * 4 * 20 * 8) * 2 and torch.equal(cache.keys[1][0, :, :5], k[1])
     cache.reset()
     assert cache.nbytes == 0
 

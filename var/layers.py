@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         rope_lf: torch.Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        store: bool = True,
+        begin: int = 0,
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D); keys of earlier scales come from `cache`, which also takes the new ones."""
         q, k, v = (
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
         if rope_lf is not None:
             q, k = rotate(q, rope_lf), rotate(k, rope_lf)
         if cache is not None:
-            k, v = cache.update(layer, k, v, store=store)
+            k, v = cache.update(layer, k, v, begin=begin, q_BHld=q, scale=self.scale)
         return self.to_out(attention(q, k, v, mask, self.scale))
 
 
@@ -215,11 +215,11 @@ class Block(nn.Module):
         rope_lf: torch.Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        store: bool = True,
+        begin: int = 0,
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
-        attended = self.attn(modulate(x_BlD, scale1, shift1), mask, rope_lf, cache, layer, store)
+        attended = self.attn(modulate(x_BlD, scale1, shift1), mask, rope_lf, cache, layer, begin)
         x_BlD = x_BlD + self._drop(attended * gamma1)
         if memory is not None:
             read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)

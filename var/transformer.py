@@ -143,6 +143,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         scales: range | None = None,
         cache: KVCache | None = None,
         layers: Collection[int] | None = None,
+        bridge: int = 0,
         attention_backend: str = "sdpa",
         schedule: ScaleSchedule | None = None,
         after: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
@@ -155,6 +156,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             scales: consecutive scales to run; all of them when None (training).
             cache: holds the scales before `scales.start`, and takes the new ones.
             layers: the blocks to run, the others pass their input on; all when None.
+            bridge: scales that run all blocks whatever `layers` says; `scales` must begin at 0 then.
             attention_backend: "sdpa" or "flex".
             schedule: the scales to work on instead of the model's own (another aspect ratio); see `check_schedule`.
             after: for some blocks, what their hidden states (B, l, D) become before the next block.
@@ -169,19 +171,28 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
         )
         rope = self._rope(schedule, scales, h.device)
-        store = scales.stop < len(schedule)
+        begin, short = schedule.begins[scales.start], schedule.begins[bridge]
+        if short:
+            short_mask = attention_mask(
+                schedule, range(bridge), h.device, kind=self.config.mask, backend=attention_backend
+            )
+            short_rope = None if rope is None else rope[:short]
         every = self.config.level_every
         for i, block in enumerate(self.blocks):
             if every and i and i % every == 0:
                 h = h + levels_lD
-            if layers is not None and i not in layers:
+            skipped = layers is not None and i not in layers
+            if skipped and not short:
                 continue
             memory = cond.memory[i] if cond.memory else None
-            arguments = (h, cond.blocks[i], memory, cond.memory_mask_B11T, mask, rope, cache, i, store)
+            where = (short_mask, short_rope) if skipped else (mask, rope)
+            fed = h[:, :short] if skipped else h
+            arguments = (fed, cond.blocks[i], memory, cond.memory_mask_B11T, *where, cache, i, begin)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h = self._gradient_checkpointing_func(block, *arguments)
+                out = self._gradient_checkpointing_func(block, *arguments)
             else:
-                h = block(*arguments)
+                out = block(*arguments)
+            h = torch.cat([out, h[:, short:]], dim=1) if skipped else out
             if after and i in after:
                 h = after[i](h)
         return h
