@@ -18,7 +18,7 @@ from evaluation.report import command_line, portable, result, table, write_resul
 from evaluation.scenes import TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
 from evaluation.sources import Images, open_images
-from evaluation.tokenizer_quality import report as report_tokenizer
+from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.images import GenEvalTree, Job, grid, image_stream, make_requests, process_share, write_png, write_text
 from sample.load import load_pipeline, model_digest, model_folder
@@ -31,10 +31,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
     Raises ValueError and FileNotFoundError as its parts do, before images are made where that is possible.
     """
-    command = command_line("nextscale evaluate", vars(args), defaults())
     if args.tokenizer is not None:
-        sizes = {"n": args.n or 1200, "usage_n": args.usage_n}
-        report_tokenizer(args.tokenizer, **sizes, seed=args.seed, out=args.out, command=command)
+        report_options(args)
         return 0
     measure = Measure.of(args)
     settings: dict = {}
@@ -59,13 +57,11 @@ def evaluate(args: argparse.Namespace) -> int:
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)
-    write(args, row, settings | {"cautions": cautions}, images, judged, command)
+    write(args, row, settings | {"cautions": cautions}, images, judged)
     return 0
 
 
-def write(
-    args: argparse.Namespace, row: dict, settings: dict, images: Images, judged: Judged | None, command: str
-) -> None:
+def write(args: argparse.Namespace, row: dict, settings: dict, images: Images, judged: Judged | None) -> None:
     """Write what `--verdicts` and `--out` ask for: verdicts; the result, its table and a picture."""
     if args.verdicts is not None and judged is not None:
         write_text(args.verdicts, "".join(f"{line}\n" for line in judged.lines()))
@@ -77,6 +73,7 @@ def write(
     else:
         picture = grid([Image.fromarray(image) for image, _ in zip(images, range(PICTURES))])
     write_png(args.out.with_suffix(".png"), picture)
+    command = command_line("nextscale evaluate", vars(args), defaults())
     write_result(args.out, result([row], command=command, n=len(images), seeds=args.seed, settings=settings))
     print(f"written: {args.out}")
 
@@ -113,13 +110,8 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     metadatas = prompt_suite(args.per_tag, args.seed, unseen=True if args.suite == "scenes-unseen" else None)
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadatas)
-    of_job = {
-        **settings,
-        "suite": args.suite,
-        "per_tag": args.per_tag,
-        "images_per_prompt": per_prompt,
-        "seed": args.seed,
-    }
+    asked = {"suite": args.suite, "per_tag": args.per_tag, "images_per_prompt": per_prompt, "seed": args.seed}
+    of_job = {**settings, **asked}
     folder = args.work or default_folder(of_job)
     job = Job(folder / "settings.json", of_job)
     job.check()

@@ -25,7 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (one of)")
     what.add_argument("--model", help="make images: scenes (bundled), a model folder, a training run, or a Hub id")
     what.add_argument("--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), or an .npz")
-    what.add_argument("--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: folder of a tokenizer or run")
+    what.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: scenes (bundled) or a folder"
+    )
 
     how = parser.add_argument_group("how")
     how.add_argument("--suite", choices=SUITES, help="prompts to judge; scenes-unseen names held-out pairs only")

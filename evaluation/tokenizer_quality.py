@@ -23,6 +23,7 @@ from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
 from sample.images import write_png
+from sample.load import BUNDLED, model_folder, resolve_device
 from tokenizer.model import MultiScaleVQ
 
 USED = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
@@ -36,15 +37,15 @@ class Measured:
     pairs: np.ndarray
 
 
-def load_tokenizer(path: str | Path) -> MultiScaleVQ:
-    """A tokenizer in eval mode from a folder with config.json, or a pipeline or run folder with `vqvae/` in it.
+def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> MultiScaleVQ:
+    """A tokenizer in eval mode: of "scenes" (the bundled model), of its own folder, or of a pipeline's or run's folder.
 
     Raises FileNotFoundError, naming the path, if there is none.
     """
-    path = Path(path)
+    path = model_folder(path) if str(path) == BUNDLED else Path(path)
     for folder in (path, path / "vqvae", path / "latest" / "vqvae"):
         if (folder / "config.json").is_file():
-            return MultiScaleVQ.from_pretrained(folder).eval()
+            return MultiScaleVQ.from_pretrained(folder.resolve()).eval().to(resolve_device(device))
     raise FileNotFoundError(f"tokenizer {path} has no config.json, nor a vqvae folder with one")
 
 
@@ -156,12 +157,14 @@ def picture_path(out: Path | None) -> Path:
     return out.with_suffix(".png") if out else Path("pictures/tokenizer.png")
 
 
-def report(tokenizer: Path, *, n: int, usage_n: int, seed: int, out: Path | None, command: str) -> None:
+def report(
+    tokenizer: Path, *, n: int, usage_n: int, seed: int, out: Path | None, command: str, device: str = "cpu"
+) -> None:
     """Measure a tokenizer, print its figures, write the picture and, if `out` is given, the result and its table.
 
     Raises as `load_tokenizer` and `measure` do.
     """
-    model = load_tokenizer(tokenizer)
+    model = load_tokenizer(tokenizer, device)
     measured = measure(model, n=n, usage_n=usage_n, seed=seed)
     row = {"tokenizer": portable(tokenizer), "schedule": model.schedule.text}
     row |= {"vocab_size": model.config.vocab_size, "parameters": sum(p.numel() for p in model.parameters())}
@@ -175,15 +178,27 @@ def report(tokenizer: Path, *, n: int, usage_n: int, seed: int, out: Path | None
         print(f"written: {out}")
 
 
+def report_options(args: argparse.Namespace) -> None:
+    """`report` for a checked command line."""
+    report(
+        args.tokenizer,
+        n=args.n or 1200,
+        usage_n=args.usage_n,
+        seed=args.seed,
+        out=args.out,
+        command=command_line("nextscale evaluate", vars(args), defaults()),
+        device=args.device,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`nextscale evaluate --tokenizer ...` without the rest of it."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.tokenizer_quality")
     configure(parser)
     args = parser.parse_args(argv)
-    command = command_line("nextscale evaluate", vars(args), defaults())
     try:
         check(args)
-        report(args.tokenizer, n=args.n or 1200, usage_n=args.usage_n, seed=args.seed, out=args.out, command=command)
+        report_options(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
