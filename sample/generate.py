@@ -38,7 +38,8 @@ def start(
         if mine != theirs:
             raise ValueError(f"tokenizer and transformer do not belong together: {name} is {mine} and {theirs}")
     device = next(plan.stages[0].model.parameters()).device
-    uniforms = torch.stack([image_uniforms(seed, plan.schedule) for seed in seeds]).to(device)
+    draws = quantizer.draws_per_token
+    uniforms = torch.stack([image_uniforms(seed, plan.schedule, draws) for seed in seeds]).to(device)
     f_hat = quantizer.start(len(seeds), plan.schedule, device)
     return GenerationState(plan, quantizer, prompt, negative, seeds, uniforms, f_hat)
 
@@ -85,12 +86,21 @@ def generate(
 
 
 def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
-    """Guided, filtered logits (B, l, V) of scale k; the cache takes its keys."""
-    stage, model = state.stage, state.stage.model
-    hidden = model(state.input(k), state.cond, scales=range(k, k + 1), cache=state.cache, layers=stage.layers)
+    """Guided, filtered logits of scale k, (B, l, V) or, bitwise, (B, l, n, 2); the cache takes its keys."""
+    stage, model, schedule = state.stage, state.stage.model, state.plan.schedule
+    guidance, K = stage.guidance, len(schedule)
+    hidden = model(
+        state.input(k),
+        state.cond,
+        scales=range(k, k + 1),
+        cache=state.cache,
+        layers=stage.layers,
+        schedule=schedule,
+        after=guidance.inside(k, K, len(model.blocks)) if state.doubled else None,
+    )
     features = model.head.features(hidden, state.cond.head_B2D)
     if state.doubled:
-        features = mix(features, stage.guidance.weight(k, len(state.plan.schedule)))
+        features = mix(features, guidance.weight(k, K) if guidance.on_logits else 0.0)
     return stage.filter(k)(model.head.project(features))
 
 

@@ -5,7 +5,7 @@ A schedule gives a weight t, and guided = (1 + t) * conditional - t * unconditio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,15 @@ class Guidance:
 
     Attributes:
         scale: the weight t at the end of the ramp, or one weight a scale.
-        ramp: "linear" (VAR: t = scale * k / (K - 1), nothing at scale 0) or "constant".
+        ramp: "linear" (VAR: t = scale * k / (K - 1), nothing at scale 0) or "constant" (Infinity, whose cfg is 1 + t).
+        blocks: after these blocks both halves go on from the guided hidden states; -1 is the last block.
+        on_logits: guide the logits; without it the conditional half's are taken as they are.
     """
 
     scale: float | Sequence[float] = 1.5
     ramp: str = "linear"
+    blocks: tuple[int, ...] = ()
+    on_logits: bool = True
 
     def __post_init__(self) -> None:
         if self.ramp not in ("linear", "constant"):
@@ -43,6 +47,12 @@ class Guidance:
     def is_off(self) -> bool:
         """Whether no scale is guided, so that the unconditional half need not run."""
         return not any(self.scale) if isinstance(self.scale, Sequence) else self.scale == 0
+
+
+    def inside(self, k: int, num_scales: int, depth: int) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
+        """What happens to the doubled hidden states after which of a model's `depth` blocks, at scale k."""
+        weight = self.weight(k, num_scales)
+        return {block % depth: lambda h: mix(h, weight).repeat(2, 1, 1) for block in self.blocks if weight}
 
 
 def mix(doubled: torch.Tensor, weight: float) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Stage:
         filters: what may be drawn; one for all scales of the stage, or one each.
         new_cache: makes the stage's cache; the model's own when None.
         attention_backend: "sdpa" or "flex", for a prefill.
+        schedule: the scales, where they are not the model's own (another aspect ratio).
         recompute: prefill in any case: these layers read what they themselves make of the earlier scales.
     """
 
@@ -37,7 +38,13 @@ class Stage:
     filters: Filter | Sequence[Filter] = field(default_factory=Filter)
     new_cache: Callable[[], KVCache] | None = None
     attention_backend: str = "sdpa"
+    schedule: ScaleSchedule | None = None
     recompute: bool = False
+
+    @property
+    def pyramid(self) -> ScaleSchedule:
+        """The scales it works on."""
+        return self.model.check_schedule(self.schedule)
 
     @property
     def active(self) -> frozenset[int]:
@@ -72,12 +79,12 @@ class Plan:
         if made != list(range(len(self.schedule))):
             raise ValueError(f"plan must make scales 0 to {len(self.schedule) - 1} once, in order; it makes {made}")
         for stage in self.stages:
-            _check_stage(stage, self.stages[0].model)
+            _check_stage(stage, self.stages[0])
 
     @property
     def schedule(self) -> ScaleSchedule:
         """The token schedule of all stages."""
-        return self.stages[0].model.schedule
+        return self.stages[0].pyramid
 
     def reserved(self, stage: Stage) -> list[int]:
         """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again."""
@@ -102,16 +109,23 @@ def plain(
     guidance: float | Sequence[float] | Guidance = 1.5,
     top_k: int = 0,
     top_p: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     layers: Collection[int] | None = None,
+    schedule: ScaleSchedule | None = None,
 ) -> Plan:
-    """One model for all scales: VAR as published."""
+    """One model for all scales: VAR as published; `temperature` may be one a scale, as Infinity's tau."""
+    steps = range(len(schedule or model.schedule))
+    per_scale = isinstance(temperature, Sequence)
+    if per_scale and len(temperature) != len(steps):
+        raise ValueError(f"temperature needs one value a scale, {len(steps)}, got {len(temperature)}")
+    filters = [Filter(top_k=top_k, top_p=top_p, temperature=t) for t in (temperature if per_scale else [temperature])]
     stage = Stage(
         model,
-        range(len(model.schedule)),
+        steps,
         layers=layers,
         guidance=guidance if isinstance(guidance, Guidance) else Guidance(guidance),
-        filters=Filter(top_k=top_k, top_p=top_p, temperature=temperature),
+        filters=filters if per_scale else filters[0],
+        schedule=schedule,
     )
     return Plan((stage,))
 
@@ -142,9 +156,13 @@ def collaborative(
     )
 
 
-def _check_stage(stage: Stage, first: NextScaleTransformer) -> None:
-    for name in ("schedule", "vocab_size", "latent_channels", "conditioning"):
-        mine, theirs = getattr(stage.model.config, name), getattr(first.config, name)
+def _check_stage(stage: Stage, first: Stage) -> None:
+    if stage.pyramid.sides != first.pyramid.sides:
+        raise ValueError(
+            f"all models of a plan need the same schedule, got {first.pyramid.text} and {stage.pyramid.text}"
+        )
+    for name in ("vocab_size", "latent_channels", "conditioning"):
+        mine, theirs = getattr(stage.model.config, name), getattr(first.model.config, name)
         if mine != theirs:
             raise ValueError(f"all models of a plan need the same {name}, got {theirs} and {mine}")
     depth = len(stage.model.blocks)
@@ -155,5 +173,7 @@ def _check_stage(stage: Stage, first: NextScaleTransformer) -> None:
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale
-    if isinstance(scale, Sequence) and len(scale) != len(first.schedule):
-        raise ValueError(f"guidance needs one weight a scale, {len(first.schedule)}, got {len(scale)}")
+    if isinstance(scale, Sequence) and len(scale) != len(first.pyramid):
+        raise ValueError(f"guidance needs one weight a scale, {len(first.pyramid)}, got {len(scale)}")
+    if any(not -depth <= block < depth for block in stage.guidance.blocks):
+        raise ValueError(f"guidance blocks must be in {-depth}..{depth - 1}, got {list(stage.guidance.blocks)}")

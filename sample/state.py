@@ -153,6 +153,7 @@ class GenerationState:
             cache=self.cache,
             layers=stage.layers,
             attention_backend=stage.attention_backend,
+            schedule=self.plan.schedule,
         )
 
     def _double(self, x_BlC: torch.Tensor) -> torch.Tensor:
