@@ -47,7 +47,7 @@ def parser():
     made.add_class_arguments(RunConfig, "run")
     made.add_class_arguments(DataConfig, "data")
     made.add_class_arguments(TokensConfig, "tokens")
-    given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width"}
+    given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "selectivity"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")

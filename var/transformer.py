@@ -46,6 +46,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_heads: heads of the text's attentive pooling; `heads` when None.
         cross_gate: first value of a learned gate on cross-attention; None for no gate.
         rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
+        selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
     """
 
     _supports_gradient_checkpointing = True
@@ -79,6 +80,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_heads: int | None = None,
         cross_gate: float | None = None,
         rope_grid: list[int] | None = None,
+        selectivity: list[list[float]] | None = None,
     ):
         super().__init__()
         _check_sizes(width=width, heads=heads, conditioning=conditioning, positions=positions)

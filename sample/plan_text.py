@@ -1,0 +1,214 @@
+"""Plans in words: `--plan code:6 --depth 4 --cache 10%`, the same keys in YAML and in the pipeline's call.
+
+    var            one model makes all scales                                   (VAR; with a depth: a subnet of it)
+    supernet:N     all layers for N scales, then a subnet of `depth` layers     (VARiant)
+    code:N         the model for N scales, then the refiner, or the model itself with `depth` layers    (CoDe)
+    self:N         the latter, also where the model has a refiner
+
+A subnet after a bridge reads the keys that all layers made; a refiner makes its own keys of the earlier scales.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sample.draw import Filter
+from sample.guidance import Guidance
+from sample.plan import Plan, Stage
+from tokenizer.schedule import ScaleSchedule
+from var.cache import KVCache
+from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
+from var.scalekv import ScaleKVCache, scalekv_budgets
+from var.supernet import equidistant, runs_of_depth
+from var.transformer import NextScaleTransformer
+
+BASELINES = {"window": SlidingWindowCache, "streaming": StreamingCache, "snapkv": SnapKVCache}
+CACHES = ("scalekv", *BASELINES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """A plan in words, for any model.
+
+    Args:
+        plan: var, supernet:N, code:N or self:N with N scales before the border.
+        depth: layers of the subnet: one number for all its scales, or one a scale (4 or "4" or "6,4,4").
+        cache: share of the key/value cache to keep: "100%" is all; "10%" is scalekv:10%, or window:10%, streaming:10%
+            or snapkv:10%. "scalekv:10%,window=3" sets the side of the observed grid.
+
+    Raises:
+        ValueError: on a text that is not one of these.
+    """
+
+    plan: str = "var"
+    depth: int | Sequence[int] | str | None = None
+    cache: str | float = "100%"
+
+    def __post_init__(self) -> None:
+        read_cache(self.cache)
+        if self.kind in ("supernet", "self") and not self.depths:
+            raise ValueError(f"plan {self.plan} needs a depth: the layers of its subnet")
+
+    @property
+    def kind(self) -> str:
+        """var, supernet, code or self."""
+        return read_plan(self.plan)[0]
+
+    @property
+    def border(self) -> int:
+        """Scales before the border; 0 of var."""
+        return read_plan(self.plan)[1]
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the subnet: none given, one, or one for each of its scales."""
+        return read_depth(self.depth)
+
+    def build(
+        self,
+        model: NextScaleTransformer,
+        *,
+        refiner: NextScaleTransformer | None = None,
+        guidance: float | Sequence[float] | Guidance = 1.5,
+        filters: Filter | Sequence[Filter] | None = None,
+    ) -> Plan:
+        """The plan for a model, and a refiner where the plan has one.
+
+        Args:
+            filters: one for all scales, or one a scale.
+
+        Raises:
+            ValueError: if the plan does not fit the models.
+        """
+        K = len(model.schedule)
+        if self.kind != "var" and not 0 < self.border < K:
+            raise ValueError(f"plan {self.plan} must leave scales to both sides: {self.kind}:1 to {self.kind}:{K - 1}")
+        second = refiner if self.kind == "code" and refiner is not None else model
+        if self.kind == "code" and refiner is None and not self.depths:
+            raise ValueError(f"plan {self.plan} needs a refiner, or a depth for the model to refine its own work with")
+        caches = {id(m): cache_factory(self.cache, m) for m in (model, second)}
+        shared = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+
+        def stage(model: NextScaleTransformer, scales: range, depth: int | None, recompute: bool) -> Stage:
+            of_stage = filters or Filter()
+            if not isinstance(of_stage, Filter):
+                _check_count("filters", len(of_stage), K)
+                of_stage = of_stage[scales.start : scales.stop]
+            layers = None if depth is None else equidistant(len(model.blocks), depth)
+            common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)]}
+            return Stage(model, scales, layers=layers, recompute=recompute, **common)
+
+        border = self.border
+        stages = [stage(model, range(border), None, False)] if border else []
+        for scales, depth in self._runs(K - border):
+            shifted = range(scales.start + border, scales.stop + border)
+            joins = self.kind in ("code", "self") and scales.start == 0
+            stages.append(stage(second, shifted, depth, joins))
+        return Plan(tuple(stages))
+
+    def _runs(self, scales: int) -> list[tuple[range, int | None]]:
+        if not self.depths:
+            return [(range(scales), None)]
+        if len(self.depths) == 1:
+            return [(range(scales), self.depths[0])]
+        _check_count("depth", len(self.depths), scales)
+        return runs_of_depth(self.depths)
+
+
+def read_plan(text: str) -> tuple[str, int]:
+    """("code", 6) of "code:6"; ("var", 0) of "var"."""
+    found = re.fullmatch(r"var|(supernet|code|self):(\d+)", str(text).strip())
+    if not found:
+        raise ValueError(f"plan must be var, supernet:N, code:N or self:N, got {text!r}")
+    return (found[1], int(found[2])) if found[1] else ("var", 0)
+
+
+def read_depth(depth: int | Sequence[int] | str | None) -> tuple[int, ...]:
+    """(6, 4, 4) of "6,4,4" or [6, 4, 4]; (4,) of 4; () of None."""
+    if depth is None:
+        return ()
+    parts = depth.split(",") if isinstance(depth, str) else depth if isinstance(depth, Sequence) else [depth]
+    if not parts or not all(str(part).strip().isdecimal() for part in parts):
+        raise ValueError(f"depth must be a number of layers, or one a scale like 6,4,4; got {depth!r}")
+    return tuple(int(part) for part in parts)
+
+
+def read_cache(cache: str | float) -> tuple[str, float, int | None]:
+    """("snapkv", 0.1, None) of "snapkv:10%"; ("full", 1.0, None) of "100%", "full" and 1.0."""
+    text = f"{100 * cache:.6g}%" if isinstance(cache, float | int) else str(cache).replace(" ", "")
+    if text in ("full", "100%"):
+        return "full", 1.0, None
+    found = re.fullmatch(rf"(?:({'|'.join(CACHES)}):)?(\d+(?:\.\d+)?)%(?:,window=(\d+))?", text)
+    share = float(found[2]) / 100 if found else 0.0
+    if not found or not 0 < share <= 1 or (found[3] and (found[1] or CACHES[0]) != "scalekv"):
+        raise ValueError(f"cache must be like 10% or {':10%, '.join(CACHES)}:10% up to 100%, got {cache!r}")
+    return found[1] or CACHES[0], share, int(found[3]) if found[3] else None
+
+
+def cache_factory(
+    cache: str | float, model: NextScaleTransformer, schedule: ScaleSchedule | None = None
+) -> Callable[[], KVCache] | None:
+    """What makes the caches of a model's stages; None for the model's own full cache.
+
+    Raises:
+        ValueError: if the share is too small, or ScaleKV lacks what `nextscale calibrate` measures.
+    """
+    policy, share, window = read_cache(cache)
+    schedule = schedule or model.schedule
+    if policy == "full":
+        return None
+    if policy == "scalekv":
+        index = model.config.selectivity
+        if index is None:
+            raise ValueError(
+                f"cache {cache} needs to know the layers: nextscale calibrate --model MODEL measures them once "
+                "(window, streaming and snapkv need no measurement)"
+            )
+        if (len(index), len(index[0])) != (len(model.blocks), len(schedule)):
+            raise ValueError(f"cache {cache}: the model was calibrated with other layers or scales; calibrate it again")
+        budgets = scalekv_budgets(share, index, schedule)
+
+        def make() -> KVCache:
+            return ScaleKVCache(budgets, schedule, window=window)
+
+    else:
+        budgets = uniform_budgets(share, schedule, len(model.blocks))
+
+        def make() -> KVCache:
+            return BASELINES[policy](budgets, schedule)
+
+    make()  # a window beyond the budget is refused here
+    return make
+
+
+def scale_filters(
+    num_scales: int,
+    *,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    temperature_last: bool = False,
+) -> Filter | list[Filter]:
+    """The filter of all scales, or one a scale where any setting is given by scale.
+
+    Raises:
+        ValueError: if a setting has another number of values than there are scales.
+    """
+    given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    lists = {name: value for name, value in given.items() if isinstance(value, Sequence)}
+    if not lists:
+        return Filter(**given, temperature_last=temperature_last)
+    for name, values in lists.items():
+        _check_count(name, len(values), num_scales)
+    return [
+        Filter(**{**given, **{name: values[k] for name, values in lists.items()}}, temperature_last=temperature_last)
+        for k in range(num_scales)
+    ]
+
+
+def _check_count(name: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"{name} must be one for all scales or one for each of {wanted}, got {got}")
