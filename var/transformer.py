@@ -165,10 +165,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         schedule = self.check_schedule(schedule)
         scales = scales if scales is not None else range(len(schedule))
-        levels_lD = self._levels(schedule, scales)
-        h = self._embed(x_BlC, cond, scales) + levels_lD
-        if self.position_1LD is not None:
-            h = h + self.position_1LD[:, schedule.begins[scales.start] : schedule.ends[scales.stop - 1]]
+        h = self._embed(x_BlC, cond, scales, schedule)
         mask = attention_mask(
             schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
         )
@@ -182,7 +179,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         every = self.config.level_every
         for i, block in enumerate(self.blocks):
             if every and i and i % every == 0:
-                h = h + levels_lD
+                h = h + self._levels(schedule, scales)
             skipped = layers is not None and i not in layers
             if skipped and not short:
                 continue
@@ -228,13 +225,19 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         return schedule
 
-    def _embed(self, x_BlC: torch.Tensor | None, cond: Conditioning, scales: range) -> torch.Tensor:
+    def _embed(
+        self, x_BlC: torch.Tensor | None, cond: Conditioning, scales: range, schedule: ScaleSchedule
+    ) -> torch.Tensor:
         parts = []
         if scales.start == 0:
             parts.append(cond.start_BD[:, None] + self.start_position_1lD)
         if x_BlC is not None:
             parts.append(self.input_proj(x_BlC.to(self.input_proj.weight.dtype)))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        h = h + self._levels(schedule, scales)
+        if self.position_1LD is None:
+            return h
+        return h + self.position_1LD[:, schedule.begins[scales.start] : schedule.ends[scales.stop - 1]]
 
     def _levels(self, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
         begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
