@@ -48,7 +48,6 @@ class Guidance:
         """Whether no scale is guided, so that the unconditional half need not run."""
         return not any(self.scale) if isinstance(self.scale, Sequence) else self.scale == 0
 
-
     def inside(self, k: int, num_scales: int, depth: int) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
         """What happens to the doubled hidden states after which of a model's `depth` blocks, at scale k."""
         weight = self.weight(k, num_scales)
