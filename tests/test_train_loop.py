@@ -340,7 +340,7 @@ def test_tokenizer_stage(tokenizer_run):
     last = curve(tokenizer_run)[-1]
     assert last["kind"] == "validation" and last["images"] == 16 and {"psnr", "ssim"} <= set(last)
     train = curve(tokenizer_run, "train")[-1]
-    assert {"usage_1x1", "usage_8x8", "adversarial", "grad_norm_adversary", "lr"} <= set(train)
+    assert {"usage_1x1", "usage_8x8", "adversarial", "grad_norm_adversary", "lr_main", "lr_adversary"} <= set(train)
     assert list((tokenizer_run / "images").glob("*.png"))
 
 

@@ -72,6 +72,16 @@ def test_killed_with_data_workers(tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_data_goes_on_where_it_was(tmp_path, workers):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"stream": True, "workers": workers, "micro_batch": 4}
+    assert in_child(toy_run, whole, **settings) == 0
+    assert in_child(toy_run, killed, die=lambda s: s == 6 and kill_self(), **settings) == -signal.SIGKILL
+    assert in_child(toy_run, killed, **settings) == 0
+    assert_same_run(killed, whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
     def main(argv):
@@ -91,11 +101,12 @@ def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
     assert_same_run(tmp_path, whole)
 
 
-def test_two_processes_resume_bit_equal(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_processes_resume_bit_equal(tmp_path, stream):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert in_processes(2, toy_run, whole) == [0, 0]
-    assert -signal.SIGKILL in in_processes(2, toy_run, killed, die=lambda s: s == 6 and kill_self())
-    assert in_processes(2, toy_run, killed) == [0, 0]
+    assert in_processes(2, toy_run, whole, stream=stream) == [0, 0]
+    assert -signal.SIGKILL in in_processes(2, toy_run, killed, stream=stream, die=lambda s: s == 6 and kill_self())
+    assert in_processes(2, toy_run, killed, stream=stream) == [0, 0]
     assert_same_run(killed, whole)
 
 

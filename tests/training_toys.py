@@ -19,6 +19,7 @@ from train.config import RunConfig
 from train.loop import run
 from train.optimizers import Branch, OptimizerConfig
 from train.session import Objective, Task
+from train.stream import StreamDataset
 
 
 class Rows(Dataset):
@@ -77,7 +78,17 @@ def toy_config(folder: Path, **changes) -> RunConfig:
     return RunConfig(run_dir=str(folder), **{**settings, **changes})
 
 
-def toy_run(folder: Path, *, export: Callable | None = None, die=None, bad_step=None, dropout=0.3, **changes) -> None:
+def streamed_rows(n: int = 37) -> StreamDataset:
+    """The items of `Rows` as a stream of 4 shards, in windows of 5."""
+    from datasets import Dataset as Table
+
+    rows = Table.from_dict({"index": list(range(n))}).to_iterable_dataset(num_shards=4)
+    return StreamDataset(rows, lambda row, epoch: Rows()[row["index"]], window=5, repeat=True, seed=0)
+
+
+def toy_run(
+    folder: Path, *, export=None, die=None, bad_step=None, dropout: float = 0.3, stream: bool = False, **changes
+) -> None:
     """Train the toy. `export(folder)` stands in for writing weights; `die(step)` is called after every step."""
     torch.manual_seed(0)
 
@@ -88,10 +99,9 @@ def toy_run(folder: Path, *, export: Callable | None = None, die=None, bad_step=
             export(path)
 
     objective = ToyObjective(dropout, bad_step, die)
-    run(
-        Task(objective=objective, train_data=Rows(), val_data=Rows(16), prepare=dict, export=write),
-        toy_config(folder, **changes),
-    )
+    data = streamed_rows() if stream else Rows()
+    task = Task(objective=objective, train_data=data, val_data=Rows(16), prepare=dict, export=write)
+    run(task, toy_config(folder, **changes))
 
 
 def kill_self() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 
@@ -109,14 +110,27 @@ def base_parser(description: str) -> ArgumentParser:
 
 
 def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None:
-    """Write the resolved configuration to RUN_DIR/config.yaml, on the main process."""
+    """Write the resolved configuration to RUN_DIR/config.yaml, on the main process; what it changes is printed."""
     from train.checkpoint import write_atomically
 
     if os.environ.get("RANK", "0") != "0":
         return
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    text = parser.dump(config, skip_none=False)
-    write_atomically(Path(run_dir) / "config.yaml", text)
+    path, text = Path(run_dir) / "config.yaml", parser.dump(config, skip_none=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before, now = (flat(yaml.safe_load(source)) for source in (path.read_text(encoding="utf-8"), text))
+        for name in sorted({**before, **now}):
+            if before.get(name) != now.get(name):
+                print(f"{run_dir}: {name} was {before.get(name)}, is {now.get(name)}", file=sys.stderr)
+    write_atomically(path, text)
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """A nested dict as one with dotted names."""
+    found = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

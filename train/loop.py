@@ -202,11 +202,12 @@ def train_step(session: Session, batches: Iterator[Batch]) -> None:
 
 
 def update(session: Session, means: Metrics) -> None:
-    """Clip and step every branch that has gradients; adds their gradient norms and learning rates to `means`."""
+    """Clip and step every branch that has gradients; adds their gradient norms to `means`."""
     scaler = session.accelerator.scaler
     for name, optimizers in session.optimizers.items():
         config = session.branches[name].config
-        rates = [set_rates(optimizer, config, session.progress) for optimizer in optimizers]
+        for optimizer in optimizers:
+            set_rates(optimizer, config, session.progress)
         parameters = [p for p in parameters_of(optimizers) if p.grad is not None]
         if not parameters:
             continue
@@ -219,7 +220,6 @@ def update(session: Session, means: Metrics) -> None:
             optimizer.zero_grad(set_to_none=True)
         suffix = "" if name == next(iter(session.optimizers)) else f"_{name}"
         means[f"grad_norm{suffix}"] = norm.detach()
-        means[f"lr{suffix}"] = torch.tensor(rates[0], dtype=torch.float64, device=norm.device)
     if scaler is not None:
         scaler.update()
 

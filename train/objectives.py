@@ -54,6 +54,8 @@ class TokenizerLossConfig:
         draw_codes: begin with every code at a vector of the first batch; false keeps the codes of `start_from`.
         restart_every: steps between restarts of dead codes; 0 never restarts.
         dead_below: a code is dead when its average hits fall below this share of an equal split, over all scales.
+        decoder_only: train the decoder and leave encoder, codebook and so all tokens as they are: a transformer trained
+            on these tokens stays valid.
         restart_until: share of training after which dead codes and the scales' sizes are left alone, in [0, 1].
     """
 
@@ -71,6 +73,7 @@ class TokenizerLossConfig:
     restart_every: int = 100
     dead_below: float = 0.03
     restart_until: float = 0.8
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         if self.perceptual_kind not in ("none", "scenes", "lpips"):
@@ -114,6 +117,9 @@ class TokenizerObjective(Objective):
         super().__init__()
         self.vqvae, self.config = vqvae, config
         self.optimizer, self.adversary_optimizer = optimizer, adversary
+        if config.decoder_only:
+            for part in (vqvae.encoder, vqvae.quant_conv, vqvae.quantizer):
+                part.requires_grad_(False)
         self.perceptual = build_perceptual(config.perceptual_kind)
         self.discriminator = None
         if config.adversary > 0:
@@ -178,6 +184,8 @@ class TokenizerObjective(Objective):
         share_K1 = hits_KV.sum(dim=1, keepdim=True) / self.usage_KV.shape[1]
         decay = 0.9 if clock.step < 100 else 0.99
         self.usage_KV.lerp_(hits_KV / share_K1, 1 - decay)
+        if self.config.decoder_only:
+            return
         quantizer = self.vqvae.quantizer
         if quantizer.normalize_scales and clock.progress <= self.config.restart_until:
             drift_K = processes.reduce(metrics["rms_K"]) / processes.accelerator.num_processes

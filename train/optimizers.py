@@ -116,12 +116,11 @@ def _muon(config: OptimizerConfig, matrices: list[nn.Parameter]) -> torch.optim.
     return torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progress: float) -> float:
-    """Set the learning rate and weight decay of every group for a point of training in [0, 1]; returns the rate."""
+def set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progress: float) -> None:
+    """Set the learning rate and weight decay of every group for a point of training in [0, 1]."""
     lr = config.lr * lr_factor(progress, schedule=config.schedule, warmup=config.warmup, end=config.end)
     last = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
     decay = weight_decay_at(progress, start=config.weight_decay, end=last)
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = decay if group["decayed"] else 0.0
-    return lr

@@ -45,7 +45,8 @@ def log_training(session: Session, images_per_s: float) -> str:
     """Write the means since the last log and start anew; returns the bar's text. Every process must call it."""
     means = session.meter.means(session.processes)
     session.meter = Meter()
-    figures = {**means, **session.objective.statistics(), "images_per_s": round(images_per_s, 3)}
+    rates = {f"lr_{name}": group[0].param_groups[0]["lr"] for name, group in session.optimizers.items()}
+    figures = {**means, **rates, **session.objective.statistics(), "images_per_s": round(images_per_s, 3)}
     write_metrics(session, "train", figures)
     return f"loss {means['loss']:.4f}"
 

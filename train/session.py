@@ -125,7 +125,7 @@ class Task:
 
 @dataclass
 class Meter:
-    """Running float64 means of scalar metrics, kept on the device until they are asked for.
+    """Running means of scalar metrics, kept on the device until they are asked for; float64 except on MPS.
 
     Attributes:
         sums: per name, a (2,) tensor: the weighted sum and the weight.
@@ -137,7 +137,7 @@ class Meter:
         """Add scalar metrics (others are left out) with a weight."""
         for name, value in metrics.items():
             if value.ndim == 0:
-                value = value.detach().double()
+                value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
                 value = torch.stack([value * weight, torch.full_like(value, weight)])
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
 
