@@ -38,7 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--prompts", type=Path, metavar="FILE", help="texts or GenEval's JSON, one a line; makes a GenEval tree"
     )
-    what.add_argument("--class", dest="classes", metavar="LIST", help="classes: 3 or 0,3,7 or 0-9 or all")
+    what.add_argument(
+        "--class",
+        dest="classes",
+        metavar="LIST",
+        help='classes: 3 or 0,3,7 or 0-9 or all, or ImageNet names: "golden retriever"',
+    )
     what.add_argument("--n", type=int, default=1, help="images of each (1)")
     what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
     what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
@@ -153,24 +158,18 @@ def _metadata(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
-    """The classes of "3", "0,3,7", "0-9" or "all".
+    """The classes of "3", "0,3,7", "0-9", "all", "null" or, of ImageNet's 1000, "golden retriever".
 
     Raises:
         ValueError: if `text` is none of these, or the model knows no such classes.
     """
+    from sample.classes import parse_classes
     from sample.pipeline import check_classes
 
     if not pipeline.by_class:
         raise ValueError('--class is for class models, and this model reads texts: give one, e.g. "a red star"')
-    if text == "all":
-        return list(range(pipeline.transformer.config.num_classes))
-    classes: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--class must be like 3 or 0,3,7 or 0-9 or all, got {text!r}")
-        classes += range(int(first), int(last or first) + 1)
-    return check_classes(classes, pipeline.transformer.config.num_classes)
+    known = pipeline.transformer.config.num_classes
+    return check_classes(parse_classes(text, known), known)
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

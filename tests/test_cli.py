@@ -208,7 +208,10 @@ def test_more_mistakes(sample, tmp_path):
     assert "line 2 is not a JSON object with a prompt" in sample("--prompts", prompts, "--out", tmp_path)[2]
     prompts.write_text("\n")
     assert "holds no line" in sample("--prompts", prompts, "--out", tmp_path)[2]
-    assert "class_labels must be in 0..4, got 7" in sample("--class", "7", "--out", tmp_path, model="class")[2]
+    assert (
+        "class_labels must be in 0..4, or 5 for the null class, got 7"
+        in sample("--class", "7", "--out", tmp_path, model="class")[2]
+    )
     assert "--class must be like 3" in sample("--class", "cat", "--out", tmp_path, model="class")[2]
     assert "this is a class model" in sample("a cat", "--out", tmp_path / "new", model="class")[2]
     assert sample("a cat", "--out", prompts)[0] == 2  # a file is in the way
