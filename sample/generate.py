@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import repeat
 
 from sample.draw import check_seeds, derive_seed, draw, image_uniforms, smooth_weights
 from sample.guidance import mix
@@ -105,9 +106,16 @@ def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
 
 
 def smooth_code(state: GenerationState, k: int, logits_BlV: torch.Tensor) -> torch.Tensor:
-    """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed."""
+    """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed; given tokens stay."""
     schedule = state.plan.schedule
     ratio = k / max(len(schedule) - 1, 1)
     generators = [torch.Generator().manual_seed(derive_seed(seed, k)) for seed in state.seeds]
     weights = [smooth_weights(row[None], ratio, g) for row, g in zip(logits_BlV, generators)]
-    return state.quantizer.blend(torch.cat(weights), k, schedule)
+    code_BChw = state.quantizer.blend(torch.cat(weights), k, schedule)
+    if "given" not in state.extras:
+        return code_BChw
+    given = state.extras["given"][:, schedule.begins[k] : schedule.ends[k]]
+    (h, w), (height, width) = schedule.sides[k], code_BChw.shape[2:]
+    is_given = (given >= 0).reshape(len(given), h, w, -1)[..., 0]
+    is_given = repeat(is_given, "b h w -> b 1 (h p) (w q)", p=height // h, q=width // w)
+    return torch.where(is_given, state.quantizer.lookup(given.clamp(min=0), k, schedule), code_BChw)

@@ -34,6 +34,8 @@ class GenerationState:
         stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when guided.
         origins: which image of the request each row is, or is a copy of.
         copies: rows made of each origin by duplication, for fresh streams.
+        extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given" (B, L) int64
+            are tokens that hold whatever is drawn, -1 where there is none.
     """
 
     plan: Plan
@@ -50,6 +52,7 @@ class GenerationState:
     cache: KVCache | None = None
     origins: list[int] = field(default_factory=list)
     copies: Counter = field(default_factory=Counter)
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.origins = self.origins or list(range(len(self.seeds)))
@@ -119,6 +122,7 @@ class GenerationState:
         self.f_hat_BCHW = self.f_hat_BCHW[on_device]
         self.tokens = [tokens[on_device] for tokens in self.tokens]
         self.inputs = [x[on_device] for x in self.inputs]
+        self.extras = {name: rows_B[on_device] for name, rows_B in self.extras.items()}
         self.uniforms_BLn = self.uniforms_BLn[on_device]
         self._refresh_copies(rows.tolist())
         self.seeds = [self.seeds[row] for row in rows.tolist()]
