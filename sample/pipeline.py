@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sample.draw import Filter, check_seeds
+from sample.edit import Canvas, EditHook, Picture, given_tokens, read_canvases
 from sample.generate import generate
 from sample.official import Flags, load_official
 from sample.plan import Plan, collaborative, plain
@@ -115,6 +116,9 @@ class NextScalePipeline(DiffusionPipeline):
         *,
         class_labels: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
+        mask_rule: str = "centre",
         num_images_per_prompt: int = 1,
         guidance_scale: float | Sequence[float] | None = None,
         top_k: int | None = None,
@@ -134,8 +138,13 @@ class NextScalePipeline(DiffusionPipeline):
 
         Args:
             prompt: a text or several, for a text model.
-            class_labels: a class in [0, num_classes) or several, for a class model.
+            class_labels: a class in [0, num_classes) or several, for a class model; num_classes is the null class.
             negative_prompt: what guidance pushes away from, instead of the learned null text; one, or one a prompt.
+            image: a picture to edit, PIL or uint8 (h, w, 3), of any size; or one a prompt. A class model may then do
+                without class_labels, which is the null class.
+            mask_image: white where `image` is repainted, black where it stays bit by bit, grey where both are blended;
+                PIL or uint8 or bool (h, w), of any size; or one a prompt.
+            mask_rule: which coarse tokens stay: "centre" (official) or "whole", see `sample.edit.kept_tokens`.
             guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
                 from 0 at the first scale; a sequence gives it scale by scale.
             top_k, top_p, temperature: what may be drawn, see `sample.draw.Filter`. The model's own defaults when None.
@@ -157,11 +166,15 @@ class NextScalePipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         plan = self._plan(plan, {name: value for name, value in settings.items() if value is not None})
+        if image is not None and self.by_class and class_labels is None:
+            class_labels = self.transformer.config.num_classes
         condition = self._prompt(prompt, class_labels, num_images_per_prompt)
         negative = self._negative(negative_prompt, len(condition), num_images_per_prompt)
         callback = ()
         if callback_on_step_end is not None:
             callback = (CallbackHook(self, callback_on_step_end, callback_on_step_end_tensor_inputs),)
+        canvases = self._canvases(image, mask_image, len(condition), num_images_per_prompt, plan)
+        edit = [self._edit(canvases, plan, mask_rule)] if canvases else []
 
         with self.progress_bar(total=len(plan.schedule)) as bar:
             state = generate(
@@ -170,12 +183,13 @@ class NextScalePipeline(DiffusionPipeline):
                 condition,
                 image_seeds(len(condition), seed=seed, generator=generator),
                 negative=negative,
-                hooks=(*hooks, *callback, ProgressHook(bar)),
+                hooks=(*hooks, *edit, *callback, ProgressHook(bar)),
                 smooth=smooth,
             )
         images = state.f_hat_BCHW
         if output_type != "latent":
-            images = self.decode(images, output_type)
+            rows = [canvases[row] for row in state.origins] if canvases else []
+            images = self._pasted(images, rows, output_type) if rows else self.decode(images, output_type)
         self.maybe_free_model_hooks()
         output = NextScaleOutput(images, list(state.seeds), state.tokens)
         return output if return_dict else output.to_tuple()
@@ -184,6 +198,34 @@ class NextScalePipeline(DiffusionPipeline):
     def decode(self, f_hat_BCHW: torch.Tensor, output_type: str = "pil") -> Images:
         """Latents (B, C, H, W) to images as `NextScaleOutput.images` has them."""
         return self.image_processor.postprocess(self.vqvae.decode(f_hat_BCHW).float(), output_type=output_type)
+
+    def _canvases(self, image: Any, mask_image: Any, batch: int, copies: int, plan: Plan) -> list[Canvas]:
+        """The picture of every image to be edited; none without `image`."""
+        if (image is None) != (mask_image is None):
+            raise ValueError("image and mask_image belong together: give both to edit, or neither")
+        if image is None:
+            return []
+        canvases = read_canvases(image, mask_image, self._image_hw(plan), batch // copies)
+        return [canvas for canvas in canvases for _ in range(copies)]
+
+    def _edit(self, canvases: Sequence[Canvas], plan: Plan, rule: str) -> EditHook:
+        device, schedule = self._execution_device, plan.schedule
+        seen = torch.stack([canvas.seen(self._image_hw(plan)) for canvas in canvases]).to(device)
+        keep = torch.stack([canvas.keep(schedule.latent_hw) for canvas in canvases])
+        return EditHook(given_tokens(self.vqvae, seen, keep, schedule, rule))
+
+    def _pasted(self, f_hat_BCHW: torch.Tensor, canvases: Sequence[Canvas], output_type: str) -> Images:
+        """The decoded images pasted into their pictures, whose size they have."""
+        made = [canvas.paste(image) for canvas, image in zip(canvases, self.decode(f_hat_BCHW, "pt"))]
+        if output_type == "pil":
+            return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in made]
+        if len({image.shape for image in made}) > 1:
+            raise ValueError(f'output_type {output_type!r} needs images of one size: take "pil", or edit one at a time')
+        stacked = np.stack(made)
+        return stacked if output_type == "np" else torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+    def _image_hw(self, plan: Plan) -> tuple[int, int]:
+        return tuple(side * self.vqvae.stride for side in plan.schedule.latent_hw)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Prompt:
         """Texts to what the transformer is conditioned on."""
@@ -332,10 +374,10 @@ def check_sampling(sampling: dict[str, float]) -> dict[str, float]:
 
 
 def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[int]:
-    """The class labels as a list.
+    """The class labels as a list; num_classes itself is the null class.
 
     Raises:
-        ValueError: if there are none or one is not in [0, num_classes).
+        ValueError: if there are none or one is not in [0, num_classes].
         TypeError: if one is not an int.
     """
     if isinstance(class_labels, torch.Tensor):
@@ -346,8 +388,9 @@ def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[i
     for label in labels:
         if not isinstance(label, int | np.integer) or isinstance(label, bool):
             raise TypeError(f"class_labels must be integers, got {label!r}")
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class_labels must be in 0..{num_classes - 1}, got {label}")
+        if not 0 <= label <= num_classes:
+            known = f"0..{num_classes - 1}, or {num_classes} for the null class"
+            raise ValueError(f"class_labels must be in {known}, got {label}")
     return labels
 
 

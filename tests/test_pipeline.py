@@ -179,7 +179,7 @@ def test_prompts_are_padded_to_the_longest(tiny_text_encoder):
     [
         ({}, "this is a class model: give class_labels"),
         ({"prompt": "a star"}, "this is a class model: give class_labels"),
-        ({"class_labels": 5}, "class_labels must be in 0..4, got 5"),
+        ({"class_labels": 6}, "class_labels must be in 0..4, or 5 for the null class, got 6"),
         ({"class_labels": []}, "class_labels is empty"),
         ({"class_labels": 1, "num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more, got 0"),
         ({"class_labels": 1, "output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),

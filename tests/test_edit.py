@@ -1,0 +1,313 @@
+"""Editing: what is kept stays bit by bit, what is repainted is drawn; with every plan, with search, at any size."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sample.edit import Canvas, EditHook, extend, given_tokens, kept_tokens
+from sample.plan import Plan, Stage, collaborative, plain
+from sample.state import Hook
+from tokenizer.schedule import ScaleSchedule
+
+SCHEDULE = ScaleSchedule.of("1,2,4")
+VAR = ScaleSchedule.of("var256")
+
+
+def picture(seed=0, h=8, w=8):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+def box_mask(left, top, right, bottom, h=8, w=8, level=255):
+    mask = np.zeros((h, w), np.uint8)
+    mask[top:bottom, left:right] = level
+    return Image.fromarray(mask)
+
+
+NOTHING, EVERYTHING = box_mask(0, 0, 0, 0), box_mask(0, 0, 8, 8)
+
+
+def tokens_of(output):
+    return torch.cat(output.tokens, dim=1)
+
+
+# --- which tokens stay -----------------------------------------------------------------------------------------------
+
+
+def test_kept_tokens_follow_the_official_rule():
+    keep = torch.ones(1, 16, 16, dtype=torch.bool)
+    keep[:, 2:13, 3:12] = False
+    kept = kept_tokens(keep, VAR)[0].split(VAR.lengths)
+    assert kept[0].all()  # the scale of one token is the image's
+    assert torch.equal(kept[-1].view(16, 16), keep[0])  # the finest scale is the mask itself
+    for (h, w), tokens in list(zip(VAR.sides, kept))[1:]:
+        resized = torch.nn.functional.interpolate(keep[None].float(), size=(h, w), mode="bilinear")[0, 0]
+        assert torch.equal(tokens.view(h, w), resized > 0.5)
+
+
+def test_whole_cells_show_nothing_of_what_was_there():
+    keep = torch.ones(1, 16, 16, dtype=torch.bool)
+    keep[:, 5, 6] = False
+    kept = kept_tokens(keep, VAR, "whole")[0].split(VAR.lengths)
+    assert not kept[0].any()
+    free = [int((~tokens).sum()) for tokens in kept]
+    assert all(1 <= n <= 4 for n in free) and free[-1] == 1  # cells of 16 in 3, 5, 6 ... overlap
+    assert kept_tokens(keep, VAR, "centre")[0, :5].all()  # the official rule overlooks so small a hole
+
+
+def test_nothing_kept_keeps_no_token_and_everything_kept_all():
+    for rule in ("centre", "whole"):
+        assert not kept_tokens(torch.zeros(1, 16, 16, dtype=torch.bool), VAR, rule).any()
+        assert kept_tokens(torch.ones(1, 16, 16, dtype=torch.bool), VAR, rule).all()
+    wide = ScaleSchedule.of("1x3,2x4")
+    keep = torch.tensor([[[True, False, False, False]] * 2])
+    assert kept_tokens(keep, wide).tolist() == [[True] * 3 + [True, False, False, False] * 2]
+    with pytest.raises(ValueError, match="mask_rule must be one of centre, whole, got 'half'"):
+        kept_tokens(keep, wide, "half")
+    with pytest.raises(ValueError, match=r"mask of the finest scale must be \(2, 4\), got \(4, 2\)"):
+        kept_tokens(keep.mT, wide)
+
+
+# --- neutral settings ------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_mask_returns_the_picture_and_a_full_one_draws_plainly(class_pipeline):
+    image = picture()
+    kept = class_pipeline(class_labels=2, image=image, mask_image=NOTHING, seed=7)
+    assert np.array_equal(np.asarray(kept.images[0]), np.asarray(image))
+    x = torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1)[None].float()
+    assert torch.equal(tokens_of(kept), torch.cat(class_pipeline.vqvae.image_to_tokens(x), dim=1))
+    wanted = class_pipeline(class_labels=2, seed=7)
+    for rule in ("centre", "whole"):
+        drawn = class_pipeline(class_labels=2, image=image, mask_image=EVERYTHING, mask_rule=rule, seed=7)
+        assert torch.equal(tokens_of(drawn), tokens_of(wanted))
+        assert np.array_equal(np.asarray(drawn.images[0]), np.asarray(wanted.images[0]))
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_kept_pixels_are_the_same_bits(text_pipeline, kind):
+    image, mask = picture(3), box_mask(2, 2, 7, 6)
+    made = text_pipeline("a red star", image=image, mask_image=mask, seed=1, output_type=kind).images
+    before, kept = np.asarray(image), np.asarray(mask) == 0
+    if kind == "pil":
+        after = np.asarray(made[0])
+    else:
+        after, before = (
+            np.asarray(made[0] if kind == "np" else made[0].permute(1, 2, 0)),
+            before.astype(np.float32) / 255,
+        )
+    assert after.dtype == before.dtype
+    assert np.array_equal(after[kept], before[kept]) and not np.array_equal(after[~kept], before[~kept])
+
+
+# --- plans, search, smoothing ----------------------------------------------------------------------------------------
+
+
+def plans(model):
+    return {
+        "plain": plain(model),
+        "supernet": Plan((Stage(model, range(0, 2)), Stage(model, range(2, 3), layers=[0]))),
+        "collaborative": collaborative(model, model, handover=2),
+        "unguided": plain(model, guidance=0),
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "supernet", "collaborative", "unguided"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_every_plan_keeps_the_given_tokens(text_pipeline, name, smooth):
+    plan, image, mask = plans(text_pipeline.transformer)[name], picture(5), box_mask(0, 0, 4, 8)
+    made = text_pipeline("a star", image=image, mask_image=mask, plan=plan, smooth=smooth, seed=3)
+    canvas = Canvas.of(image, mask, (8, 8))
+    given = given_tokens(text_pipeline.vqvae, canvas.seen((8, 8))[None], canvas.keep((4, 4))[None], SCHEDULE, "centre")
+    kept = given >= 0
+    assert kept.sum() == 1 + 2 + 8
+    assert torch.equal(tokens_of(made)[kept], given[kept])
+    assert np.array_equal(np.asarray(made.images[0])[:, 4:], np.asarray(image)[:, 4:])
+
+
+def test_smoothing_leaves_given_codes_hard(class_pipeline):
+    image = picture(2)
+    made = class_pipeline(class_labels=1, image=image, mask_image=NOTHING, smooth=True, seed=3, output_type="latent")
+    x = torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1)[None].float()
+    vqvae = class_pipeline.vqvae
+    wanted = vqvae.quantizer.partial_sums(vqvae.image_to_tokens(x), vqvae.schedule)[-1]
+    assert torch.equal(made.images, wanted)
+
+
+class Reorder(Hook):
+    """Selects rows before the first scale or after scale `at`."""
+
+    def __init__(self, rows, at=None):
+        self.rows, self.at = rows, at
+
+    def on_start(self, state):
+        if self.at is None:
+            state.select(self.rows)
+
+    def on_scale_end(self, state, k):
+        if k == self.at:
+            state.select(self.rows)
+
+
+@pytest.mark.parametrize("at", [None, 0, 1, 2])
+def test_edits_follow_their_image_when_a_search_moves_it(class_pipeline, at):
+    images, masks = [picture(1), picture(2)], [box_mask(0, 0, 4, 8), box_mask(4, 0, 8, 8)]
+    what = {"class_labels": [0, 1], "image": images, "mask_image": masks, "seed": [5, 6]}
+    wanted = class_pipeline(**what)
+    moved = class_pipeline(**what, hooks=[Reorder([1, 0, 1], at)])
+    assert moved.seeds == [6, 5, 6]
+    for row, origin in ((0, 1), (1, 0)):
+        assert torch.equal(tokens_of(moved)[row], tokens_of(wanted)[origin])
+        assert np.array_equal(np.asarray(moved.images[row]), np.asarray(wanted.images[origin]))
+    copy, kept = np.asarray(moved.images[2]), np.asarray(masks[1]) == 0
+    assert np.array_equal(copy[kept], np.asarray(images[1])[kept])
+
+
+def test_a_batch_is_its_edits_one_by_one(text_pipeline):
+    texts, masks = ["a red star", "two rings"], [box_mask(0, 0, 5, 5), box_mask(3, 3, 8, 8)]
+    images = [picture(1), picture(2)]
+    both = text_pipeline(texts, image=images, mask_image=masks, num_images_per_prompt=2, seed=4)
+    for i in range(4):
+        one = text_pipeline(texts[i // 2], image=images[i // 2], mask_image=masks[i // 2], seed=4 + i)
+        assert torch.equal(tokens_of(one)[0], tokens_of(both)[i])
+        assert np.abs(np.asarray(one.images[0], int) - np.asarray(both.images[i], int)).max() <= 1
+    shared = text_pipeline(texts, image=images[0], mask_image=masks[0], seed=4)
+    assert torch.equal(tokens_of(shared)[0], tokens_of(both)[0])
+
+
+def test_class_models_edit_with_a_class_or_with_none(class_pipeline):
+    what = {"image": picture(), "mask_image": box_mask(2, 2, 6, 6), "seed": 1, "output_type": "latent"}
+    assert torch.equal(class_pipeline(**what).images, class_pipeline(class_labels=5, **what).images)
+    assert not torch.equal(class_pipeline(**what).images, class_pipeline(class_labels=3, **what).images)
+
+
+# --- pictures of any size --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_window_has_the_models_shape_and_holds_the_mask(data):
+    model_hw = data.draw(st.sampled_from([(8, 8), (8, 16), (12, 8)]))
+    h, w = (data.draw(st.integers(4, 40)) for _ in range(2))
+    top, left = data.draw(st.integers(0, h - 1)), data.draw(st.integers(0, w - 1))
+    bottom, right = data.draw(st.integers(top + 1, h)), data.draw(st.integers(left + 1, w))
+    image, mask = picture(0, h, w), box_mask(left, top, right, bottom, h, w)
+    try:
+        x0, y0, x1, y1 = Canvas.of(image, mask, model_hw).window
+    except ValueError as error:
+        assert "crop or extend the image" in str(error)
+        assert (bottom - top) > h * 0.45 or (right - left) > w * 0.2
+        return
+    assert 0 <= x0 <= left and right <= x1 <= w and 0 <= y0 <= top and bottom <= y1 <= h
+    assert (y1 - y0 == h) or (x1 - x0 == w)
+    assert abs((y1 - y0) * model_hw[1] - (x1 - x0) * model_hw[0]) <= max(model_hw)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 9), st.sampled_from([(8, 8), (5, 7), (24, 16)]), st.booleans())
+def test_pasting_changes_only_what_the_mask_names(seed, hw, soft):
+    rng = np.random.default_rng(seed)
+    image = picture(seed, *hw)
+    levels = rng.integers(0, 256, hw) if soft else rng.integers(0, 2, hw) * 255
+    levels[rng.random(hw) < 0.5] = 0
+    levels[: hw[0] // 3] = 0
+    levels[:, : hw[1] // 3] = 0
+    levels[-hw[0] // 3 :] = 0
+    canvas = Canvas.of(image, levels.astype(np.uint8), (8, 8))
+    made = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    after = (canvas.paste(made) * 255).round().astype(np.uint8)
+    kept = levels == 0
+    assert np.array_equal(after[kept], np.asarray(image)[kept])
+    if hw == (8, 8):
+        full = levels == 255
+        assert np.array_equal(after[full], (made.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)[full])
+
+
+def test_pictures_keep_their_size(class_pipeline):
+    image, mask = picture(1, 30, 20), box_mask(5, 12, 15, 20, 30, 20)
+    made = class_pipeline(class_labels=1, image=image, mask_image=mask, seed=2).images[0]
+    assert made.size == (20, 30)
+    before, after = np.asarray(image), np.asarray(made)
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(before[kept], after[kept]) and not np.array_equal(before[~kept], after[~kept])
+    small = mask.resize((10, 15))
+    again = class_pipeline(class_labels=1, image=image, mask_image=small, seed=2).images[0]
+    far = np.ones((30, 20), bool)
+    far[9:23, 2:18] = False
+    assert np.array_equal(np.asarray(again)[far], before[far])
+
+
+def test_arrays_and_modes_are_read_alike(class_pipeline):
+    image, mask = picture(1), box_mask(2, 2, 6, 6)
+    wanted = np.asarray(class_pipeline(class_labels=1, image=image, mask_image=mask, seed=2).images[0])
+    pixels, levels = np.asarray(image), np.asarray(mask)
+    for same_image, same_mask in ((pixels, levels), (pixels[None], levels > 0), ([image], mask.convert("1"))):
+        made = class_pipeline(class_labels=1, image=same_image, mask_image=same_mask, seed=2).images[0]
+        assert np.array_equal(np.asarray(made), wanted)
+
+
+def test_extending_a_picture(class_pipeline):
+    image = picture(1)
+    wide, mask = extend(image, left=3, bottom=2)
+    assert wide.size == mask.size == (11, 10)
+    levels = np.asarray(mask)
+    assert (levels[:8, 3:] == 0).all() and (levels[:, :3] == 255).all() and (levels[8:] == 255).all()
+    assert np.array_equal(np.asarray(wide)[:8, 3:], np.asarray(image))
+    square, mask = extend(image, left=2, top=2, right=2, bottom=2)
+    made = class_pipeline(class_labels=1, image=square, mask_image=mask, seed=2).images[0]
+    assert np.array_equal(np.asarray(made)[2:10, 2:10], np.asarray(image))
+    for borders in ({}, {"left": -1}):
+        with pytest.raises(ValueError, match="borders must be 0 or more pixels"):
+            extend(image, **borders)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mask_image": NOTHING}, ValueError, "image and mask_image belong together"),
+        ({"image": picture()}, ValueError, "image and mask_image belong together"),
+        ({"image": picture(), "mask_image": NOTHING, "mask_rule": "x"}, ValueError, "mask_rule must be one of"),
+        (
+            {"image": [picture()] * 3, "mask_image": NOTHING},
+            ValueError,
+            "image must be one or one a prompt, got 3 for 2",
+        ),
+        (
+            {"image": picture(), "mask_image": [NOTHING] * 3},
+            ValueError,
+            "mask_image must be one or one a prompt, got 3",
+        ),
+        (
+            {"image": "a.png", "mask_image": NOTHING},
+            TypeError,
+            "image must be a PIL image or a uint8 array .*, got str",
+        ),
+        ({"image": np.zeros((8, 8, 3)), "mask_image": NOTHING}, TypeError, r"got ndarray float64 \(8, 8, 3\)"),
+        ({"image": picture(), "mask_image": torch.zeros(8, 8)}, TypeError, r"mask_image .* got Tensor torch.float32"),
+        (
+            {"image": picture(0, 8, 16), "mask_image": box_mask(0, 0, 12, 8, 8, 16)},
+            ValueError,
+            "mask_image spans 12 pixels, and the model, which draws 8x8, sees 8x8 of this 16x8 image",
+        ),
+        (
+            {"image": [picture(), picture(0, 9, 9)], "mask_image": NOTHING, "output_type": "np"},
+            ValueError,
+            "output_type 'np' needs images of one size",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(class_pipeline, options, error, message):
+    with pytest.raises(error, match=message) as raised:
+        class_pipeline(class_labels=[1, 2], seed=1, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_given_tokens_must_be_of_the_whole_batch(class_pipeline):
+    hook = EditHook(torch.zeros(1, SCHEDULE.total, dtype=torch.int64))
+    with pytest.raises(ValueError, match="given tokens are of 1 images, the batch has 2"):
+        class_pipeline(class_labels=[1, 2], seed=1, hooks=[hook])
