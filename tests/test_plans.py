@@ -1,0 +1,223 @@
+"""Plans in words: neutral settings equal plain decoding, borders and depths are where they should be, mistakes named."""
+
+import pytest
+import torch
+
+from sample.draw import Filter
+from sample.generate import generate
+from sample.plan import plain
+from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan, scale_filters
+from sample.state import Hook
+from tokenizer.quantizer import MultiScaleQuantizer
+from var.conditioning import ClassPrompt
+from var.supernet import equidistant
+from var.transformer import NextScaleTransformer
+
+SIDES = "1,2,3,4"  # 30 tokens, of which the last scale may read 14
+DEPTH = 4
+
+
+def make_model(seed=0, **options):
+    torch.manual_seed(seed)
+    index = [[0.0, 0.3 * layer, 0.2, 0.1 * layer] for layer in range(options.get("depth", DEPTH))]
+    config = {"depth": DEPTH, "width": 32, "heads": 2, "vocab_size": 20, "latent_channels": 5, "num_classes": 4}
+    model = NextScaleTransformer(**{**config, "schedule": SIDES, "selectivity": index, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def quantizer():
+    torch.manual_seed(3)
+    return MultiScaleQuantizer(vocab_size=20, channels=5, num_scales=4)
+
+
+def run(plan, quantizer, seeds=(5, 6, 7, 8), **options):
+    return generate(plan, quantizer, ClassPrompt(torch.tensor([s % 4 for s in seeds])), seeds, **options)
+
+
+def tokens(plan, quantizer, **options):
+    return torch.cat(run(plan, quantizer, **options).tokens, dim=1)
+
+
+NEUTRAL = [
+    {},
+    {"depth": DEPTH},
+    {"depth": "4,4,4,4"},
+    {"plan": "supernet:2", "depth": DEPTH},
+    {"plan": "self:2", "depth": DEPTH},
+    {"plan": "code:1", "depth": "4,4,4"},
+    {"cache": "scalekv:100%"},
+    {"cache": "snapkv:100%"},
+    {"cache": "streaming:100%"},
+    {"cache": "window:100%"},
+    {"plan": "supernet:2", "depth": "4,4", "cache": "scalekv:100%"},
+    {"plan": "self:3", "depth": DEPTH, "cache": "scalekv:100%"},
+]
+
+
+@pytest.mark.parametrize("config", NEUTRAL, ids=str)
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_neutral_plans_equal_plain_decoding(model, quantizer, config, guidance):
+    wanted = tokens(plain(model, guidance=guidance), quantizer)
+    assert torch.equal(tokens(PlanConfig(**config).build(model, guidance=guidance), quantizer), wanted)
+
+
+@pytest.mark.parametrize("cache", ["100%", "scalekv:100%"])
+def test_a_refiner_equal_to_the_drafter_changes_nothing(model, quantizer, cache):
+    wanted = tokens(plain(model), quantizer)
+    for handover in (1, 2, 3):
+        plan = PlanConfig(plan=f"code:{handover}", cache=cache).build(model, refiner=make_model())
+        assert torch.equal(tokens(plan, quantizer), wanted)
+
+
+class Active(Hook):
+    """Which layers hold keys after each scale."""
+
+    def __init__(self):
+        self.holding, self.lengths = [], []
+
+    def on_scale_end(self, state, k):
+        self.holding.append(tuple(layer for layer, length in enumerate(state.cache.lengths) if length))
+        self.lengths.append(tuple(state.cache.lengths))
+
+
+def test_layers_run_and_hold_keys_where_the_plan_says(model, quantizer):
+    active = Active()
+    run(PlanConfig(plan="supernet:2", depth="2,1").build(model), quantizer, hooks=[active])
+    # of 4 layers: 0 and 3, then 0. A layer holds what is read again: 1 token of its last scale's history, or all 5, 14.
+    assert active.lengths == [(1, 1, 1, 1), (5, 1, 1, 5), (14, 0, 0, 5), (14, 0, 0, 0)]
+
+
+def test_the_last_drafted_scale_is_not_stored(model, quantizer):
+    active = Active()
+    run(PlanConfig(plan="code:3").build(model, refiner=make_model(depth=2)), quantizer, hooks=[active])
+    assert active.lengths == [(1,) * 4, (5,) * 4, (5,) * 4, (14, 14)]
+
+
+def test_going_deeper_again_recomputes_keys(model, quantizer):
+    plan = PlanConfig(depth="4,2,2,4").build(model)
+    assert [stage.continues(before) for before, stage in zip(plan.stages, plan.stages[1:])] == [True, False]
+    assert tokens(plan, quantizer).shape == (4, 30)
+
+
+@torch.no_grad()
+def test_a_subnet_after_a_bridge_decodes_what_training_predicts(model, quantizer):
+    """Teacher forcing with a bridge gives the logits that the cached loop draws from, scale by scale."""
+    seen = []
+
+    class Logits(Hook):
+        def on_tokens(self, state, k, logits_BlV, tokens_Bl):
+            seen.append(logits_BlV)
+            return tokens_Bl
+
+    plan = PlanConfig(plan="supernet:2", depth=2).build(model, guidance=0.0)
+    state = run(plan, quantizer, hooks=[Logits()])
+    cond = model.condition(ClassPrompt(torch.tensor([1, 2, 3, 0])))
+    hidden = model(torch.cat(state.inputs, dim=1), cond, layers=equidistant(DEPTH, 2), bridge=2)
+    torch.testing.assert_close(torch.cat(seen, dim=1), model.logits(hidden, cond), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_refiner_decodes_what_it_would_predict_alone(model, quantizer):
+    """Hand-over equals recomputation: the refiner's logits are those of a full pass over the same inputs."""
+    seen = {}
+
+    class Logits(Hook):
+        def on_tokens(self, state, k, logits_BlV, tokens_Bl):
+            seen[k] = logits_BlV
+            return tokens_Bl
+
+    small = make_model(seed=1, depth=2, width=16)
+    for refiner, config in ((small, {"plan": "code:2"}), (model, {"plan": "self:2", "depth": 2})):
+        plan = PlanConfig(**config).build(model, refiner=small, guidance=0.0)
+        state = run(plan, quantizer, hooks=[Logits()])
+        cond = refiner.condition(ClassPrompt(torch.tensor([1, 2, 3, 0])))
+        layers = None if refiner is small else equidistant(DEPTH, 2)
+        whole = refiner.logits(refiner(torch.cat(state.inputs, dim=1), cond, layers=layers), cond)
+        for k in (2, 3):
+            begin, end = model.schedule.begins[k], model.schedule.ends[k]
+            torch.testing.assert_close(seen[k], whole[:, begin:end], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["50%", "window:50%", "streaming:50%", "snapkv:50%"])
+@pytest.mark.parametrize("plan", [{}, {"plan": "supernet:2", "depth": 2}, {"plan": "self:2", "depth": 2}])
+def test_compositions_do_not_depend_on_the_batch(model, quantizer, cache, plan):
+    composed = PlanConfig(**plan, cache=cache).build(model)
+    together = tokens(composed, quantizer)
+    alone = torch.cat([tokens(composed, quantizer, seeds=[seed]) for seed in (5, 6, 7, 8)])
+    assert torch.equal(together, alone)
+
+
+class KeepFirst(Hook):
+    def on_scale_end(self, state, k):
+        if k == 1:
+            state.select([2, 0])
+
+
+def test_search_composes_with_a_compressed_subnet(model, quantizer):
+    plan = PlanConfig(plan="supernet:1", depth=2, cache="40%").build(model)
+    assert torch.equal(tokens(plan, quantizer, hooks=[KeepFirst()]), tokens(plan, quantizer)[[2, 0]])
+
+
+def test_settings_by_scale(model, quantizer):
+    filters = scale_filters(4, top_k=[1, 2, 3, 4], temperature=1.1, temperature_last=True)
+    assert filters[2] == Filter(top_k=3, temperature=1.1, temperature_last=True)
+    plan = PlanConfig(plan="self:3", depth=1).build(model, filters=filters)
+    assert [stage.filter(k).top_k for stage in plan.stages for k in stage.scales] == [1, 2, 3, 4]
+    assert scale_filters(4, top_k=5) == Filter(top_k=5)
+
+
+def test_words_are_read():
+    assert read_plan("code:6") == ("code", 6) and read_plan("var") == ("var", 0)
+    assert read_depth("6, 4,4") == (6, 4, 4) == read_depth([6, 4, 4]) and read_depth(4) == (4,)
+    assert read_cache("10%") == ("scalekv", 0.1, None) == read_cache(0.1)
+    assert read_cache("snapkv:2.5 %") == ("snapkv", 0.025, None)
+    assert read_cache("scalekv:10%,window=3") == ("scalekv", 0.1, 3)
+    assert read_cache("100%") == read_cache("full") == read_cache(1.0) == ("full", 1.0, None)
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ({"plan": "code"}, "plan must be"),
+        ({"plan": "code:x"}, "plan must be"),
+        ({"plan": "supernet:2"}, "needs a depth"),
+        ({"plan": "code:2"}, "needs a refiner"),
+        ({"plan": "supernet:4", "depth": 2}, "both sides"),
+        ({"plan": "code:0", "depth": 2}, "both sides"),
+        ({"depth": 5}, "depth must be in 1..4"),
+        ({"depth": 0}, "depth must be in 1..4"),
+        ({"depth": "2,2"}, "depth must be one"),
+        ({"depth": "half"}, "depth must be"),
+        ({"cache": "0%"}, "cache must be"),
+        ({"cache": "101%"}, "cache must be"),
+        ({"cache": "lru:10%"}, "cache must be"),
+        ({"cache": "window:10%,window=3"}, "cache must be"),
+        ({"cache": "1%"}, "keeps none"),
+        ({"cache": "10%,window=4"}, "fewer than its window"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_in_one_line(model, config, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        PlanConfig(**config).build(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_that_do_not_fit_are_named(model):
+    with pytest.raises(ValueError, match="vocab_size"):
+        PlanConfig(plan="code:2").build(model, refiner=make_model(vocab_size=21))
+    with pytest.raises(ValueError, match="calibrate"):
+        PlanConfig(cache="50%").build(make_model(selectivity=None))
+    with pytest.raises(ValueError, match="calibrated with other layers"):
+        PlanConfig(cache="50%").build(make_model(selectivity=[[0.0] * 4]))
+    with pytest.raises(ValueError, match="temperature must be one"):
+        scale_filters(4, temperature=[1.0, 1.0])
