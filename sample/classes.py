@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 CLASSES = 1000
 LISTED = 8  # candidates that an error shows
@@ -45,12 +46,10 @@ def find_class(name: str) -> int:
     wanted = _normal(name)
     if wanted in ("null", "null class"):
         return CLASSES
-    usual = [label for label, names in enumerate(class_names()) if wanted in _spellings(names[0])]
-    further = [label for label, names in enumerate(class_names()) if any(wanted in _spellings(n) for n in names)]
+    usual = [label for label, names in enumerate(_index()) if wanted in names[0].spellings]
+    further = [label for label, names in enumerate(_index()) if any(wanted in name.spellings for name in names)]
     words = set(wanted.split())
-    within = [
-        i for i, names in enumerate(class_names()) if words and any(words <= set(_normal(n).split()) for n in names)
-    ]
+    within = [label for label, names in enumerate(_index()) if words and any(words <= name.words for name in names)]
     for found in (usual, further, within):
         if len(found) == 1:
             return found[0]
@@ -84,7 +83,7 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
         elif num_classes == CLASSES and re.search("[^\\W\\d]", part):
             classes.append(find_class(part))
         else:
-            names = ", a name" if num_classes == CLASSES else ""
+            names = " or a name" if num_classes == CLASSES else ""
             raise ValueError(f"--class must be like 3 or 0,3,7 or 0-9 or all or null{names}; got {text!r}")
     return classes
 
@@ -94,13 +93,26 @@ def _normal(name: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
-def _spellings(name: str) -> tuple[str, str]:
+@dataclass(frozen=True)
+class _Name:
     """A name as it may be asked for: with the word in brackets that tells it apart, and without."""
-    return _normal(name), _normal(name.partition(" (")[0])
+
+    spellings: tuple[str, str]
+    words: frozenset[str]
+
+    @classmethod
+    def of(cls, name: str) -> _Name:
+        whole = _normal(name)
+        return cls((whole, _normal(name.partition(" (")[0])), frozenset(whole.split()))
+
+
+@functools.cache
+def _index() -> list[list[_Name]]:
+    return [[_Name.of(name) for name in names] for names in class_names()]
 
 
 def _close(wanted: str) -> list[int]:
-    spelled = {_normal(name): label for label, names in reversed(list(enumerate(class_names()))) for name in names}
+    spelled = {n.spellings[0]: label for label, names in reversed(list(enumerate(_index()))) for n in names}
     found = difflib.get_close_matches(wanted, spelled, n=4, cutoff=0.75)
     return list(dict.fromkeys(spelled[name] for name in found))
 
