@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_outputs import FAMILIES, Golden, Tensors
+from golden_infinity import FAMILIES as BITWISE_FAMILIES
+from golden_outputs import FAMILIES as INDEX_FAMILIES
+from golden_outputs import Golden, Tensors
 
+FAMILIES = INDEX_FAMILIES | BITWISE_FAMILIES
 DEFAULT = Path(__file__).parent / "goldens"
 
 # Largest absolute error by what a tensor went through; integers must be equal. First match wins.
@@ -102,6 +105,8 @@ def compare(golden: Golden, name: str, ours: torch.Tensor | None) -> Line:
         tolerance = next((limit for pattern, limit in TOLERANCES if re.match(pattern, name)), 1e-5)
     if "cfg_logits" in name:
         tolerance *= guidance_gain(golden)
+    if re.match(r"greedy_(insert_)?logits_", name):
+        tolerance *= bitwise_gain(golden)
     if ours is None or ours.shape != recorded.shape:
         error = float("inf")
     else:
@@ -116,6 +121,15 @@ def guidance_gain(golden: Golden) -> float:
     """How much more than at the usual 1.5 guidance multiplies rounding errors: (1 + t) and t of two terms, t = cfg."""
     cfg = golden.config.get("cfg", golden.config.get("constructor", {}).get("cfg", 1.5))
     return max(1.0, (1 + 2 * float(cfg)) / (1 + 2 * 1.5))
+
+
+def bitwise_gain(golden: Golden) -> float:
+    """The same for Infinity's cfg and tau, (2 cfg - 1) / tau, over the recorded settings' cfg 3 and tau 0.5."""
+    constructor = golden.config.get("constructor", {})
+    if "cfg_list" not in constructor:
+        return 1.0
+    cfg, tau = (torch.as_tensor(constructor[name]).float().flatten() for name in ("cfg_list", "tau_list"))
+    return max(1.0, float((2 * cfg.max() - 1) / tau.min()) / 10)
 
 
 def table(lines: list[Line], *, by_kind: bool) -> list[str]:
