@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from tokenizer.model import MultiScaleVQ
 from tokenizer.quantizer import phi_index
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
+from var.eviction import best_and_window, take, window_scores
+from var.scalekv import observation_window
 from var.transformer import NextScaleTransformer
 
 Tensors = dict[str, torch.Tensor]
@@ -325,7 +328,60 @@ def sampler_outputs(golden: Golden) -> Tensors:
     return outputs
 
 
+def scalekv_outputs(golden: Golden) -> Tensors:
+    """The released `update_kv` scale by scale: our window, scores and choice under its rule of when to begin."""
+    outputs: Tensors = {}
+    for case in golden.config["cases"]:
+        outputs |= scalekv_case(golden, case)
+    return outputs
+
+
+def scalekv_case(golden: Golden, case: dict) -> Tensors:
+    io, name, outputs, begun = golden.io, case["name"], {}, False
+    keys, values = io[f"{name}.k_init"], io[f"{name}.v_init"]
+    heads, given = keys.shape[:2], keys.shape[2]
+    places = torch.arange(given).expand(*heads, -1)
+    for k in case["scale_inds_in_order"]:
+        step, tokens = f"{name}.s{k}", golden.config["SCALE"][k]
+        keys, values = (torch.cat([old, io[f"{step}.{n}_new"]], dim=2) for old, n in ((keys, "k"), (values, "v")))
+        places = torch.cat([places, torch.arange(given, given + tokens).expand(*heads, -1)], dim=2)
+        given, S = given + tokens, keys.shape[2]
+        capacity = golden.config["cache_sizes"][k + 2][case["layer_idx"]]
+        begun = begun or case["base_capacity"] < S
+        chosen = torch.arange(S).expand(*heads, -1)
+        if begun and capacity < S:
+            chosen, scored = scalekv_choice(golden, case, step, keys, tokens, capacity)
+            outputs |= scored
+        keys, values, places = take(keys, chosen), take(values, chosen), places.gather(2, chosen)
+        outputs |= {f"{step}.kept_k": keys, f"{step}.kept_v": values}
+        outputs |= {f"{step}.kept_idx_in_cat": chosen, f"{step}.kept_global_pos": places}
+    return outputs
+
+
+def scalekv_choice(
+    golden: Golden, case: dict, step: str, keys_BHSd: torch.Tensor, tokens: int, capacity: int
+) -> tuple[torch.Tensor, Tensors]:
+    """Which tokens stay, and the scores; where the last kept ties with the first dropped, the recorded choice holds if
+    its scores are as good."""
+    side, grid = isqrt(tokens), isqrt(case["window_size"])
+    cells = torch.tensor(observation_window(side, side, grid))
+    window, query = cells + keys_BHSd.shape[2] - tokens, golden.io[f"{step}.q"][:, :, cells]
+    options = {"kernel": case["kernel_size"], "pooling": case["pooling"].removesuffix("pool"), "softmax": False}
+    scores = window_scores(query, keys_BHSd, window, scale=query.shape[-1] ** -0.5, **options)
+    chosen, free = best_and_window(scores, window, capacity), capacity - len(window)
+    if free == 0:
+        return chosen, {}
+    ranked = scores.sort(dim=-1, descending=True).values
+    tied = ranked[..., free - 1] == ranked[..., free]
+    recorded = golden.io[f"{step}.kept_idx_in_cat"]
+    ours, theirs = (scores.gather(2, kept).nan_to_num(neginf=0).sort(-1).values for kept in (chosen, recorded))
+    equal = (tied & torch.isclose(ours, theirs, atol=1e-5).all(-1))[..., None]
+    scored = {f"{step}.pooled_scores": scores, f"{step}.topk_boundary_tied": tied.long()}
+    return torch.where(equal, recorded, chosen), scored
+
+
 FAMILIES: dict[str, Callable[[Golden], Tensors]] = {
+    "scalekv": scalekv_outputs,
     "vqvae": vqvae_outputs,
     "var": var_outputs,
     "code": code_outputs,

@@ -1,4 +1,4 @@
-"""Plans in words: neutral settings equal plain decoding, borders and depths are where they should be, mistakes named."""
+"""Plans in words: neutral settings equal plain decoding, borders and depths are in place, mistakes are named."""
 
 import pytest
 import torch
