@@ -240,7 +240,8 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> torch.Tens
 def validate(session: Session) -> dict[str, float]:
     """Metrics of the averaged weights on the first `validation_images` of the validation data, and preview grids."""
     meter = Meter()
-    with averaged_weights(session):
+    # Uncompiled: samples grow from scale to scale, and every new shape would compile again.
+    with averaged_weights(session), torch.compiler.set_stance("force_eager"):
         session.model.eval()
         for items in validation_batches(session):
             batch = {**default_collate(items), "counter": range(len(items))}

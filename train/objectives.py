@@ -228,8 +228,8 @@ class TokenizerObjective(Objective):
 
     def compile_parts(self) -> None:
         """Compile the convolutional halves."""
-        self.vqvae.encoder.compile()
-        self.vqvae.decoder.compile()
+        self.vqvae.encoder.compile(dynamic=False)
+        self.vqvae.decoder.compile(dynamic=False)
 
 
 def count_hits(ids: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
@@ -362,7 +362,7 @@ class VarObjective(Objective):
 
     def compile_parts(self) -> None:
         """Compile every block."""
-        self.transformer.compile_repeated_blocks()
+        self.transformer.compile_repeated_blocks(dynamic=False)
 
     def checkpoint_activations(self) -> None:
         """Keep only the activations between blocks."""
