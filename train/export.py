@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sample.load import DTYPES, load_pipeline
+from sample.load import DTYPES, load_pipeline, silent_loading
 from train.config import base_parser, exit_code
 
 PARTS = ("transformer", "vqvae", "text_encoder", "tokenizer")
@@ -58,11 +58,12 @@ def export(config: ExportConfig) -> float:
     pipeline.register_to_config(sampling={name: getattr(config, name) for name in names})
     for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
-            part.to(DTYPES[config.dtype])
+            torch.nn.Module.to(part, DTYPES[config.dtype])  # loading casts back what needs float32
     out = Path(config.out)
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
+    with silent_loading():
+        pipeline.save_pretrained(partial)
     replace_parts(partial, out)
     return sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
 
