@@ -28,6 +28,7 @@ NAMES = {
     "Stage": "sample.plan",
     "plain": "sample.plan",
     "collaborative": "sample.plan",
+    "PlanConfig": "sample.plan_text",
     "GenerationState": "sample.state",
     "Hook": "sample.state",
     "generate": "sample.generate",

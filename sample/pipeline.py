@@ -18,11 +18,12 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sample.draw import Filter, check_seeds
+from sample.draw import check_seeds
 from sample.edit import Canvas, EditHook, Picture, given_tokens, read_canvases
 from sample.generate import generate
 from sample.official import Flags, load_official
-from sample.plan import Plan, collaborative, plain
+from sample.plan import Plan
+from sample.plan_text import PlanConfig, scale_filters
 from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
 from tokenizer.model import MultiScaleVQ
@@ -31,6 +32,8 @@ from var.transformer import NextScaleTransformer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("f_hat", "tokens")
+PLAN_WORDS = ("plan", "depth", "cache")
+SAMPLING = ("guidance_scale", "top_k", "top_p", "temperature", "temperature_last", *PLAN_WORDS)
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 StepCallback = Callable[["NextScalePipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -59,9 +62,9 @@ class NextScalePipeline(DiffusionPipeline):
         transformer: predicts the tokens of each scale.
         vqvae: tokens to images.
         tokenizer, text_encoder: of a text model; None for a class model.
-        sampling: the model's own defaults of `guidance_scale`, `top_k`, `top_p` and `temperature`, saved with it.
-        refiner: makes the scales from `handover` on (CoDe); None where `transformer` makes them all.
-        handover: scales that `transformer` makes before a refiner.
+        sampling: the model's own defaults of the settings in `SAMPLING`, saved with it.
+        refiner: makes the last scales (CoDe); None where `transformer` makes them all.
+        handover: scales that `transformer` makes before a refiner, where no plan says so.
     """
 
     _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder", "refiner"]
@@ -121,13 +124,16 @@ class NextScalePipeline(DiffusionPipeline):
         mask_rule: str = "centre",
         num_images_per_prompt: int = 1,
         guidance_scale: float | Sequence[float] | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        temperature_last: bool | None = None,
         smooth: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
-        plan: Plan | None = None,
+        plan: Plan | PlanConfig | str | None = None,
+        depth: int | Sequence[int] | None = None,
+        cache: str | float | None = None,
         hooks: Sequence[Hook] = (),
         output_type: str = "pil",
         return_dict: bool = True,
@@ -147,11 +153,13 @@ class NextScalePipeline(DiffusionPipeline):
             mask_rule: which coarse tokens stay: "centre" (official) or "whole", see `sample.edit.kept_tokens`.
             guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
                 from 0 at the first scale; a sequence gives it scale by scale.
-            top_k, top_p, temperature: what may be drawn, see `sample.draw.Filter`. The model's own defaults when None.
+            top_k, top_p, temperature, temperature_last: what may be drawn, see `sample.draw.Filter`; a sequence gives
+                it scale by scale. The model's own defaults when None.
             smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
             generator: names the images by drawing a seed from it for each; or one generator an image.
             seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
-            plan: which model, layers and settings make each scale, instead of the five settings above.
+            plan, depth, cache: which model and layers make each scale with how much memory, in words: "code:6", 4,
+                "10%" (see `sample.plan_text.PlanConfig`). Or a Plan, which leaves nothing else to say.
             hooks: plugged into the loop, see `sample.state.Hook`.
             output_type: "pil", "np", "pt" or "latent", see `NextScaleOutput`.
             return_dict: a NextScaleOutput instead of the tuple (images, seeds, tokens).
@@ -165,6 +173,7 @@ class NextScalePipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+        settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         plan = self._plan(plan, {name: value for name, value in settings.items() if value is not None})
         if image is not None and self.by_class and class_labels is None:
             class_labels = self.transformer.config.num_classes
@@ -234,20 +243,25 @@ class NextScalePipeline(DiffusionPipeline):
         length = self.transformer.config.text_length
         return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
 
-    def _plan(self, plan: Plan | None, given: dict[str, Any]) -> Plan:
-        if plan is not None:
+    def _plan(self, plan: Plan | PlanConfig | str | None, given: dict[str, Any]) -> Plan:
+        if isinstance(plan, Plan):
             if given:
                 raise ValueError(f"plan already says how to draw: leave out {', '.join(given)}")
             return plan
-        settings = {**(self.config.sampling or {}), **given}
-        if "guidance_scale" in settings:
-            settings["guidance"] = settings.pop("guidance_scale")
-        if self.refiner is None:
-            return plain(self.transformer, **settings)
-        guidance = {name: settings.pop(name) for name in ("guidance",) if name in settings}
-        filters = Filter(**settings)
-        models, handover = (self.transformer, self.refiner), self.config.handover
-        return collaborative(*models, handover=handover, drafter_filters=filters, refiner_filters=filters, **guidance)
+        own = dict(self.config.sampling or {})
+        if self.config.handover is not None:
+            own.setdefault("plan", f"code:{self.config.handover}")
+        if plan is not None:  # another plan has nothing of the model's own
+            own = {name: value for name, value in own.items() if name not in PLAN_WORDS}
+        settings = {**own, **given}
+        guidance = {"guidance": settings.pop("guidance_scale")} if "guidance_scale" in settings else {}
+        words = {name: settings.pop(name) for name in PLAN_WORDS if name in settings}
+        if not isinstance(plan, PlanConfig):
+            plan = PlanConfig(**words, **({} if plan is None else {"plan": plan}))
+        elif words:
+            raise ValueError(f"plan is a PlanConfig, which says {' and '.join(words)} too")
+        filters = scale_filters(len(self.transformer.schedule), **settings)
+        return plan.build(self.transformer, refiner=self.refiner, filters=filters, **guidance)
 
     def _prompt(
         self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, copies: int
@@ -366,10 +380,9 @@ def check_sampling(sampling: dict[str, float]) -> dict[str, float]:
     Raises:
         ValueError: on an unknown name.
     """
-    known = ("guidance_scale", "top_k", "top_p", "temperature")
-    unknown = [name for name in sampling if name not in known]
+    unknown = [name for name in sampling if name not in SAMPLING]
     if unknown:
-        raise ValueError(f"sampling must hold only {', '.join(known)}, got {', '.join(unknown)}")
+        raise ValueError(f"sampling must hold only {', '.join(SAMPLING)}, got {', '.join(unknown)}")
     return dict(sampling)
 
 

@@ -1,0 +1,91 @@
+"""The options of a command that say how images are made: a plan in words, a YAML file of settings, a refiner."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sample.pipeline import NextScalePipeline
+
+SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
+
+
+def add_plan_options(parser: argparse._ActionsContainer) -> None:
+    """Declare --plan, --depth, --cache and --refiner."""
+    parser.add_argument(
+        "--plan",
+        metavar="WORDS",
+        help="var; supernet:N, code:N or self:N with N scales before the border; or FILE.yaml of settings",
+    )
+    parser.add_argument("--depth", help="layers of the plan's subnet, or one number a scale: 4 or 6,4,4")
+    parser.add_argument("--cache", help="share of the cache to keep: 10%%, or window:, streaming:, snapkv:10%%")
+    parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
+
+
+def by_scale(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument type: one value, or values for every scale after commas."""
+
+    def read(text: str) -> Any:
+        values = [kind(part) for part in text.split(",")]
+        return values[0] if len(values) == 1 else values
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def how_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line, and under it the YAML file of --plan, say of `SETTINGS`; only what is given.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it holds something else.
+    """
+    given = {name: getattr(args, name, None) for name in SETTINGS}
+    if given["plan"] is not None and given["plan"].endswith((".yaml", ".yml")):
+        given = read_settings(Path(given.pop("plan"))) | {k: v for k, v in given.items() if v is not None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; see `how_options`."""
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--plan {path} is not a file")
+    held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    unknown = sorted(set(held) - set(SETTINGS)) if isinstance(held, dict) else [type(held).__name__]
+    if unknown:
+        raise ValueError(f"--plan {path} may hold {', '.join(SETTINGS)}, and has {', '.join(map(str, unknown))}")
+    return held
+
+
+def attach_refiner(pipeline: NextScalePipeline, refiner: str) -> None:
+    """Give the pipeline a model's transformer as its refiner.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if its tokenizer or its text encoder is not the pipeline's.
+    """
+    from sample.load import load_pipeline
+
+    transformer = pipeline.transformer
+    other = load_pipeline(refiner, dtype=transformer.dtype, device=transformer.device)
+    for name, mine, theirs in (
+        ("tokenizer", pipeline.vqvae.quantizer, other.vqvae.quantizer),
+        ("text encoder", pipeline.text_encoder, other.text_encoder),
+    ):
+        if not _same_weights(mine, theirs):
+            raise ValueError(f"refiner {refiner} was trained with another {name} than the model it is to go on from")
+    pipeline.register_modules(refiner=other.transformer)
+
+
+def _same_weights(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[name].shape == theirs[name].shape and bool((ours[name] == theirs[name]).all()) for name in ours
+    )
