@@ -305,6 +305,7 @@ def test_text_encoder_trains_along():
     objective = VarObjective(transformer, VarLossConfig(drop=0.5), OptimizerConfig(), encoder).train()
     text = tokenize(tokenizer, ["a ring", "two very long captions"] * 3, 12)
     assert text["input_ids"].shape == (6, 12) and text["mask"].dtype == torch.bool
+    assert tokenize(tokenizer, ["a ring"], 32)["input_ids"].shape == (1, 16)
     loss, _ = objective({**token_batch(), **text}, START)
     loss.backward()
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)

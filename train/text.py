@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+TEXT_STEP = 16  # text lengths are rounded up to a multiple of this
+
 
 @dataclass(kw_only=True)
 class TextConfig:
@@ -63,6 +65,17 @@ def build_text_encoder(config: TextConfig) -> tuple[nn.Module, object]:
 
 
 def tokenize(tokenizer: object, captions: list[str], max_length: int) -> dict[str, torch.Tensor]:
-    """{"input_ids": (B, T) int64, "mask": (B, T) bool}, padded to the longest caption, cut at `max_length`."""
-    made = tokenizer(captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    """{"input_ids": (B, T) int64, "mask": (B, T) bool}, cut at `max_length`.
+
+    T is a multiple of `TEXT_STEP` where that divides `max_length`, else always `max_length`: few shapes to compile.
+    """
+    fits = max_length % TEXT_STEP == 0
+    made = tokenizer(
+        captions,
+        padding="longest" if fits else "max_length",
+        pad_to_multiple_of=TEXT_STEP if fits else None,
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
     return {"input_ids": made.input_ids, "mask": made.attention_mask.bool()}
