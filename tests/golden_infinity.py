@@ -109,7 +109,7 @@ def greedy_outputs(
     *,
     prefix: str,
 ) -> Tensors:
-    """The likeliest bits with guidance at the layers `insertion` names (0: on the logits, -n: after block depth - n)."""
+    """The likeliest bits, guided where `insertion` says (0: on the logits, -n: after block depth - n)."""
     constructor, schedule = golden.config["constructor"], model.schedule
     items = [insertion] if isinstance(insertion, int) else insertion
     guidance = Guidance(

@@ -124,12 +124,12 @@ def guidance_gain(golden: Golden) -> float:
 
 
 def bitwise_gain(golden: Golden) -> float:
-    """The same for Infinity's cfg and tau, (2 cfg - 1) / tau, over the recorded settings' cfg 3 and tau 0.5."""
+    """How much Infinity's cfg and tau multiply the rounding errors of two logits: cfg / tau and (cfg - 1) / tau."""
     constructor = golden.config.get("constructor", {})
     if "cfg_list" not in constructor:
         return 1.0
     cfg, tau = (torch.as_tensor(constructor[name]).float().flatten() for name in ("cfg_list", "tau_list"))
-    return max(1.0, float((2 * cfg.max() - 1) / tau.min()) / 10)
+    return max(1.0, float((2 * cfg.max() - 1) / tau.min()))
 
 
 def table(lines: list[Line], *, by_kind: bool) -> list[str]:
