@@ -36,12 +36,15 @@ NAMES = {
     "NextScaleOutput": "sample.pipeline",
     "load_pipeline": "sample.load",
     "image_stream": "sample.images",
+    "EditHook": "sample.edit",
+    "extend": "sample.edit",
     "make_requests": "sample.images",
 }
 
 # command -> (module with configure(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
+    "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
 }
@@ -104,7 +107,7 @@ def run_command(argv: list[str]) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     options = Parser(prog=f"nextscale {command}", allow_abbrev=False)
     module.configure(options)
-    return module.run(options.parse_args(argv[1:]))
+    return module.run(options.parse_intermixed_args(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sample.plans_cli import add_plan_options, by_scale, how_options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   nextscale sample "two green rings" --n 2 --show-scales
   nextscale sample --prompts prompts.txt --n 4 --out geneval/      a line is a prompt, or one JSON object of GenEval's
   nextscale sample --model runs/cifar10 --class all --n 100 --out samples.npz
+  nextscale sample "a red star" --plan supernet:4 --depth 4 --cache 20%     fast: fewer layers, a smaller cache
   accelerate launch -m nextscale sample --prompts prompts.txt --out geneval/    the same images, by several processes
 
 The same command again goes on where it stopped; finished images are kept."""
@@ -48,24 +51,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
     what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
 
+    where = add_sampling(parser, out="a folder, or FILE.npz for ADM's format (pictures)")
+    where.add_argument("--show-scales", action="store_true", help="also show each image from coarse to fine")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._ArgumentGroup:
+    """Declare how to draw, with which model and to where (the group that is returned); `out` describes --out."""
     how = parser.add_argument_group("how (the model's own settings unless given)")
-    how.add_argument("--guidance", type=float, help="strength of guidance; 0 is none")
-    how.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0 is all")
-    how.add_argument("--top-p", type=float, help="then from the likeliest that make up this probability")
-    how.add_argument("--temperature", type=float, help="below 1 draws likelier tokens")
+    how.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
+    how.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
+    how.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
+    how.add_argument("--temperature", type=by_scale(float), help="below 1 draws likelier tokens; 1.1,1,1 is by scale")
+    add_plan_options(how)
     how.add_argument("--smooth", action="store_true", help="blend codes: smoother pictures, not for measurements")
 
     where = parser.add_argument_group("with what, to where")
     where.add_argument(
         "--model", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
     )
-    where.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="a folder, or FILE.npz for ADM's format (pictures)"
-    )
-    where.add_argument("--show-scales", action="store_true", help="also show each image from coarse to fine")
+    where.add_argument("--out", type=Path, default=Path("pictures"), help=out)
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    return where
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from sample.load import load_pipeline, model_folder
 
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
-    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
+    refiner = how_options(args).get("refiner")
+    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device, refiner=refiner)
     pipeline.set_progress_bar_config(disable=True)
     disable_progress_bar()
     if prompts is None:
@@ -174,14 +183,11 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that go into the pipeline's call, without those left to the model."""
-    options = {
-        "guidance_scale": args.guidance,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "temperature": args.temperature,
-        "negative_prompt": args.negative,
-        "smooth": args.smooth or None,
-    }
+    how = how_options(args)
+    how.pop("refiner", None)  # is loaded with the model
+    if "guidance" in how:
+        how["guidance_scale"] = how.pop("guidance")
+    options = {**how, "negative_prompt": args.negative, "smooth": args.smooth or None}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -200,6 +206,9 @@ def make_sink(
         **own,
         **call_options(args),
     }
+    refiner = how_options(args).get("refiner")
+    if refiner is not None:
+        settings["refiner_digest"] = model_digest(refiner)
     informal = ("model",)  # a folder may have moved
     if args.out.suffix == ".npz":
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}

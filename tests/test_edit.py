@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import nextscale
 from sample.edit import Canvas, EditHook, extend, given_tokens, kept_tokens
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.state import Hook
@@ -198,7 +199,9 @@ def test_the_window_has_the_models_shape_and_holds_the_mask(data):
         x0, y0, x1, y1 = Canvas.of(image, mask, model_hw).window
     except ValueError as error:
         assert "crop or extend the image" in str(error)
-        assert (bottom - top) > h * 0.45 or (right - left) > w * 0.2
+        assert (right - left) * model_hw[0] + model_hw[1] > h * model_hw[1] or (
+            (bottom - top) * model_hw[1] + model_hw[0] > w * model_hw[0]
+        )
         return
     assert 0 <= x0 <= left and right <= x1 <= w and 0 <= y0 <= top and bottom <= y1 <= h
     assert (y1 - y0 == h) or (x1 - x0 == w)
@@ -311,3 +314,94 @@ def test_given_tokens_must_be_of_the_whole_batch(class_pipeline):
     hook = EditHook(torch.zeros(1, SCHEDULE.total, dtype=torch.int64))
     with pytest.raises(ValueError, match="given tokens are of 1 images, the batch has 2"):
         class_pipeline(class_labels=[1, 2], seed=1, hooks=[hook])
+
+
+# --- nextscale edit --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edit(text_folder, class_folder, tmp_path, capsys):
+    """Runs `nextscale edit` on a picture of 8x8; gives (exit code, stdout, stderr)."""
+    picture().save(tmp_path / "in.png")
+
+    def run(*argv, model="text", image=tmp_path / "in.png"):
+        folder = {"text": text_folder, "class": class_folder}[model]
+        words = ["edit", image, "--model", folder, "--device", "cpu", *argv]
+        if "--out" not in argv:
+            words += ["--out", tmp_path / "out"]
+        return nextscale.main([*map(str, words)]), *capsys.readouterr()
+
+    return run
+
+
+def levels_of(path):
+    return np.asarray(Image.open(path))
+
+
+def test_edits_on_the_command_line(edit, text_pipeline, tmp_path):
+    words = ["a red star", "--seed", 4, "--guidance", 2]
+    code, out, _ = edit(*words, "--box", "2,2,6,6", "--n", 3)
+    assert code == 0 and out.endswith("(see a-red-star_grid.png): 3 edits (0 were there already)\n")
+    what = {"image": picture(), "mask_image": box_mask(2, 2, 6, 6), "guidance_scale": 2.0}
+    wanted = text_pipeline("a red star", num_images_per_prompt=3, seed=4, **what).images
+    for i in range(3):
+        assert np.array_equal(levels_of(tmp_path / "out" / f"a-red-star_seed{4 + i}.png"), np.asarray(wanted[i]))
+    assert Image.open(tmp_path / "out" / "a-red-star_grid.png").size == (5 * 10 - 2, 8)
+    assert "4 edits (3 were there already)" in edit(*words, "--box", "2,2,6,6", "--n", 4)[1]
+    code, _, message = edit(*words, "--box", "2,2,7,6")
+    assert code == 2 and "mask" in message and "choose another --out" in message
+
+
+def test_masks_of_every_kind(edit, tmp_path):
+    out = tmp_path / "out"
+    box_mask(0, 0, 16, 8, 16, 16).save(tmp_path / "mask.png")
+    assert edit("--mask", tmp_path / "mask.png", "--class", 3, model="class")[0] == 0
+    made, before = levels_of(out / "class-3_seed0.png"), levels_of(tmp_path / "in.png")
+    assert np.array_equal(made[5:], before[5:]) and not np.array_equal(made[:4], before[:4])
+    assert edit("--box", "0,0,8,4", "--box", "0,4,4,8", "--invert", "--out", tmp_path / "b", model="class")[0] == 0
+    made = levels_of(tmp_path / "b" / "class-5_seed0.png")  # the null class
+    assert np.array_equal(made[:4], before[:4]) and np.array_equal(made[4:, :4], before[4:, :4])
+    assert edit("a star", "--extend", "2,2,2,2", "--out", tmp_path / "c")[0] == 0
+    assert np.array_equal(levels_of(tmp_path / "c" / "a-star_seed0.png")[2:10, 2:10], before)
+
+
+def test_feathering_reaches_into_the_kept_part():
+    from sample.edit_cli import feathered
+
+    hard = box_mask(2, 2, 6, 6)
+    soft = np.asarray(feathered(hard, 2))
+    assert (soft[np.asarray(hard) == 255] == 255).all()
+    assert soft[4].tolist() == [85, 170, 255, 255, 255, 255, 170, 85]
+    assert feathered(hard, 0) is hard
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a star"], "say where to repaint"),
+        (["a star", "--box", "1,1,4,4", "--extend", "1,1,1,1"], "say where to repaint"),
+        (["a star", "--box", "1,1,4"], "--box must be four numbers of pixels, like 4,20,34,50; got '1,1,4'"),
+        (["a star", "--box", "4,1,4,4"], "--box 4,1,4,4 must have x0 < x1 and y0 < y1 inside 8x8 pixels"),
+        (["a star", "--extend", "0,0,0,0"], "borders must be 0 or more pixels"),
+        (["a star", "--mask", "none.png"], "--mask none.png is not a file"),
+        (["a star", "--box", "1,1,4,4", "--feather", "-1"], "--feather must be 0 or more pixels, got -1"),
+        (["a star", "--box", "1,1,4,4", "--n", "0"], "--n and --batch-size must be 1 or more, got 0 and 16"),
+        (["--box", "1,1,4,4"], "this model reads texts: say what the whole picture is to show"),
+        (["a star", "--box", "1,1,4,4", "--class", "1"], "this model reads texts"),
+        (["a star", "--extend", "9,0,0,0"], "mask_image spans 9 pixels"),
+        (["a star", "--box", "1,1,4,4", "--mask-rule", "half"], "invalid choice: 'half'"),
+    ],
+)
+def test_mistakes_on_the_command_line(edit, argv, message):
+    code, out, error = edit(*argv)
+    assert (code, out, error.count("\n")) == (2, "", 1) and message in error
+
+
+def test_more_mistakes_on_the_command_line(edit, tmp_path):
+    assert "this model knows classes, not texts" in edit("a star", "--box", "1,1,4,4", model="class")[2]
+    assert (
+        "--class must be one class, got '0-2', which are 3"
+        in edit("--box", "1,1,4,4", "--class", "0-2", model="class")[2]
+    )
+    (tmp_path / "broken.png").write_bytes((tmp_path / "in.png").read_bytes()[:50])
+    assert "cannot be read as a picture" in edit("a star", "--box", "1,1,4,4", image=tmp_path / "broken.png")[2]

@@ -1,0 +1,269 @@
+"""`nextscale edit`: its options, and the edit they describe. Torch is imported when the work starts, not to parse."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sample.cli import add_sampling, call_options, read_classes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sample.images import PngFolder, Request
+    from sample.pipeline import NextScalePipeline
+
+EXAMPLES = """examples:
+  nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --n 4 --out edits/
+  nextscale edit photo.png --model var-d36 --class "golden retriever" --mask mask.png --feather 8
+  nextscale edit photo.png --model var-d36 --extend 64,0,64,0      draw 64 more pixels to the left and to the right
+  nextscale edit photo.png --model var-d36 --mask mask.png         class models fill in without a class, too
+
+White in a mask is repainted, black stays bit by bit, grey is blended. A text says what the whole picture is to show.
+The same command again goes on where it stopped; finished images are kept."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale edit`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Repaint a part of a picture, or draw more around it.", EXAMPLES
+    parser.add_argument("image", type=Path, help="the picture, of any size")
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("prompt", nargs="?", help="a text, for text models")
+    what.add_argument(
+        "--class", dest="label", metavar="CLASS", help='a class, for class models: 207, "golden retriever"'
+    )
+    what.add_argument("--n", type=int, default=1, help="how many (1)")
+    what.add_argument("--seed", type=int, default=0, help="the name of the first; the next ones get seed + 1, ... (0)")
+    what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
+
+    part = parser.add_argument_group("where in the picture (one of)")
+    part.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where to repaint; any size")
+    part.add_argument(
+        "--box", action="append", metavar="X0,Y0,X1,Y1", help="repaint a box, in pixels; several are allowed"
+    )
+    part.add_argument("--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", help="draw so many pixels more on each side")
+
+    edge = parser.add_argument_group("its edge")
+    edge.add_argument("--invert", action="store_true", help="repaint all but that part")
+    edge.add_argument("--feather", type=float, default=0, metavar="PIXELS", help="blend so far into the kept part (0)")
+    edge.add_argument(
+        "--mask-rule",
+        choices=("centre", "whole"),
+        default="centre",
+        help="coarse tokens stay if their centre does (official), or if all they cover does (centre)",
+    )
+    add_sampling(parser, out="a folder (pictures)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say.
+
+    Returns:
+        0; 130 when interrupted.
+
+    Raises:
+        ValueError, FileNotFoundError: on options that make no sense, naming them.
+    """
+    image, mask = read_pictures(args)
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(f"--n and --batch-size must be 1 or more, got {args.n} and {args.batch_size}")
+
+    from sample.edit import Canvas
+    from sample.images import Job, PngFolder, make_requests, process_share
+    from sample.load import load_pipeline, model_digest, model_folder
+
+    folder = model_folder(args.model)
+    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = read_prompt(args, pipeline)
+    Canvas.of(image, mask, pipeline.vqvae.image_hw)  # refuses what cannot be edited before anything is made
+    settings = {
+        "model_digest": model_digest(folder),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "image": digest(image),
+        "mask": digest(mask),
+        "mask_rule": args.mask_rule,
+        **(pipeline.config.sampling or {}),
+        **call_options(args),
+    }
+    requests = make_requests([prompt], per_prompt=args.n, seed=args.seed)
+    sink, job = PngFolder(args.out, settings), Job(args.out / "settings.json", settings)
+    job.check()
+    todo = sink.missing(process_share(requests))
+    job.save()
+    try:
+        draw_all(pipeline, todo, sink, batch_size=args.batch_size, image=image, mask=mask, options=call_settings(args))
+    except KeyboardInterrupt:
+        done = len(requests) - len(sink.missing(requests))
+        print(
+            f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command goes on", file=sys.stderr
+        )
+        return 130
+    return finish(sink, requests, image, mask, done=len(requests) - len(todo))
+
+
+def call_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the pipeline's call."""
+    return {**call_options(args), "mask_rule": args.mask_rule}
+
+
+def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | int:
+    """The text to draw, or the class; the null class where a class model is given none.
+
+    Raises:
+        ValueError: if the model reads the other of the two, or a text model is given none.
+    """
+    if not pipeline.by_class:
+        if args.prompt is None or args.label is not None:
+            raise ValueError('this model reads texts: say what the whole picture is to show, e.g. "a red star"')
+        return args.prompt
+    if args.prompt is not None:
+        raise ValueError("this model knows classes, not texts: give --class, or nothing to fill in without one")
+    if args.label is None:
+        return pipeline.transformer.config.num_classes
+    labels = read_classes(args.label, pipeline)
+    if len(labels) != 1:
+        raise ValueError(f"--class must be one class, got {args.label!r}, which are {len(labels)}")
+    return labels[0]
+
+
+def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
+    """The picture, extended if it is to be, and its mask.
+
+    Raises:
+        ValueError: unless exactly one of mask, boxes and borders is given, and it can be read.
+        FileNotFoundError: if a file is missing.
+    """
+    from PIL import Image, ImageOps
+
+    given = [args.mask is not None, args.box is not None, args.extend is not None]
+    if sum(given) != 1:
+        raise ValueError("say where to repaint: --mask FILE, or --box X0,Y0,X1,Y1, or --extend LEFT,TOP,RIGHT,BOTTOM")
+    image = open_picture(args.image, "image").convert("RGB")
+    if args.extend is not None:
+        from sample.edit import extend
+
+        left, top, right, bottom = four_numbers("--extend", args.extend)
+        image, mask = extend(image, left=left, top=top, right=right, bottom=bottom)
+    elif args.mask is not None:
+        mask = open_picture(args.mask, "--mask").convert("L")
+        mask = mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
+    else:
+        mask = box_mask(image.size, [four_numbers("--box", box) for box in args.box])
+    mask = ImageOps.invert(mask) if args.invert else mask
+    return image, feathered(mask, args.feather)
+
+
+def open_picture(path: Path, name: str) -> Image.Image:
+    """A picture file, turned upright.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} {path} is not a file")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} {path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+
+
+def four_numbers(name: str, text: str) -> tuple[int, int, int, int]:
+    """The four whole numbers of "4,20,34,50"; raises ValueError naming the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{name} must be four numbers of pixels, like 4,20,34,50; got {text!r}")
+    return tuple(map(int, parts))
+
+
+def box_mask(size: tuple[int, int], boxes: list[tuple[int, int, int, int]]) -> Image.Image:
+    """A mask of a picture of (width, height), white in the boxes (x0, y0, x1, y1); x1 and y1 are outside.
+
+    Raises:
+        ValueError: if a box is empty or not inside the picture.
+    """
+    from PIL import Image
+
+    mask = Image.new("L", size, 0)
+    for box in boxes:
+        x0, y0, x1, y1 = box
+        if not (x0 < x1 <= size[0] and y0 < y1 <= size[1]):
+            raise ValueError(
+                f"--box {x0},{y0},{x1},{y1} must have x0 < x1 and y0 < y1 inside {size[0]}x{size[1]} pixels"
+            )
+        mask.paste(255, box)
+    return mask
+
+
+def feathered(mask: Image.Image, pixels: float) -> Image.Image:
+    """The mask with a soft edge that reaches `pixels` into the kept part; all that was white stays white.
+
+    Raises:
+        ValueError: if `pixels` is negative.
+    """
+    import numpy as np
+    from PIL import Image
+    from scipy.ndimage import distance_transform_edt
+
+    if not pixels >= 0:
+        raise ValueError(f"--feather must be 0 or more pixels, got {pixels:g}")
+    levels = np.asarray(mask)
+    if pixels == 0 or not (levels >= 128).any():
+        return mask
+    away = distance_transform_edt(levels < 128)
+    return Image.fromarray(np.maximum(levels, (255 * np.clip(1 - away / (pixels + 1), 0, 1)).astype(np.uint8)))
+
+
+def digest(picture: Image.Image) -> str:
+    """Twelve hexadecimal digits that change with any pixel."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
+
+
+def draw_all(
+    pipeline: NextScalePipeline,
+    requests: list[Request],
+    sink: PngFolder,
+    *,
+    batch_size: int,
+    image: Image.Image,
+    mask: Image.Image,
+    options: dict[str, Any],
+) -> None:
+    """Make and write the edits, under a progress bar."""
+    import numpy as np
+    from tqdm import tqdm
+
+    kind = "class_labels" if pipeline.by_class else "prompt"
+    with tqdm(total=len(requests), unit="image", disable=None) as bar:
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            what = {kind: [request.prompt for request in batch], "seed": [request.seed for request in batch]}
+            made = pipeline(**what, image=image, mask_image=mask, **options)
+            for request, picture in zip(batch, made.images):
+                sink.write(request, np.asarray(picture))
+                bar.update()
+
+
+def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> int:
+    """Write the overview (the picture, what is repainted, the edits) and say what there is, in one process; 0."""
+    from accelerate import PartialState
+    from PIL import Image
+
+    from sample.images import file_stem, grid, write_png
+
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        hidden = Image.composite(Image.new("RGB", image.size, (255, 0, 255)), image, mask)
+        edits = [Image.open(sink.path(request)).convert("RGB") for request in requests[:30]]
+        overview = sink.folder / f"{file_stem(requests[0].prompt)}_grid.png"
+        write_png(overview, grid([image, hidden, *edits], columns=min(len(edits) + 2, 8)))
+        print(f"{sink.folder} (see {overview.name}): {len(requests)} edits ({done} were there already)")
+    return 0
