@@ -1,0 +1,188 @@
+"""What images cost: tokens, floating-point operations, decoder and reward calls, seconds, counted while they are made.
+
+FLOPs are 2 a multiply-add, of matrix products and attention. Not counted: what is done once a prompt (conditioning,
+text encoder), norms and other pointwise work. Shapes: B rows, l tokens of one scale, S keys they may see.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sample.plan import Plan, Stage
+from sample.state import GenerationState, Hook
+
+ONCE_A_PROMPT = ("ada", "cross.to_k", "cross.to_v")  # parts of a block that do not run for every token
+
+
+@dataclass
+class Ledger(Hook):
+    """Counts over everything it is given to, until it is thrown away; put it into `hooks`, and into a search.
+
+    Attributes:
+        images: images asked for; what the averages of `per_image` are taken over.
+        tokens: drawn, of all candidates.
+        model_flops: of the transformers, with the unconditional half and prefills.
+        calls: rows given to each other network by name, e.g. {"decoder": 24, "reward": 24, "features": 16}.
+        flops, seconds: of those networks by name; and of everything, seconds["total"], where `clock` was used.
+    """
+
+    images: int = 0
+    tokens: int = 0
+    model_flops: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _row_flops: dict[tuple, float] = field(default_factory=dict, repr=False)
+    _cache: Any = field(default=None, repr=False)
+    _lengths: list[int] = field(default_factory=list, repr=False)
+
+    def on_tokens(
+        self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
+    ) -> torch.Tensor:
+        """After scale k's draw: all rows that ran it, before any is dropped."""
+        schedule, stage, B = state.plan.schedule, state.stage, len(state)
+        rows = 2 * B if state.doubled else B
+        texts = _text_tokens(state)
+        earlier = self._lengths
+        if state.cache is not self._cache:
+            earlier = [schedule.begins[k]] * len(stage.model.blocks)
+            if k:  # a model that joined late ran the scales before, in one pass
+                self.model_flops += rows * prefill_flops(stage, k, texts)
+        self._cache, self._lengths = state.cache, list(state.cache.lengths)
+        keys = {layer: length + schedule.lengths[k] for layer, length in enumerate(earlier)}
+        self.model_flops += rows * scale_flops(stage, k, keys, texts) + B * head_flops(stage, k)
+        self.tokens += B * schedule.lengths[k]
+        return tokens_Bl
+
+    def call(self, name: str, function: Callable[..., torch.Tensor], rows: Sequence | torch.Tensor, *more: Any) -> Any:
+        """`function(rows, *more)`, its rows, seconds and FLOPs counted under `name`.
+
+        The FLOPs of a row are measured at the first call with rows of a shape, and taken over for the others.
+        """
+        begin, key = time.perf_counter(), (name, tuple(rows[0].shape) if isinstance(rows, torch.Tensor) else None)
+        if key in self._row_flops:
+            result = function(rows, *more)
+        else:
+            with counted_flops() as counter:
+                result = function(rows, *more)
+            self._row_flops[key] = counter.get_total_flops() / len(rows)
+        if isinstance(result, torch.Tensor) and result.is_cuda:
+            torch.cuda.synchronize()
+        for book, value in ((self.calls, len(rows)), (self.flops, round(self._row_flops[key] * len(rows)))):
+            book[name] = book.get(name, 0) + value
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        return result
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Adds the wall time spent inside to `seconds["total"]`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds["total"] = self.seconds.get("total", 0.0) + time.perf_counter() - begin
+
+    @property
+    def total_flops(self) -> int:
+        """Of everything counted."""
+        return self.model_flops + sum(self.flops.values())
+
+    def per_image(self) -> dict[str, float]:
+        """Averages over `images`: tokens, gflops (all, and by part), calls and seconds."""
+        n = max(self.images, 1)
+        found = {"tokens": self.tokens / n, "gflops": self.total_flops / n / 1e9}
+        found["transformer_gflops"] = self.model_flops / n / 1e9
+        for name in self.calls:
+            found[f"{name}_calls"] = self.calls[name] / n
+            found[f"{name}_gflops"] = self.flops[name] / n / 1e9
+        return found | {f"{name}_s": seconds / n for name, seconds in self.seconds.items()}
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        found = self.per_image()
+        parts = [f"{found['tokens']:.0f} tokens", f"{found['gflops']:.2f} GFLOPs"]
+        parts += [f"{found[f'{name}_calls']:.3g} {name} calls" for name in self.calls]
+        if "total_s" in found:
+            parts.append(f"{found['total_s']:.3f} s")
+        return f"an image took {', '.join(parts)}"
+
+
+def _text_tokens(state: GenerationState) -> int:
+    mask = state.cond.memory_mask_B11T
+    return 0 if mask is None else mask.shape[-1]
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+
+def token_flops(block: nn.Module) -> int:
+    """FLOPs of a block's linear layers for one token."""
+    return 2 * sum(
+        p.numel() for name, p in block.named_parameters() if p.ndim == 2 and not name.startswith(ONCE_A_PROMPT)
+    )
+
+
+def scale_flops(stage: Stage, k: int, keys: dict[int, int], text_tokens: int = 0) -> int:
+    """FLOPs of one row's transformer at scale k, without the head. keys: how many each layer's tokens may see."""
+    model, width = stage.model, stage.model.config.width
+    linear = 2 * prod(model.input_proj.weight.shape) if k else 0
+    for layer in stage.active:
+        linear += token_flops(model.blocks[layer]) + 4 * width * (keys[layer] + text_tokens)
+    return stage.pyramid.lengths[k] * linear
+
+
+def head_flops(stage: Stage, k: int) -> int:
+    """FLOPs of the output projection for one image's scale k (guidance mixes before it)."""
+    return 2 * stage.pyramid.lengths[k] * prod(stage.model.head.proj.weight.shape)
+
+
+def prefill_flops(stage: Stage, scales: int, text_tokens: int = 0) -> int:
+    """FLOPs of one row when a model runs the first `scales` scales at once (dense attention)."""
+    keys = dict.fromkeys(stage.active, stage.pyramid.ends[scales - 1])
+    return sum(scale_flops(stage, k, keys, text_tokens) for k in range(scales))
+
+
+def plan_flops(plan: Plan, widths: Sequence[int] | None = None, *, text_tokens: int = 0) -> int:
+    """FLOPs of the transformers for one image; `widths`: candidates running each scale (one each when None)."""
+    schedule, total, previous = plan.schedule, 0, None
+    widths = widths or [1] * len(schedule)
+    halves = 2 if plan.guided else 1
+    for stage in plan.stages:
+        late = previous is not None and not stage.continues(previous)
+        for k in stage.scales:
+            rows = halves * widths[k]
+            if late and k == stage.scales.start:
+                total += rows * prefill_flops(stage, k, text_tokens)
+            keys = dict.fromkeys(stage.active, schedule.ends[k])
+            total += rows * scale_flops(stage, k, keys, text_tokens) + widths[k] * head_flops(stage, k)
+        previous = stage
+    return total
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def counted_flops() -> FlopCounterMode:
+    """A context that counts the FLOPs of torch operations, attention on CPUs included."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return 4 * prod(query) * key[-2]
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+
+
+def call_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """FLOPs of one call."""
+    with counted_flops() as counter, torch.no_grad():
+        function(*arguments)
+    return counter.get_total_flops()

@@ -1,0 +1,329 @@
+"""What a search is told: rewards, which score images for their prompts, and features, by which they are compared.
+
+Both are plug-ins found by name and loaded only when asked for. Images are uint8 (B, 3, h, w), sRGB.
+
+Shapes: B images, h w pixels, T patch tokens, D features of a token.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+Prompts = Sequence[str | int]  # texts, or classes of a class model
+
+
+class Reward(Protocol):
+    """Scores images for their prompts, higher is better.
+
+    Attributes:
+        name: as it was asked for.
+    """
+
+    name: str
+
+    def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        """uint8 (B, 3, h, w) and B prompts to float32 (B,)."""
+
+
+class Features(Protocol):
+    """Describes the patches of images, so that like images can be grouped.
+
+    Attributes:
+        name: as it was asked for.
+    """
+
+    name: str
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to float32 (B, T, D)."""
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+class ClipScore:
+    """Cosine between a picture and its text in a CLIP model of transformers, in [-1, 1]; PickScore is one such model.
+
+    Args:
+        model: a CLIP folder or Hub id.
+        processor: where its tokenizer and preprocessing are; `model` when None.
+
+    Raises:
+        FileNotFoundError: if the model cannot be had.
+    """
+
+    def __init__(self, model: str, processor: str | None = None, *, name: str = "clip", device: Any = "cpu"):
+        from transformers import AutoProcessor, CLIPModel
+
+        self.name, self.device = name, device
+        self.model = load(CLIPModel.from_pretrained, model).eval().to(device)
+        self.processor = load(AutoProcessor.from_pretrained, processor or model)
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        """uint8 (B, 3, h, w) and B texts to (B,)."""
+        given = self.processor(
+            text=texts(prompts), images=list(images_BCHW.cpu()), return_tensors="pt", padding=True, truncation=True
+        )
+        output = self.model(**given.to(self.device))
+        return F.cosine_similarity(output.image_embeds, output.text_embeds).float().cpu()
+
+
+class Aesthetic:
+    """LAION's aesthetic predictor v2 on CLIP ViT-L/14, divided by 10 as in TTS-VAR; it does not read prompts.
+
+    Args:
+        weights: `sac+logos+ava1-l14-linearMSE.pth` of LAION: linear layers "layers.N.weight" and "layers.N.bias".
+        clip: the CLIP model whose image embedding it reads.
+
+    Raises:
+        FileNotFoundError: if a file or model cannot be had.
+    """
+
+    name = "aesthetic"
+
+    def __init__(self, weights: str, clip: str = "openai/clip-vit-large-patch14", *, device: Any = "cpu"):
+        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"reward aesthetic: no such file {weights}")
+        self.device = device
+        self.model = load(CLIPVisionModelWithProjection.from_pretrained, clip).eval().to(device)
+        self.processor = load(AutoImageProcessor.from_pretrained, clip)
+        state = torch.load(weights, map_location=device, weights_only=True)
+        numbers = sorted({int(key.split(".")[1]) for key in state})
+        self.layers = [(state[f"layers.{n}.weight"].float(), state[f"layers.{n}.bias"].float()) for n in numbers]
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to (B,)."""
+        given = self.processor(images=list(images_BCHW.cpu()), return_tensors="pt").to(self.device)
+        x = F.normalize(self.model(**given).image_embeds.float(), dim=-1)
+        for weight, bias in self.layers:
+            x = F.linear(x, weight, bias)
+        return x[:, 0].cpu() / 10
+
+
+class Callback:
+    """A Python function as a reward: function(images, prompts) to B numbers, images as uint8 numpy (B, h, w, 3)."""
+
+    def __init__(self, function: Callable[[np.ndarray, list], Any], name: str | None = None):
+        self.function, self.name = function, name or getattr(function, "__name__", "function")
+
+    def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        """uint8 (B, 3, h, w) and B prompts to (B,)."""
+        images = rearrange(images_BCHW.cpu(), "b c h w -> b h w c").numpy()
+        return torch.as_tensor(np.asarray(self.function(images, list(prompts))), dtype=torch.float32)
+
+
+def image_reward(*, device: Any = "cpu") -> Callback:
+    """ImageReward v1.0 through its own package (`pip install image-reward`)."""
+    package = optional("ImageReward", "imagereward", "image-reward")
+    model = package.load("ImageReward-v1.0", device=str(device))
+    return Callback(_one_by_one(lambda picture, prompt: model.score(prompt, [picture])), "imagereward")
+
+
+def hps(*, device: Any = "cpu") -> Callback:
+    """HPS v2.1 through its own package (`pip install hpsv2`), which chooses its device itself."""
+    package = optional("hpsv2", "hps", "hpsv2")
+    return Callback(_one_by_one(lambda picture, prompt: package.score([picture], prompt, hps_version="v2.1")[0]), "hps")
+
+
+def _one_by_one(score: Callable[[Any, str], float]) -> Callable[[np.ndarray, list], list[float]]:
+    """A scorer of one PIL image and text as one of arrays and lists."""
+    from PIL import Image
+
+    return lambda images, prompts: [
+        float(score(Image.fromarray(image), text)) for image, text in zip(images, texts(prompts))
+    ]
+
+
+def check_scores(scores: torch.Tensor, reward: Reward, rows: int) -> torch.Tensor:
+    """Scores (B,) on the CPU in float32.
+
+    Raises:
+        ValueError: naming the reward, if they are not `rows` finite numbers.
+    """
+    scores = torch.as_tensor(scores).detach().float().cpu()
+    if scores.shape != (rows,):
+        raise ValueError(f"reward {reward.name} must give {rows} scores for {rows} images, got {tuple(scores.shape)}")
+    if not scores.isfinite().all():
+        raise ValueError(f"reward {reward.name} gave {scores[~scores.isfinite()][0].item()}: scores must be finite")
+    return scores
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+class PixelFeatures:
+    """Average colours of a `side` x `side` grid of patches, in [0, 1]; needs no network."""
+
+    name = "pixels"
+
+    def __init__(self, side: int = 16):
+        self.side = side
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to (B, side * side, 3)."""
+        small = F.adaptive_avg_pool2d(images_BCHW.float() / 255, self.side)
+        return rearrange(small, "b c h w -> b (h w) c").cpu()
+
+
+class VisionFeatures:
+    """Patch tokens of the last layer of any vision transformer of transformers: DINOv2, CLIP, ...
+
+    Args:
+        model: a folder or Hub id, e.g. facebook/dinov2-large (TTS-VAR's, without registers).
+
+    Raises:
+        FileNotFoundError: if it cannot be had.
+    """
+
+    def __init__(self, model: str, *, name: str | None = None, device: Any = "cpu"):
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.name, self.device = name or model, device
+        whole = load(AutoModel.from_pretrained, model)
+        self.model = getattr(whole, "vision_model", whole).eval().to(device)
+        self.processor = load(AutoImageProcessor.from_pretrained, model)
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to (B, T, D); the class token and registers, which come first, are left out."""
+        given = self.processor(images=list(images_BCHW.cpu()), return_tensors="pt").to(self.device)
+        tokens = self.model(**given).last_hidden_state
+        patch = self.model.config.patch_size
+        patches = (given["pixel_values"].shape[-2] // patch) * (given["pixel_values"].shape[-1] // patch)
+        return tokens[:, -patches:].float().cpu()
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+CLIP = "openai/clip-vit-large-patch14"
+PICKSCORE = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+DINO = "facebook/dinov2-large"
+REWARDS = "scenes, clip[:MODEL], pickscore, aesthetic:FILE, imagereward, hps, or MODULE:FUNCTION"
+FEATURES = "pixels, latent, scenes, dinov2, clip[:MODEL], or vision:MODEL"
+
+
+def load_reward(text: str, *, device: Any = "cpu") -> Reward:
+    """The reward of a name: scenes, clip, clip:MODEL, pickscore, aesthetic:FILE, imagereward, hps, MODULE:FUNCTION.
+
+    Raises:
+        ValueError: if there is no such reward, or its package is missing.
+        FileNotFoundError: if its model cannot be had.
+    """
+    kind, _, place = text.partition(":")
+    if kind == "scenes":
+        from sample.scene_reward import load_scene_reward
+
+        return load_scene_reward(place or None, device=device)
+    if kind == "clip":
+        return ClipScore(place or CLIP, name=text, device=device)
+    if kind == "pickscore" and not place:
+        return ClipScore(*PICKSCORE, name=text, device=device)
+    if kind == "aesthetic" and place:
+        return Aesthetic(place, device=device)
+    if text in ("imagereward", "hps"):
+        return (image_reward if text == "imagereward" else hps)(device=device)
+    if place and kind not in ("pickscore", "imagereward", "hps"):
+        return Callback(find_function(kind, place), text)
+    raise ValueError(f"reward must be {REWARDS}; got {text!r}")
+
+
+def load_features(text: str, *, device: Any = "cpu") -> Features | None:
+    """The features of a name: pixels, scenes, dinov2, clip, clip:MODEL, vision:MODEL; None for latent.
+
+    "latent" is the running reconstruction itself: nothing needs to be decoded for it.
+
+    Raises:
+        ValueError: if there are none of that name.
+        FileNotFoundError: if the model cannot be had.
+    """
+    kind, _, place = text.partition(":")
+    if text == "latent":
+        return None
+    if text == "pixels":
+        return PixelFeatures()
+    if kind == "scenes":
+        from sample.scene_reward import SceneRewardFeatures, load_scene_reward
+
+        return SceneRewardFeatures(load_scene_reward(place or None, device=device))
+    if kind == "vision" and place:
+        return VisionFeatures(place, name=text, device=device)
+    if kind == "clip":
+        return VisionFeatures(place or CLIP, name=text, device=device)
+    if text == "dinov2":
+        return VisionFeatures(DINO, name=text, device=device)
+    raise ValueError(f"features must be {FEATURES}; got {text!r}")
+
+
+def find_function(module: str, function: str) -> Callable:
+    """A function of an importable module.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {module}:{function} cannot be imported: {error}") from None
+    if not callable(found):
+        raise ValueError(f"reward {module}:{function} is no function")
+    return found
+
+
+def optional(module: str, reward: str, package: str) -> Any:
+    """An optional package.
+
+    Raises:
+        ValueError: if it is not installed, saying how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"reward {reward} needs: pip install {package} ({error})") from None
+
+
+def load(from_pretrained: Callable[[str], Any], model: str) -> Any:
+    """A part of transformers by folder or Hub id.
+
+    Raises:
+        FileNotFoundError: if it cannot be had, in one line.
+    """
+    try:
+        return from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"model {model!r} cannot be had: {reason}") from None
+
+
+def texts(prompts: Prompts) -> list[str]:
+    """The prompts, if they are texts.
+
+    Raises:
+        TypeError: if one is a class.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"this reward reads texts, and the model was asked for class {prompt!r}")
+    return list(prompts)
+
+
+def to_images(decoded_BCHW: torch.Tensor) -> torch.Tensor:
+    """What a decoder gives, about [-1, 1], to uint8 (B, 3, h, w): what a PNG of it holds."""
+    return ((decoded_BCHW.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def eval_without_gradients(module: nn.Module) -> nn.Module:
+    """A network ready to score."""
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,354 @@
+"""Test-time search: several candidates of each image start together, and scale by scale the promising ones go on.
+
+TTS-VAR, best-of-N, importance sampling and their parts are one hook, whose whole effect is `state.select(rows)`.
+Candidates of one image compete among themselves only, and all that is random is drawn from that image's seed: an image
+does not depend on what else is in the batch. A row that goes on twice gets a fresh stream for the scales to come.
+
+Shapes: B images, C latent channels, H W the latent grid, S scored scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+
+from sample.accounting import Ledger
+from sample.cluster import POOLINGS, representatives
+from sample.draw import derive_seed
+from sample.generate import generate
+from sample.methods import Step, check_steps
+from sample.plan import Plan
+from sample.rewards import Features, Prompts, Reward, check_scores, to_images
+from sample.state import GenerationState, Hook
+from tokenizer.quantizer import MultiScaleQuantizer
+from var.conditioning import Prompt
+
+CHOICES, ROUNDS = 0x5EA2C4, 0x40D2D5  # apart in the keys of random streams
+
+
+# --- potentials and draws --------------------------------------------------------------------------------------------
+
+
+def value(scores_BS: torch.Tensor) -> torch.Tensor:
+    """The score now."""
+    return scores_BS[:, -1]
+
+
+def largest(scores_BS: torch.Tensor) -> torch.Tensor:
+    """The best score so far."""
+    return scores_BS.max(dim=1).values
+
+
+def total(scores_BS: torch.Tensor) -> torch.Tensor:
+    """The sum of all scores so far."""
+    return scores_BS.sum(dim=1)
+
+
+def difference(scores_BS: torch.Tensor) -> torch.Tensor:
+    """The gain over the score before; the score itself if there is none before."""
+    return scores_BS[:, -1] - scores_BS[:, -2] if scores_BS.shape[1] > 1 else scores_BS[:, -1]
+
+
+# u of TTS-VAR's weights exp(lambda u): (B, S) scores of the scored scales so far to (B,).
+POTENTIALS = {"value": value, "max": largest, "sum": total, "difference": difference}
+
+
+def weights_of(potential_B: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """exp(sharpness * potential) in float64, normalised; shifted by the largest first, so that it cannot overflow."""
+    return (potential_B.double() * sharpness).softmax(dim=0)
+
+
+def multinomial(weights_B: torch.Tensor, keep: int, generator: torch.Generator) -> list[int]:
+    """`keep` independent draws of a row, with replacement; ascending."""
+    return sorted(torch.multinomial(weights_B, keep, replacement=True, generator=generator).tolist())
+
+
+def systematic(weights_B: torch.Tensor, keep: int, generator: torch.Generator) -> list[int]:
+    """`keep` draws by one random number: a row of weight w is drawn floor(keep w) or ceil(keep w) times; ascending."""
+    marks = (torch.rand((), dtype=torch.float64, generator=generator) + torch.arange(keep)) / keep
+    cdf = weights_B.cumsum(dim=0)
+    rows = torch.searchsorted(cdf, marks.clamp(max=float(cdf[-1]) * (1 - 1e-12)), right=True)
+    return rows.tolist()
+
+
+DRAWS = {"multinomial": multinomial, "systematic": systematic}
+
+
+# --- the settings ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched, and how; see `sample.methods.make_steps` for the published methods.
+
+    Attributes:
+        candidates: of each image, at the first scale.
+        steps: what happens after which scale; the last one leaves one candidate at the last scale.
+        reward: scores candidates; needed by steps "resample" and "best".
+        features: for steps "cluster"; None takes the running reconstruction itself, and decodes nothing.
+        pooling: patches to a vector: "pca" (each image's own first principal direction), "pool", "pca_all".
+        potential: what resampling weighs: "value", "max", "sum" or "difference" of the scores so far.
+        sharpness: lambda of the weights exp(lambda * potential); in units of one over the reward's.
+        draw: "multinomial", or "systematic", which has less variance.
+        also_score: further scales whose scores "max", "sum" and "difference" take in. "difference" always takes in the
+            scale before each resampling.
+        rounds: attempts at an image. Images whose best score reaches `enough` stop; the others start again.
+        enough: in the reward's units; needed for several rounds.
+
+    Raises:
+        ValueError: on settings that make no sense, naming them.
+    """
+
+    candidates: int
+    steps: tuple[Step, ...]
+    reward: Reward | None = None
+    features: Features | None = None
+    pooling: str = "pca"
+    potential: str = "value"
+    sharpness: float = 10.0
+    draw: str = "multinomial"
+    also_score: tuple[int, ...] = ()
+    rounds: int = 1
+    enough: float | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.candidates, self.steps)
+        for name, known in (("pooling", POOLINGS), ("potential", POTENTIALS), ("draw", DRAWS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.sharpness >= 0:
+            raise ValueError(f"sharpness must be 0 or more, got {self.sharpness}")
+        if self.rounds < 1 or (self.rounds > 1 and self.enough is None):
+            raise ValueError(f"rounds must be 1, or more with a score that is `enough`; got {self.rounds}, enough None")
+        needy = [step.how for step in self.steps if step.how in ("resample", "best")]
+        if self.reward is None and ((needy and self.candidates > 1) or self.enough is not None):
+            raise ValueError(f"reward is needed to {(needy or ['stop early'])[0]}: name one")
+
+    def step(self, k: int) -> Step | None:
+        """What happens after scale k."""
+        return next((step for step in self.steps if step.scale == k), None)
+
+    @property
+    def scored(self) -> set[int]:
+        """Scales whose images are scored."""
+        scales = {step.scale for step in self.steps if step.how in ("resample", "best")}
+        if self.potential == "difference":
+            scales |= {step.scale - 1 for step in self.steps[:-1] if step.how == "resample" and step.scale}
+        return scales | set(self.also_score)
+
+    def widths(self, num_scales: int) -> list[int]:
+        """Candidates that run each scale: a step takes effect from the next scale on."""
+        found, width = [], self.candidates
+        for k in range(num_scales):
+            found.append(width)
+            width = self.step(k).keep if self.step(k) else width
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision about one image's candidates, for the family tree.
+
+    Attributes:
+        scale, how: after which scale, by what.
+        kept: candidates that went on, by number; one may be named several times.
+        scores: of all candidates, where they were scored.
+        clusters: of all candidates, where they were clustered.
+        images: uint8 (candidates, 3, h, w) after that scale, where pictures were asked for.
+    """
+
+    scale: int
+    how: str
+    kept: list[int]
+    scores: list[float] | None = None
+    clusters: list[int] | None = None
+    images: torch.Tensor | None = None
+
+
+# --- the hook --------------------------------------------------------------------------------------------------------
+
+
+class SearchHook(Hook):
+    """The search inside the loop, for one call of `generate`; give it last, so that it multiplies what others set up.
+
+    Args:
+        search: what to do.
+        prompts: of each image.
+        decode: latents (rows, C, H, W) to about [-1, 1], (rows, 3, h, w).
+        ledger: counts what it calls.
+        pictures: keep images of all decisions in `choices`.
+
+    Attributes:
+        choices: decisions of each image, in order.
+        scores: the last score of each image's candidates, by rows; None where none was needed.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        prompts: Prompts,
+        decode: Callable[[torch.Tensor], torch.Tensor],
+        ledger: Ledger,
+        *,
+        pictures: bool = False,
+    ):
+        self.search, self.prompts, self.decode, self.ledger, self.pictures = search, prompts, decode, ledger, pictures
+        self.choices: list[list[Choice]] = [[] for _ in prompts]
+        self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
+
+    @property
+    def scores(self) -> list[float] | None:
+        """The last score of each row."""
+        return self.history[-1].tolist() if self.history else None
+
+    def on_start(self, state: GenerationState) -> None:
+        """Multiply every image to its candidates; the first goes on as if it were alone."""
+        state.select([row for row in range(len(state)) for _ in range(self.search.candidates)])
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """Score, choose, go on with the chosen."""
+        step, contested = self.search.step(k), len(state) > len(self.prompts)
+        final = step is not None and step is self.search.steps[-1]
+        scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
+        clustered = contested and step is not None and step.how == "cluster"
+        images = None
+        if scored or self.pictures or (clustered and self.search.features is not None):
+            images = self.ledger.call("decoder", lambda f_hat: to_images(self.decode(f_hat)), state.f_hat_BCHW)
+        if scored:
+            self.history.append(self._score(state, images))
+        if step is not None and (contested or self.pictures):
+            features = self._describe(state, images) if clustered else None
+            self._choose(state, step, features, images if self.pictures else None, scored)
+
+    def _score(self, state: GenerationState, images_BCHW: torch.Tensor) -> torch.Tensor:
+        prompts = [self.prompts[origin] for origin in state.origins]
+        scores = self.ledger.call("reward", self.search.reward, images_BCHW, prompts)
+        return check_scores(scores, self.search.reward, len(state))
+
+    def _describe(self, state: GenerationState, images_BCHW: torch.Tensor | None) -> torch.Tensor:
+        if self.search.features is None:
+            return rearrange(state.f_hat_BCHW, "b c h w -> b (h w) c").float().cpu()
+        return self.ledger.call("features", self.search.features, images_BCHW)
+
+    def _choose(
+        self,
+        state: GenerationState,
+        step: Step,
+        features_BTD: torch.Tensor | None,
+        images_BCHW: torch.Tensor | None,
+        scored: bool,
+    ) -> None:
+        rows: list[int] = []
+        for origin in dict.fromkeys(state.origins):
+            own = [row for row, of in enumerate(state.origins) if of == origin]
+            generator = torch.Generator().manual_seed(derive_seed(state.seeds[own[0]], step.scale, CHOICES))
+            features = features_BTD[own] if features_BTD is not None else None
+            kept, clusters = self._pick(step, own, features, generator)
+            rows += [own[place] for place in kept]
+            scores = self.history[-1][own].tolist() if scored else None
+            pictures = images_BCHW[own].cpu() if images_BCHW is not None else None
+            self.choices[origin].append(Choice(step.scale, step.how, kept, scores, clusters, pictures))
+        state.select(rows)
+        self.history = [scores[rows] for scores in self.history]
+
+    def _pick(
+        self, step: Step, own: list[int], features_BTD: torch.Tensor | None, generator: torch.Generator
+    ) -> tuple[list[int], list[int] | None]:
+        """Which of one image's candidates (rows `own`) go on, by their place in `own`; and their clusters."""
+        if len(own) == 1 or (len(own) <= step.keep and step.how != "resample"):
+            return list(range(len(own))), None
+        if step.how == "random":
+            return sorted(torch.randperm(len(own), generator=generator)[: step.keep].tolist()), None
+        if step.how == "cluster":
+            return representatives(POOLINGS[self.search.pooling](features_BTD), step.keep, generator)
+        if step.how == "best":
+            return sorted(self.history[-1][own].argsort(descending=True, stable=True)[: step.keep].tolist()), None
+        potential_B = POTENTIALS[self.search.potential](torch.stack([scores[own] for scores in self.history], dim=1))
+        weights_B = weights_of(potential_B, self.search.sharpness)
+        return DRAWS[self.search.draw](weights_B, step.keep, generator), None
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """The images a search found.
+
+    Attributes:
+        f_hat_BCHW, tokens: as `GenerationState` has them, one row an image.
+        scores: the reward's of each image; None where nothing had to be chosen.
+        rounds: attempts each image took.
+        choices: decisions of each image, in its best round.
+        ledger: what it cost.
+    """
+
+    f_hat_BCHW: torch.Tensor
+    tokens: list[torch.Tensor]
+    scores: list[float | None]
+    rounds: list[int]
+    choices: list[list[Choice]]
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+def search_images(
+    plan: Plan,
+    quantizer: MultiScaleQuantizer,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    *,
+    search: Search,
+    prompts: Prompts,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    negative: Prompt | None = None,
+    hooks: Sequence[Hook] = (),
+    ledger: Ledger | None = None,
+    pictures: bool = False,
+) -> Found:
+    """`generate` with a search: one image per seed, the winner of its candidates.
+
+    Args:
+        search: what to do; with one candidate this is plain generation, token for token.
+        prompts: the text or class of each image, for the reward.
+        decode: latents (rows, C, H, W) to images of about [-1, 1], (rows, 3, h, w).
+        hooks: further ones; with `search.rounds` > 1 they see the remaining images only.
+        ledger: goes on counting in this one.
+        pictures: keep pictures of all decisions; costs decoder calls, which are counted.
+
+    Raises:
+        ValueError: if the search does not fit the plan's scales.
+    """
+    check_steps(search.candidates, search.steps, len(plan.schedule))
+    ledger = ledger if ledger is not None else Ledger()
+    ledger.images += len(seeds)
+    best: list[tuple | None] = [None] * len(seeds)
+    todo = list(range(len(seeds)))
+    with ledger.clock():
+        for attempt in range(search.rounds):
+            rows = torch.tensor(todo, device=next(plan.stages[0].model.parameters()).device)
+            keys = [derive_seed(seeds[i], attempt, ROUNDS) if attempt else seeds[i] for i in todo]
+            hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger, pictures=pictures)
+            unwanted = negative.select(rows) if negative is not None else None
+            hooked = (*hooks, ledger, hook)
+            state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=hooked)
+            scores = hook.scores or [None] * len(todo)
+            for place, i in enumerate(todo):
+                if best[i] is None or scores[place] > best[i][0]:
+                    best[i] = scores[place], place, attempt, state, hook
+            todo = [i for i in todo if search.enough is not None and best[i][0] < search.enough]
+            if not todo:
+                break
+    return _gather(best, ledger, still=todo, rounds=search.rounds)
+
+
+def _gather(best: list[tuple], ledger: Ledger, *, still: list[int], rounds: int) -> Found:
+    """The best attempt of each image, in one batch; images in `still` never had enough and took all rounds."""
+    f_hat = torch.stack([state.f_hat_BCHW[place] for _, place, _, state, _ in best])
+    num_scales = len(best[0][3].tokens)
+    tokens = [torch.stack([state.tokens[k][place] for _, place, _, state, _ in best]) for k in range(num_scales)]
+    choices = [hook.choices[place] for _, place, _, _, hook in best]
+    attempts = [rounds if i in still else attempt + 1 for i, (_, _, attempt, _, _) in enumerate(best)]
+    return Found(f_hat, tokens, [row[0] for row in best], attempts, choices, ledger)

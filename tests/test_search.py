@@ -1,0 +1,368 @@
+"""Search: one candidate is plain generation, every method is row selection, costs are counted exactly."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import pearsonr
+
+from sample.accounting import Ledger, counted_flops, plan_flops
+from sample.cluster import POOLINGS, kmeans, own_direction, representatives
+from sample.generate import generate, scale_logits, start
+from sample.methods import METHODS, PAPER_SCALES, Step, check_steps, descending, fit_budget, make_steps
+from sample.plan import Plan, Stage, collaborative, plain
+from sample.rewards import Callback, PixelFeatures
+from sample.search import DRAWS, POTENTIALS, Search, SearchHook, search_images, weights_of
+from tokenizer.schedule import ScaleSchedule
+from var.conditioning import ClassPrompt
+from var.transformer import NextScaleTransformer
+
+INFINITY = ScaleSchedule.of([1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64])
+
+
+def brightness(images, prompts):
+    return images.mean(axis=(1, 2, 3)) / 255
+
+
+BRIGHT = Callback(brightness)
+STEPS = (Step(0, 4, "cluster"), Step(1, 2, "resample"), Step(2, 1, "best"))
+
+
+def tokens_of(result):
+    return torch.cat(result.tokens, dim=1)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_class_model, tiny_vqvae):
+    def run(seeds=(5, 6, 7), plan=None, reward=BRIGHT, **options):
+        made = {"candidates": 6, "steps": STEPS, "reward": reward}
+        extra = {name: options.pop(name) for name in ("hooks", "ledger", "pictures") if name in options}
+        prompt = ClassPrompt(torch.tensor([seed % 5 for seed in seeds]))
+        plan = plan or plain(tiny_class_model)
+        return search_images(
+            plan,
+            tiny_vqvae.quantizer,
+            prompt,
+            seeds,
+            search=Search(**{**made, **options}),
+            prompts=prompt.classes_B.tolist(),
+            decode=tiny_vqvae.decode,
+            **extra,
+        )
+
+    return run
+
+
+def plainly(model, vqvae, seeds=(5, 6, 7), plan=None, **options):
+    prompt = ClassPrompt(torch.tensor([seed % 5 for seed in seeds]))
+    return generate(plan or plain(model), vqvae.quantizer, prompt, seeds, **options)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_candidate_is_plain_generation(run, tiny_class_model, tiny_vqvae, method):
+    candidates, steps = make_steps(method, 1, 3)
+    wanted = tokens_of(plainly(tiny_class_model, tiny_vqvae))
+    assert torch.equal(tokens_of(run(candidates=candidates, steps=steps)), wanted)
+    alone = descending(1 / 8, 3)  # one candidate, but all steps take place
+    assert torch.equal(tokens_of(run(candidates=alone[0], steps=alone[1])), wanted)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_an_image_does_not_depend_on_its_batch(run, pooling, potential):
+    options = {"pooling": pooling, "potential": potential, "features": PixelFeatures(4)}
+    together = tokens_of(run(**options))
+    alone = torch.cat([tokens_of(run([seed], **options)) for seed in (5, 6, 7)])
+    assert torch.equal(together, alone)
+    assert torch.equal(tokens_of(run([7, 5], **options)), together[[2, 0]])
+
+
+def test_the_same_seed_twice_in_a_batch_is_the_same_image_twice(run):
+    first, second = tokens_of(run([5, 5]))
+    assert torch.equal(first, second)
+
+
+def test_best_of_n_is_the_best_of_n_independent_images(run, tiny_class_model, tiny_vqvae):
+    best = (Step(2, 1, "best"),)
+    found = run([5], candidates=8, steps=best)
+    gathered = []
+
+    class Keep(SearchHook):
+        def on_scale_end(self, state, k):
+            gathered.append(state.f_hat_BCHW)
+
+    search = Search(candidates=8, steps=best, reward=BRIGHT)
+    plainly(tiny_class_model, tiny_vqvae, [5], hooks=[Keep(search, [0], tiny_vqvae.decode, Ledger())])
+    finals = gathered[-1]
+    assert len(finals) == 8 and len(torch.unique(finals.flatten(1), dim=0)) == 8
+    scores = BRIGHT(((tiny_vqvae.decode(finals) / 2 + 0.5).clamp(0, 1) * 255).round().byte(), [0] * 8)
+    assert found.scores == [pytest.approx(scores.max().item())]
+    assert torch.equal(found.f_hat_BCHW[0], finals[scores.argmax()])
+
+
+def test_more_candidates_score_higher(run):
+    seeds = list(range(20))
+    for method in ("best", "tts", "resample"):
+        few, many = (
+            run(seeds, candidates=c, steps=s, sharpness=50.0).scores
+            for c, s in (make_steps(method, 2, 3), make_steps(method, 8, 3))
+        )
+        assert sum(many) > sum(few), method
+
+
+def test_a_constant_reward_changes_no_frequencies(run, tiny_class_model, tiny_vqvae):
+    flat = Callback(lambda images, prompts: [1.0] * len(images))
+    found = run([5, 6, 7], candidates=4, steps=(Step(2, 1, "best"),), reward=flat)
+    assert torch.equal(tokens_of(found), tokens_of(plainly(tiny_class_model, tiny_vqvae)))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_search_goes_with_every_plan(run, tiny_class_model, guidance):
+    torch.manual_seed(0)
+    twin = NextScaleTransformer(**{**tiny_class_model.config, "depth": 2}).eval()
+    twin.load_state_dict(tiny_class_model.state_dict())
+    wanted = tokens_of(run(plan=plain(tiny_class_model, guidance=guidance)))
+    plans = {
+        "refiner = drafter": collaborative(tiny_class_model, twin, handover=1, guidance=guidance),
+        "late": collaborative(tiny_class_model, twin, handover=2, guidance=guidance),
+        "two stages": Plan(
+            tuple(
+                Stage(tiny_class_model, scales, guidance=plain(twin, guidance=guidance).stages[0].guidance)
+                for scales in (range(0, 2), range(2, 3))
+            )
+        ),
+    }
+    for name, plan in plans.items():
+        assert torch.equal(tokens_of(run(plan=plan)), wanted), name
+
+
+def test_rounds_go_on_until_it_is_enough(run):
+    once = run(candidates=2, steps=(Step(2, 1, "best"),))
+    enough = sorted(once.scores)[1]
+    found = run(candidates=2, steps=(Step(2, 1, "best"),), rounds=4, enough=enough)
+    assert [score >= before for score, before in zip(found.scores, once.scores)] == [True] * 3
+    assert sorted(found.rounds)[:2] == [1, 1] and max(found.rounds) > 1
+    for i, rounds in enumerate(found.rounds):
+        if rounds == 1:
+            assert torch.equal(found.f_hat_BCHW[i], once.f_hat_BCHW[i])
+    lone = run(candidates=1, steps=(Step(2, 1, "best"),), rounds=3, enough=2.0)
+    assert lone.rounds == [3, 3, 3] and lone.ledger.calls["reward"] == 9
+
+
+# --- accounting ------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_counted_exactly(run, tiny_class_model):
+    ledger = Ledger()
+    run(ledger=ledger, features=PixelFeatures(2))
+    widths = Search(candidates=6, steps=STEPS, reward=BRIGHT).widths(3)
+    assert widths == [6, 4, 2]
+    assert ledger.images == 3 and ledger.tokens == 3 * (6 * 1 + 4 * 4 + 2 * 16)
+    assert ledger.calls == {"decoder": 3 * (6 + 4 + 2), "features": 3 * 6, "reward": 3 * (4 + 2)}
+    assert ledger.model_flops == 3 * plan_flops(plain(tiny_class_model), widths)
+    assert ledger.flops["decoder"] > 0 and ledger.seconds["total"] > ledger.seconds["decoder"] > 0
+    assert ledger.per_image()["tokens"] == 54 and "54 tokens" in str(ledger)
+
+
+def test_nothing_is_decoded_where_nothing_is_needed(run):
+    ledger = Ledger()
+    run(ledger=ledger, reward=None, candidates=6, steps=(Step(0, 3, "cluster"), Step(2, 1, "random")))
+    assert ledger.calls == {}  # clustering by the running reconstruction itself
+
+
+@pytest.mark.parametrize("conditioning", ["class", "text"])
+@pytest.mark.parametrize("stages", ["plain", "fewer layers", "late"])
+def test_counted_flops_are_those_torch_counts(request, tiny_vqvae, conditioning, stages):
+    model = request.getfixturevalue(f"tiny_{conditioning}_model")
+    twin = NextScaleTransformer(**model.config).eval()
+    plan = {
+        "plain": plain(model),
+        "fewer layers": Plan((Stage(model, range(0, 2)), Stage(model, range(2, 3), layers=[1]))),
+        "late": collaborative(model, twin, handover=2),
+    }[stages]
+    prompt = ClassPrompt(torch.tensor([1, 2]))
+    if conditioning == "text":
+        prompt = model.null_prompt(_text_prompt(model))
+    state, ledger, counted = start(plan, tiny_vqvae.quantizer, prompt, [1, 2]), Ledger(), 0
+    with torch.no_grad():
+        for stage in plan.stages:
+            with counted_flops() as entering:
+                state.enter(stage)
+            with counted_flops() as conditions:
+                state._condition(stage)
+            if state.scale and stage.model is twin:  # the prefill
+                counted += entering.get_total_flops() - conditions.get_total_flops()
+            for k in stage.scales:
+                with counted_flops() as counter:
+                    logits = scale_logits(state, k)
+                counted += counter.get_total_flops()
+                tokens = ledger.on_tokens(state, k, logits, logits.argmax(-1))
+                state.advance(k, tokens)
+    assert ledger.model_flops == counted
+    texts = prompt.mask_BT.shape[1] if conditioning == "text" else 0
+    assert 2 * plan_flops(plan, text_tokens=texts) == counted
+
+
+def _text_prompt(model):
+    from var.conditioning import TextPrompt
+
+    return TextPrompt(torch.zeros(2, 7, model.config.text_width), torch.ones(2, 7, dtype=torch.bool))
+
+
+def test_the_papers_schedule_costs_what_the_paper_says():
+    widths = Search(candidates=8, steps=descending(1, PAPER_SCALES)[1], reward=BRIGHT).widths(PAPER_SCALES)
+    assert widths == [8, 8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1]  # a step counts from the next scale on
+    cost = sum(w * length for w, length in zip(widths, INFINITY.lengths)) / INFINITY.total
+    assert cost == pytest.approx(1.39, abs=0.005)
+
+
+def test_a_budget_picks_the_largest_schedule_that_fits(tiny_class_model):
+    plan = plain(tiny_class_model)
+
+    def cost(candidates, steps):
+        widths = Search(candidates=candidates, steps=steps, reward=BRIGHT).widths(3)
+        return plan_flops(plan, widths) / plan_flops(plan)
+
+    for method in METHODS:
+        costs = [cost(*fit_budget(method, budget, 3, cost)) for budget in (1, 2, 4, 8)]
+        assert all(0.5 * budget < got <= budget for budget, got in zip((1, 2, 4, 8), costs)), method
+        assert costs == sorted(costs)
+    with pytest.raises(ValueError, match="budget"):
+        fit_budget("tts", 0.5, 3, cost)
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_potentials_read_the_history():
+    scores = torch.tensor([[0.1, 0.5, 0.3], [0.4, 0.2, 0.9]])
+    found = {name: potential(scores).tolist() for name, potential in POTENTIALS.items()}
+    assert found["value"] == pytest.approx([0.3, 0.9])
+    assert found["max"] == pytest.approx([0.5, 0.9])
+    assert found["sum"] == pytest.approx([0.9, 1.5])
+    assert found["difference"] == pytest.approx([-0.2, 0.7])
+    assert POTENTIALS["difference"](scores[:, :1]).tolist() == pytest.approx([0.1, 0.4])
+
+
+def test_history_follows_its_candidates(run, tiny_class_model, tiny_vqvae):
+    search = Search(
+        candidates=6, steps=(Step(1, 3, "resample"), Step(2, 1, "best")), reward=BRIGHT, potential="difference"
+    )
+    assert search.scored == {0, 1, 2}
+    hook = SearchHook(search, [0, 1], tiny_vqvae.decode, Ledger(), pictures=True)
+    plainly(tiny_class_model, tiny_vqvae, [5, 6], hooks=[hook])
+    assert [len(scores) for scores in hook.history] == [2, 2, 2]
+    for origin, (resampled, final) in enumerate(hook.choices):
+        assert len(resampled.scores) == 6 and len(final.scores) == 3
+        survivor = resampled.kept[final.kept[0]]
+        assert hook.history[1][origin].item() == pytest.approx(resampled.scores[survivor])
+        assert hook.history[2][origin].item() == pytest.approx(max(final.scores))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12), st.integers(1, 20), st.integers(0, 2**32))
+def test_weights_never_overflow_and_draws_stay_inside(potential, keep, seed):
+    weights = weights_of(torch.tensor(potential), 10.0)
+    assert weights.isfinite().all() and weights.sum() == pytest.approx(1)
+    for draw in DRAWS.values():
+        rows = draw(weights, keep, torch.Generator().manual_seed(seed))
+        assert len(rows) == keep and rows == sorted(rows) and all(weights[row] > 0 for row in rows)
+    counts = torch.bincount(torch.tensor(rows), minlength=len(potential))
+    assert ((counts - keep * weights).abs() < 1 + 1e-6).all()  # systematic: floor or ceiling
+
+
+def test_draws_have_the_right_frequencies():
+    weights = weights_of(torch.tensor([0.0, 0.1, 0.2]), 10.0)
+    for draw in DRAWS.values():
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.tensor([draw(weights, 4, generator) for _ in range(4000)]).flatten()
+        share = torch.bincount(rows, minlength=3) / len(rows)
+        torch.testing.assert_close(share.double(), weights, atol=0.015, rtol=0)
+
+
+def test_kmeans_finds_blobs_and_keeps_one_of_each():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    noise = torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(2)) * 0.3
+    points = (centres[:, None] + noise).flatten(0, 1)
+    for seed in range(5):
+        kept, labels = representatives(points, 4, torch.Generator().manual_seed(seed))
+        assert sorted(row // 6 for row in kept) == [0, 1, 2, 3]
+        assert all(len(set(labels[6 * m : 6 * m + 6])) == 1 for m in range(4))
+        for row in kept:
+            own = points[6 * (row // 6) : 6 * (row // 6) + 6]
+            assert torch.equal(points[row], own[torch.cdist(own, own.mean(0)[None]).argmin()])
+    assert representatives(points, 4, torch.Generator().manual_seed(0)) == (
+        representatives(points, 4, torch.Generator().manual_seed(0))
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 10), st.integers(1, 4), st.integers(0, 2**32))
+def test_as_many_different_rows_are_kept_as_were_asked_for(points, keep, distinct, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(distinct, 3, generator=generator)[torch.randint(distinct, (points,), generator=generator)]
+    if keep > points:
+        with pytest.raises(ValueError, match="clusters"):
+            kmeans(x, keep, generator)
+        return
+    kept, labels = representatives(x, keep, generator)
+    assert len(set(kept)) == keep == len(kept) and kept == sorted(kept) and len(labels) == points
+
+
+def test_a_principal_direction_has_a_fixed_sign():
+    tokens = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 1, 1, 1, 1])
+    found = own_direction(tokens)
+    again = own_direction(tokens + 1e-6)
+    torch.testing.assert_close(found, again, atol=1e-4, rtol=0)
+    for image, line in zip(tokens, found):
+        assert pearsonr(image[:, 0], line).statistic > 0.95  # along the long axis, the same way round each time
+    assert torch.equal(own_direction(torch.ones(2, 4, 3)), torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_steps_can_be_written_out():
+    candidates, steps = make_steps("16 cluster@1:12, resample@3:4, best", 1, 7)
+    assert candidates == 16 and steps == (Step(1, 12, "cluster"), Step(3, 4, "resample"), Step(6, 1, "best"))
+    assert [str(step) for step in steps] == ["cluster@1:12", "resample@3:4", "best@6:1"]
+    for K in (1, 2, 3, 5, 7, 10, 13):
+        for method in METHODS:
+            for n in (1, 2, 4, 8):
+                made = make_steps(method, n, K)
+                check_steps(*made, K)
+                assert all(a.scale < b.scale for a, b in pairwise(made[1]))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"reward": None}, "reward"),
+        ({"potential": "mean"}, "potential"),
+        ({"pooling": "max"}, "pooling"),
+        ({"draw": "stratified"}, "draw"),
+        ({"sharpness": -1.0}, "sharpness"),
+        ({"rounds": 2}, "rounds"),
+        ({"candidates": 0}, "candidates"),
+        ({"steps": ()}, "last step"),
+        ({"steps": (Step(2, 2, "best"),)}, "last step"),
+        ({"steps": (Step(2, 1, "cluster"),)}, "last step"),
+        ({"steps": (Step(1, 1, "best"),)}, "last scale"),
+        ({"steps": (Step(1, 7, "random"), Step(2, 1, "best"))}, "more than the 6"),
+        ({"steps": (Step(1, 2, "random"), Step(1, 1, "best"))}, "later scales"),
+        ({"steps": (Step(1, 2, "vote"), Step(2, 1, "best"))}, "vote"),
+        ({"reward": Callback(lambda images, prompts: [float("nan")] * len(images), "broken")}, "broken"),
+        ({"reward": Callback(lambda images, prompts: [1.0], "short")}, "short"),
+    ],
+)
+def test_mistakes_are_named(run, options, named):
+    with pytest.raises(ValueError, match=named):
+        run(**options)
+
+
+@pytest.mark.parametrize("text", ["greedy", "16 best@1:2", "x cluster@1:2 best", "4 cluster@1 best", ""])
+def test_unknown_methods_are_named(text):
+    with pytest.raises(ValueError, match="search must be"):
+        make_steps(text, 2, 7)
