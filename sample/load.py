@@ -25,6 +25,7 @@ def load_pipeline(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    refiner: str | Path | None = None,
 ) -> NextScalePipeline:
     """The pipeline of a model, in eval mode.
 
@@ -34,10 +35,12 @@ def load_pipeline(
         dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto" is bfloat16 on CUDA, else
             float32. The quantiser and the output head stay float32.
         device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
+        refiner: another model, whose transformer makes the last scales where a plan says so.
 
     Raises:
         FileNotFoundError: if there is no such model, or its folder lacks a part.
-        ValueError: on an unknown dtype or device, or if the folder holds another kind of pipeline.
+        ValueError: on an unknown dtype or device, if the folder holds another kind of pipeline, or if the refiner has
+            another tokenizer or text encoder.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
@@ -48,7 +51,30 @@ def load_pipeline(
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
+    if refiner is not None:
+        other = load_pipeline(refiner, dtype="float32", device="cpu")
+        check_refiner(pipeline, other, str(refiner))
+        pipeline.register_modules(refiner=other.transformer)
     return pipeline.to(place, precision)
+
+
+def check_refiner(pipeline: NextScalePipeline, other: NextScalePipeline, name: str) -> None:
+    """Raise ValueError unless the two models' tokens and texts mean the same."""
+    for part, mine, theirs in (
+        ("tokenizer", pipeline.vqvae.quantizer, other.vqvae.quantizer),
+        ("text encoder", pipeline.text_encoder, other.text_encoder),
+    ):
+        if not _same_weights(mine, theirs):
+            raise ValueError(f"refiner {name} was trained with another {part} than the model it goes on from")
+
+
+def _same_weights(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    ours, theirs = (dict(module.state_dict()) for module in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def model_folder(model: str | Path) -> Path:

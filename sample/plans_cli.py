@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sample.pipeline import NextScalePipeline
+from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
 
@@ -60,32 +57,3 @@ def read_settings(path: Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"--plan {path} may hold {', '.join(SETTINGS)}, and has {', '.join(map(str, unknown))}")
     return held
-
-
-def attach_refiner(pipeline: NextScalePipeline, refiner: str) -> None:
-    """Give the pipeline a model's transformer as its refiner.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if its tokenizer or its text encoder is not the pipeline's.
-    """
-    from sample.load import load_pipeline
-
-    transformer = pipeline.transformer
-    other = load_pipeline(refiner, dtype=transformer.dtype, device=transformer.device)
-    for name, mine, theirs in (
-        ("tokenizer", pipeline.vqvae.quantizer, other.vqvae.quantizer),
-        ("text encoder", pipeline.text_encoder, other.text_encoder),
-    ):
-        if not _same_weights(mine, theirs):
-            raise ValueError(f"refiner {refiner} was trained with another {name} than the model it is to go on from")
-    pipeline.register_modules(refiner=other.transformer)
-
-
-def _same_weights(one: Any, other: Any) -> bool:
-    if one is None or other is None:
-        return one is other
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        ours[name].shape == theirs[name].shape and bool((ours[name] == theirs[name]).all()) for name in ours
-    )
