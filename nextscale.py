@@ -46,6 +46,7 @@ COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
+    "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
 }
 

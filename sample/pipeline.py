@@ -174,7 +174,7 @@ class NextScalePipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
-        plan = self._plan(plan, {name: value for name, value in settings.items() if value is not None})
+        plan = self.make_plan(plan, **{name: value for name, value in settings.items() if value is not None})
         if image is not None and self.by_class and class_labels is None:
             class_labels = self.transformer.config.num_classes
         condition = self._prompt(prompt, class_labels, num_images_per_prompt)
@@ -243,7 +243,8 @@ class NextScalePipeline(DiffusionPipeline):
         length = self.transformer.config.text_length
         return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
 
-    def _plan(self, plan: Plan | PlanConfig | str | None, given: dict[str, Any]) -> Plan:
+    def make_plan(self, plan: Plan | PlanConfig | str | None = None, **given: Any) -> Plan:
+        """The plan that a call with these settings (of `SAMPLING`) follows, the model's own under them."""
         if isinstance(plan, Plan):
             if given:
                 raise ValueError(f"plan already says how to draw: leave out {', '.join(given)}")

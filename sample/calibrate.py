@@ -1,0 +1,120 @@
+"""`nextscale calibrate`: measure once, on a few prompts, how narrowly each layer attends; ScaleKV's budgets need it.
+
+The figures go into the transformer's configuration, so they travel with the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sample.cli import read_classes, read_prompts
+
+if TYPE_CHECKING:
+    from sample.pipeline import NextScalePipeline
+    from var.transformer import NextScaleTransformer
+
+EXAMPLES = """examples:
+  nextscale calibrate "a red star" "two rings" "a blue cross above a heart" ...      ten prompts are enough
+  nextscale calibrate --model runs/my-var --prompts prompts.txt
+  nextscale calibrate --model var-d16 --class 0-9 --out var-d16-calibrated
+
+It writes into the model's folder, or with --out a calibrated copy. After that: nextscale sample ... --cache 10%"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale calibrate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Measure how narrowly each layer attends, for --cache.", EXAMPLES
+    parser.add_argument("prompt", nargs="*", help="texts to measure on; about ten")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="texts, one a line")
+    parser.add_argument("--class", dest="classes", metavar="LIST", help="classes: 0,3,7 or 0-9")
+    parser.add_argument("--n", type=int, default=1, help="images of each (1)")
+    parser.add_argument("--seed", type=int, default=0, help="the name of the first image (0)")
+    parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
+    parser.add_argument("--out", type=Path, help="folder of a calibrated copy; the model's own folder if left out")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say; 0.
+
+    Raises:
+        ValueError, FileNotFoundError: on options that make no sense, naming them.
+    """
+    prompts, _ = read_prompts(args)
+
+    from sample.load import load_pipeline, model_folder
+
+    folder = model_folder(args.model)
+    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
+    if args.out is not None:
+        load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(args.out)
+        folder = args.out
+    for name in ["transformer"] + ["refiner"] * (pipeline.refiner is not None):
+        index = measure_selectivity(pipeline, prompts, model=getattr(pipeline, name), per_prompt=args.n, seed=args.seed)
+        write_selectivity(folder / name, index)
+        print(f"{name}: {describe(index)}")
+    print(f"written: {folder}")
+    return 0
+
+
+def measure_selectivity(
+    pipeline: NextScalePipeline,
+    prompts: list[str] | list[int],
+    *,
+    model: NextScaleTransformer | None = None,
+    per_prompt: int = 1,
+    seed: int = 0,
+    top: float = 0.1,
+) -> list[list[float]]:
+    """The attention selectivity index of each layer at each scale, [layer][scale], averaged over images.
+
+    Args:
+        prompts: texts, or classes of a class model; `per_prompt` images of each, with the model's own settings.
+        model: measured instead of the pipeline's transformer (its refiner).
+        top: share of the history whose weight counts as narrow, in (0, 1].
+    """
+    from sample.plan import Plan
+    from var.scalekv import SelectivityCache
+
+    model = model or pipeline.transformer
+    caches: list[SelectivityCache] = []
+
+    def recorder() -> SelectivityCache:
+        caches.append(SelectivityCache(len(model.blocks), model.schedule, top=top))
+        return caches[-1]
+
+    stage = replace(pipeline.make_plan("var").stages[0], model=model, new_cache=recorder)
+    name = "class_labels" if pipeline.by_class else "prompt"
+    for place, prompt in enumerate(prompts):
+        pipeline(
+            **{name: [prompt]},
+            num_images_per_prompt=per_prompt,
+            seed=seed + place * per_prompt,
+            plan=Plan((stage,)),
+            output_type="latent",
+        )
+    mean_LK = sum(cache.index_LK for cache in caches) / len(caches)
+    return [[round(value, 6) for value in row] for row in mean_LK.tolist()]
+
+
+def write_selectivity(folder: Path, index: list[list[float]]) -> None:
+    """Put the index into the configuration of a transformer's folder, atomically."""
+    from sample.images import write_text
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"selectivity": index}
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def describe(index: list[list[float]]) -> str:
+    """The layers from wide to narrow attention at the last scale, in a line."""
+    order = sorted(range(len(index)), key=lambda layer: index[layer][-1])
+    return "widest attention first, at the last scale: layers " + ", ".join(map(str, order))
