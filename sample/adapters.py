@@ -92,6 +92,7 @@ BSQ = Adapter(
     bitwise_keys.official_name,
     bitwise_keys.official_shape,
     bitwise_keys.official_buffers,
+    keeps_buffers=True,
     needs={"bitwise": True, "patch": 1, "norm_groups": 32, "attention": False},
 )
 INFINITY = Adapter(

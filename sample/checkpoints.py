@@ -24,7 +24,7 @@ _SAFETENSORS_NAMES = {
 def read_state(path: str | Path, roots: Sequence[str], what: str) -> State:
     """The state dict in a `.pth`, `.ckpt` or `.safetensors` file, mapped into memory rather than read.
 
-    A trainer's file may hold several state dicts in nested dictionaries: the one with the most keys that begin with
+    A folder with an index (`model.safetensors.index.json`) or the index itself is read as all of its shards. A trainer's file may hold several state dicts in nested dictionaries: the one with the most keys that begin with
     one of `roots` is taken.
 
     Args:
@@ -34,9 +34,8 @@ def read_state(path: str | Path, roots: Sequence[str], what: str) -> State:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a Git LFS pointer, damaged, a pickle that holds more than data, or holds no such model.
     """
-    path = Path(path)
-    _refuse_pointers(path)
-    nested = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    path = _index_in(Path(path))
+    nested = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     best = max(_state_dicts(nested), key=lambda state: _matches(state, roots), default={})
     if not _matches(best, roots):
         shown = ", ".join(list(best)[:3]) or "no tensor at all"
@@ -77,6 +76,29 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
         for _, tensor in stream(make_state):
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     os.replace(temporary, path)
+
+
+def _index_in(path: Path) -> Path:
+    """The index of a folder of shards; any other path as it is."""
+    found = sorted(path.glob("*.index.json")) if path.is_dir() else []
+    return found[0] if found else path
+
+
+def _read_shards(index: Path) -> State:
+    _refuse_pointers(index)
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index} is not the index of a sharded checkpoint") from None
+    whole: State = {}
+    for name in names:
+        whole |= next(_state_dicts(_read_file(index.parent / name)), {})
+    return whole
+
+
+def _read_file(path: Path) -> object:
+    _refuse_pointers(path)
+    return _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
 
 
 def _refuse_pointers(path: Path) -> None:

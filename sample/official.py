@@ -14,7 +14,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from sample import adapters
 from sample.adapters import Adapter
 from sample.checkpoints import State, read_state, stream
+from tokenizer import convert_bitwise as bitwise_keys
+from tokenizer.aspects import aspect_schedule
 from tokenizer.schedule import ScaleSchedule
+from var import convert_infinity as infinity_keys
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Family:
 FAMILIES = {
     "var": Family(("transformer",), {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}),
     "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),
+    "infinity": Family(  # cfg 3 on every scale
+        ("transformer",), {"guidance_scale": 2.0, "guidance_ramp": "constant", "top_p": 0.97, "temperature": 0.5}
+    ),
+}
+INFINITY_TOKENIZERS = {  # (depth, width, bits) of a published transformer: the tokenizer it was trained on
+    (32, 2048, 32): "infinity_vae_d32reg.pth",
+    (40, 3584, 56): "infinity_vae_d56_f8_14_patchify.pth",
 }
 
 
@@ -47,6 +57,9 @@ class Flags:
         phi_ratio, cosine, beta: of the quantiser, see `MultiScaleQuantizer` (the reference's `quant_resi`,
             `using_znorm` and `beta`).
         handover: scales that a drafter makes before its refiner.
+        size: of Infinity: 0.06M, 0.25M, 0.60M or 1M, the square that is drawn unless another aspect is asked for.
+        level_every: of Infinity: blocks of a chunk, where the level embedding is added before every chunk; 0 in all
+            published models.
     """
 
     schedule: str | None = None
@@ -56,6 +69,8 @@ class Flags:
     cosine: bool = False
     beta: float = 0.25
     handover: int | None = None
+    size: str = "1M"
+    level_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,8 @@ def read_components(
     files = {name: file for name, file in (("transformer", transformer), ("refiner", refiner)) if file is not None}
     if set(files) != set(parts):
         raise ValueError(f"the {family} family needs the files vae, {', '.join(parts)}; got vae, {', '.join(files)}")
+    if family == "infinity":
+        return _read_infinity(vae, transformer, flags)
     sources = {
         name: partial(read_state, fetch(file), adapters.VAR.roots, adapters.VAR.what) for name, file in files.items()
     }
@@ -136,6 +153,53 @@ def read_components(
     if "refiner" in parts:
         settings["handover"] = _handover(files, len(schedule), flags)
     return components, settings
+
+
+def _read_infinity(
+    vae: str | Path, transformer: str | Path, flags: Flags
+) -> tuple[dict[str, Component], dict[str, object]]:
+    schedule = aspect_schedule("1:1", flags.size)
+
+    def source() -> State:
+        return infinity_keys.normalized(read_state(fetch(transformer), adapters.INFINITY.roots, adapters.INFINITY.what))
+
+    def vae_source() -> State:
+        return bitwise_keys.normalized(read_state(fetch(vae), adapters.BSQ.roots, adapters.BSQ.what))
+
+    own = {"rope_grid": schedule.grid, "heads": flags.heads, "level_every": flags.level_every}
+    found = _component(adapters.INFINITY, source, transformer, schedule=schedule, **own)
+    patch = _token_patch(found.config, vae_source(), vae)
+    tokenizer = _component(adapters.BSQ, vae_source, vae, schedule=schedule, token_patch=patch)
+    components = {"vqvae": tokenizer, "transformer": found}
+    if flags.depth not in (None, found.config["depth"]):
+        raise ValueError(f"depth is given as {flags.depth}, the transformer has {found.config['depth']} blocks")
+    sampling = dict(FAMILIES["infinity"].sampling)
+    if patch == 2:
+        sampling["temperature"] = 1.0  # as published for 8B
+    return components, {"sampling": sampling}
+
+
+def _token_patch(config: Mapping, vae: State, file: str | Path) -> int:
+    """Latent cells along a token's side.
+
+    Raises:
+        ValueError: if the tokenizer is not the transformer's, by its bits or, of published models, by its name.
+    """
+    weight = vae.get("encoder.conv_out.conv.weight")
+    if weight is None:
+        raise ValueError(f"{file}: {adapters.BSQ.what} checkpoint lacks encoder.conv_out.conv.weight")
+    bits, channels = config["latent_channels"], weight.shape[0]
+    published = INFINITY_TOKENIZERS.get((config["depth"], config["width"], bits))
+    advice = f": give {published}" if published else ""
+    if bits not in (channels, 4 * channels):
+        raise ValueError(
+            f"the tokenizer and the transformer do not belong together: {channels} bits a cell ({4 * channels} for 2x2 "
+            f"cells) and {bits} bits a token{advice}"
+        )
+    name = Path(file).name.lower()
+    if published == "infinity_vae_d32reg.pth" and "d32" in name and "reg" not in name:
+        raise ValueError(f"{name} has the right shape but is not the tokenizer of this transformer{advice}")
+    return 1 if bits == channels else 2
 
 
 def fetch(file: str | Path) -> Path:
