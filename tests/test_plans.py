@@ -1,8 +1,12 @@
 """Plans in words: neutral settings equal plain decoding, borders and depths are in place, mistakes are named."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
+import nextscale
 from sample.draw import Filter
 from sample.generate import generate
 from sample.plan import plain
@@ -221,3 +225,87 @@ def test_models_that_do_not_fit_are_named(model):
         PlanConfig(cache="50%").build(make_model(selectivity=[[0.0] * 4]))
     with pytest.raises(ValueError, match="temperature must be one"):
         scale_filters(4, temperature=[1.0, 1.0])
+
+
+# --- the command and the pipeline ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(class_folder, tmp_path_factory):
+    """The class model's folder, calibrated in a copy."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    argv = ["calibrate", "--model", str(class_folder), "--class", "0-2", "--out", str(folder), "--device", "cpu"]
+    assert nextscale.main(argv) == 0
+    return folder
+
+
+def sampled(folder, out, *options):
+    argv = ["sample", "--model", str(folder), "--class", "0-3", "--out", str(out), "--device", "cpu", *options]
+    assert nextscale.main(argv) == 0
+    return np.load(out)["arr_0"]
+
+
+def test_calibration_travels_with_the_model(calibrated, class_folder):
+    index = json.loads((calibrated / "transformer" / "config.json").read_text())["selectivity"]
+    assert len(index) == 2 and len(index[0]) == 3 and all(0 < value < 1 for row in index for value in row[1:])
+    assert nextscale.load_pipeline(calibrated, device="cpu").transformer.config.selectivity == index
+    assert json.loads((class_folder / "transformer" / "config.json").read_text())["selectivity"] is None
+
+
+def test_the_same_plan_by_flags_by_file_and_in_the_pipeline(calibrated, tmp_path):
+    words = {"plan": "code:1", "depth": 1, "cache": "60%", "temperature": [1.0, 0.9, 0.8], "top_k": 9}
+    (tmp_path / "fast.yaml").write_text(json.dumps(words))  # JSON is YAML
+    flags = ["--plan", "code:1", "--depth", "1", "--cache", "60%", "--temperature", "1,.9,.8", "--top-k", "9"]
+    by_flags = sampled(calibrated, tmp_path / "a.npz", *flags)
+    by_file = sampled(calibrated, tmp_path / "b.npz", "--plan", str(tmp_path / "fast.yaml"))
+    pipeline = nextscale.load_pipeline(calibrated, device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(class_labels=[0, 1, 2, 3], seed=0, output_type="np", **words).images
+    assert np.array_equal(by_flags, by_file)
+    assert np.array_equal(by_flags, (images * 255).round().astype(np.uint8))
+    over = sampled(calibrated, tmp_path / "c.npz", "--plan", str(tmp_path / "fast.yaml"), "--cache", "100%")
+    assert over.shape == by_file.shape and not np.array_equal(over, by_file)
+
+
+def test_a_plan_can_be_the_models_own(tiny_class_model, tiny_vqvae, tmp_path):
+    own = nextscale.NextScalePipeline(
+        tiny_class_model, tiny_vqvae, sampling={"plan": "supernet:1", "depth": 1, "top_k": 5}
+    )
+    own.save_pretrained(tmp_path)
+    again = nextscale.load_pipeline(tmp_path, device="cpu")
+    assert [len(stage.active) for stage in again.make_plan().stages] == [2, 1]
+    assert [len(stage.active) for stage in again.make_plan("var").stages] == [2]
+    assert again.make_plan("var").stages[0].filter(0).top_k == 5
+
+
+def test_a_refiner_by_name_must_share_the_tokenizer(class_folder, calibrated, text_folder, tmp_path, capsys):
+    plan = ["--plan", "code:2", "--refiner"]
+    same = sampled(class_folder, tmp_path / "a.npz", *plan, str(calibrated))
+    assert np.array_equal(same, sampled(class_folder, tmp_path / "b.npz"))  # the refiner is the same model
+    pipeline = nextscale.load_pipeline(class_folder, device="cpu")
+    with torch.no_grad():
+        pipeline.vqvae.quantizer.codebook.weight.add_(1)
+    pipeline.save_pretrained(tmp_path / "other")
+    argv = ["sample", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "c.npz"), *plan]
+    capsys.readouterr()
+    assert nextscale.main([*argv, str(tmp_path / "other")]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert nextscale.main([*argv, str(text_folder)]) == 2
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--plan", "codes:3"], "plan must be var, supernet:N, code:N or self:N"),
+        (["--plan", "supernet:1", "--depth", "3"], "depth must be in 1..2"),
+        (["--cache", "60%"], "nextscale calibrate --model"),
+        (["--plan", "missing.yaml"], "missing.yaml is not a file"),
+        (["--temperature", "1,2"], "temperature must be one"),
+    ],
+    ids=str,
+)
+def test_the_command_says_what_is_wrong_in_one_line(class_folder, tmp_path, capsys, options, named):
+    argv = ["sample", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "x.npz"), *options]
+    assert nextscale.main(argv) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
