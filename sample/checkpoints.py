@@ -24,8 +24,9 @@ _SAFETENSORS_NAMES = {
 def read_state(path: str | Path, roots: Sequence[str], what: str) -> State:
     """The state dict in a `.pth`, `.ckpt` or `.safetensors` file, mapped into memory rather than read.
 
-    A folder with an index (`model.safetensors.index.json`) or the index itself is read as all of its shards. A trainer's file may hold several state dicts in nested dictionaries: the one with the most keys that begin with
-    one of `roots` is taken.
+    A folder with an index (`model.safetensors.index.json`) or the index itself is read as all of its shards. A
+    trainer's file may hold several state dicts in nested dictionaries: the one with the most keys that begin with one
+    of `roots` is taken, the first of equals.
 
     Args:
         what: what is looked for, for the message, e.g. "VAR transformer".

@@ -74,22 +74,24 @@ class PlanConfig:
         refiner: NextScaleTransformer | None = None,
         guidance: float | Sequence[float] | Guidance = 1.5,
         filters: Filter | Sequence[Filter] | None = None,
+        schedule: ScaleSchedule | None = None,
     ) -> Plan:
         """The plan for a model, and a refiner where the plan has one.
 
         Args:
             filters: one for all scales, or one a scale.
+            schedule: the scales, where they are not the model's own (another aspect ratio).
 
         Raises:
             ValueError: if the plan does not fit the models.
         """
-        K = len(model.schedule)
+        K = len(schedule or model.schedule)
         if self.kind != "var" and not 0 < self.border < K:
             raise ValueError(f"plan {self.plan} must leave scales to both sides: {self.kind}:1 to {self.kind}:{K - 1}")
         second = refiner if self.kind == "code" and refiner is not None else model
         if self.kind == "code" and refiner is None and not self.depths:
             raise ValueError(f"plan {self.plan} needs a refiner, or a depth for the model to refine its own work with")
-        caches = {id(m): cache_factory(self.cache, m) for m in (model, second)}
+        caches = {id(m): cache_factory(self.cache, m, schedule) for m in (model, second)}
         shared = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
 
         def stage(model: NextScaleTransformer, scales: range, depth: int | None, recompute: bool) -> Stage:
@@ -98,7 +100,7 @@ class PlanConfig:
                 _check_count("filters", len(of_stage), K)
                 of_stage = of_stage[scales.start : scales.stop]
             layers = None if depth is None else equidistant(len(model.blocks), depth)
-            common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)]}
+            common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)], "schedule": schedule}
             return Stage(model, scales, layers=layers, recompute=recompute, **common)
 
         border = self.border
