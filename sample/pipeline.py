@@ -21,19 +21,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sample.draw import check_seeds
 from sample.edit import Canvas, EditHook, Picture, given_tokens, read_canvases
 from sample.generate import generate
+from sample.guidance import Guidance
 from sample.official import Flags, load_official
 from sample.plan import Plan
 from sample.plan_text import PlanConfig, scale_filters
 from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
+from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt, Prompt
 from var.transformer import NextScaleTransformer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("f_hat", "tokens")
 PLAN_WORDS = ("plan", "depth", "cache")
-SAMPLING = ("guidance_scale", "top_k", "top_p", "temperature", "temperature_last", *PLAN_WORDS)
+GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
+SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", *PLAN_WORDS)
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 StepCallback = Callable[["NextScalePipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -128,6 +132,10 @@ class NextScalePipeline(DiffusionPipeline):
         top_p: float | Sequence[float] | None = None,
         temperature: float | Sequence[float] | None = None,
         temperature_last: bool | None = None,
+        guidance_ramp: str | None = None,
+        guidance_blocks: Sequence[int] | None = None,
+        aspect: str | float | None = None,
+        size: str | None = None,
         smooth: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -152,9 +160,13 @@ class NextScalePipeline(DiffusionPipeline):
                 PIL or uint8 or bool (h, w), of any size; or one a prompt.
             mask_rule: which coarse tokens stay: "centre" (official) or "whole", see `sample.edit.kept_tokens`.
             guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
-                from 0 at the first scale; a sequence gives it scale by scale.
+                from 0 at the first scale; a sequence gives it scale by scale. Infinity's cfg is 1 + t.
+            guidance_ramp: "linear", or "constant" for the same on every scale; the model's own when None.
+            guidance_blocks: guide the hidden states after these blocks instead of the logits; -1 is the last one.
             top_k, top_p, temperature, temperature_last: what may be drawn, see `sample.draw.Filter`; a sequence gives
                 it scale by scale. The model's own defaults when None.
+            aspect, size: "16:9", width to height, and 0.06M, 0.25M, 0.60M or 1M: scales of Infinity's templates for a
+                model with rotary positions; its own scales when both are None (see `tokenizer.aspects`).
             smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
             generator: names the images by drawing a seed from it for each; or one generator an image.
             seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
@@ -174,6 +186,7 @@ class NextScalePipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
+        settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
         plan = self.make_plan(plan, **{name: value for name, value in settings.items() if value is not None})
         if image is not None and self.by_class and class_labels is None:
             class_labels = self.transformer.config.num_classes
@@ -255,14 +268,26 @@ class NextScalePipeline(DiffusionPipeline):
         if plan is not None:  # another plan has nothing of the model's own
             own = {name: value for name, value in own.items() if name not in PLAN_WORDS}
         settings = {**own, **given}
-        guidance = {"guidance": settings.pop("guidance_scale")} if "guidance_scale" in settings else {}
+        schedule = self._schedule(settings.pop("aspect", None), settings.pop("size", None))
+        guided = {field: settings.pop(name) for name, field in GUIDANCE_WORDS.items() if name in settings}
+        if "blocks" in guided:
+            guided |= {"blocks": tuple(guided["blocks"]), "on_logits": False}
         words = {name: settings.pop(name) for name in PLAN_WORDS if name in settings}
         if not isinstance(plan, PlanConfig):
             plan = PlanConfig(**words, **({} if plan is None else {"plan": plan}))
         elif words:
             raise ValueError(f"plan is a PlanConfig, which says {' and '.join(words)} too")
-        filters = scale_filters(len(self.transformer.schedule), **settings)
-        return plan.build(self.transformer, refiner=self.refiner, filters=filters, **guidance)
+        filters = scale_filters(len(schedule or self.transformer.schedule), **settings)
+        made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule}
+        return plan.build(self.transformer, refiner=self.refiner, **made)
+
+    def _schedule(self, aspect: str | float | None, size: str | None) -> ScaleSchedule | None:
+        """The scales of an aspect ratio and size; None for the model's own."""
+        if aspect is None and size is None:
+            return None
+        own = {count: name for name, count in SIZES.items()}.get(len(self.transformer.schedule), "1M")
+        schedule = aspect_schedule("1:1" if aspect is None else aspect, own if size is None else size)
+        return self.transformer.check_schedule(schedule)
 
     def _prompt(
         self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, copies: int
