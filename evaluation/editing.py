@@ -1,0 +1,289 @@
+"""Editing, measured: an object of a drawn scene is repainted after a new text, and the judge says whether it is right.
+
+A case is a scene of two objects. One of them is masked, and the text names the other one and a new object, of another
+shape and colour. Two tasks: "replace" gives the model the scene as it is, "add" the scene without the masked object.
+The baseline draws the text afresh, without a picture.
+
+    python -m evaluation.editing --model scenes --n 200 --out results/editing.json
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.evaluate import model_name
+from evaluation.judge import apply_rules, detect, wilson
+from evaluation.report import command_line, result, table, write_result
+from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
+from evaluation.sheet import RIGHT, WRONG
+from sample.edit import RULES
+from sample.images import write_png
+from sample.load import load_pipeline
+from sample.pipeline import NextScalePipeline
+
+TASKS = ("replace", "add")
+MARGIN = 5  # pixels around the old object that are repainted, where the kept one leaves room
+CLEARANCE = 1  # pixels between the mask and the kept object
+FIGURES = ("right", "new_object", "kept_object", "old_object_gone", "nothing_else", "unchanged_outside", "images_per_s")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit to make.
+
+    Attributes:
+        scene: both objects, of 64x64 pixels.
+        old, kept: the object that is masked, and the one that stays.
+        box: (x0, y0, x1, y1) in pixels, what is repainted.
+        new: (shape, colour) that the text asks for in its place.
+        metadata: the text in GenEval's format.
+    """
+
+    scene: Scene
+    old: SceneObject
+    kept: SceneObject
+    box: tuple[int, int, int, int]
+    new: tuple[str, str]
+    metadata: dict
+
+    def image(self, task: str) -> np.ndarray:
+        """What the model is given: (64, 64, 3) uint8, with the old object ("replace") or without it ("add")."""
+        objects = self.scene.objects if task == "replace" else (self.kept,)
+        return render(replace(self.scene, objects=objects))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """True where the picture is repainted: bool (64, 64)."""
+        x0, y0, x1, y1 = self.box
+        mask = np.zeros((int(CANVAS), int(CANVAS)), bool)
+        mask[y0:y1, x0:x1] = True
+        return mask
+
+
+def case_at(index: int, seed: int) -> Case:
+    """Case `index` of the benchmark named by `seed`; independent of every other one.
+
+    The kept object, the new one and the background are as in training; pairs of shape and colour that training held
+    out may be asked for, and `metadata["unseen"]` says where.
+    """
+    rng = np.random.default_rng((seed, index))
+    scene = sample_scene(rng, tag="color_attr")
+    place = int(rng.integers(2))
+    old, kept = scene.objects[place], scene.objects[1 - place]
+    shape = rng.choice([shape for shape in SHAPES if shape not in (old.shape, kept.shape)])
+    colour = rng.choice([colour for colour in COLOURS if colour not in (old.colour, kept.colour)])
+    new = str(shape), str(colour)
+    pair = [(kept.shape, kept.colour), new]
+    shapes, colours = zip(*(pair if rng.random() < 0.5 else pair[::-1]))
+    return Case(scene, old, kept, repaint_box(old.box, kept.box), new, scene_metadata("color_attr", shapes, colours))
+
+
+def repaint_box(
+    old: tuple[float, float, float, float], kept: tuple[float, float, float, float]
+) -> tuple[int, int, int, int]:
+    """The old object's box and `MARGIN` pixels around it, inside the canvas and `CLEARANCE` pixels off the kept one.
+
+    Where both boxes would meet, the sides that face the kept object give way along the axis on which they are apart.
+    """
+    box = [max(old[0] - MARGIN, 0), max(old[1] - MARGIN, 0), min(old[2] + MARGIN, CANVAS), min(old[3] + MARGIN, CANVAS)]
+    gaps = [max(kept[axis] - old[axis + 2], old[axis] - kept[axis + 2]) for axis in (0, 1)]
+    axis = int(np.argmax(gaps))
+    if kept[axis] >= old[axis + 2]:
+        box[axis + 2] = min(box[axis + 2], kept[axis] - CLEARANCE)
+    else:
+        box[axis] = max(box[axis], kept[axis + 2] + CLEARANCE)
+    low, high = np.ceil(np.array(box[:2]) - 1e-9), np.floor(np.array(box[2:]) + 1e-9)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
+
+
+def judge_edit(case: Case, before: np.ndarray | None, after: np.ndarray) -> dict[str, bool]:
+    """What is right about an edit; `before` is the given picture, None where there was none.
+
+    `right` asks for all of it: the text's rules, the new object's centre in the mask (where there is one), the kept
+    object where it was, the old one gone, nothing else, and every pixel outside the mask as it was.
+    """
+    found = detect(after)
+    inside = [d for d in found if before is None or _within(_centre(d.box), case.box)]
+    kept = [d for d in found if (d.shape, d.colour) == (case.kept.shape, case.kept.colour)]
+    if before is not None:
+        kept = [d for d in kept if np.abs(_centre(d.box) - _centre(case.kept.box)).max() < 2]
+    old = (case.old.shape, case.old.colour)
+    parts = {
+        "new_object": any((d.shape, d.colour) == case.new for d in inside),
+        "kept_object": bool(kept),
+        "old_object_gone": all((d.shape, d.colour) != old for d in found),
+        "nothing_else": len(found) == 2,
+        "unchanged_outside": before is None or bool((after == before)[~case.mask].all()),
+    }
+    return {"right": all(parts.values()) and apply_rules(found, case.metadata).correct, **parts}
+
+
+def _centre(box: tuple[float, float, float, float]) -> np.ndarray:
+    return np.array([box[0] + box[2], box[1] + box[3]]) / 2
+
+
+def _within(point: np.ndarray, box: tuple[int, int, int, int]) -> bool:
+    return bool(box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3])
+
+
+# --- the measurement -------------------------------------------------------------------------------------------------
+
+
+def edits(
+    pipeline: NextScalePipeline,
+    cases: Sequence[Case],
+    task: str | None,
+    *,
+    batch_size: int,
+    seed: int,
+    **settings: object,
+) -> Iterator[np.ndarray]:
+    """The edited picture of every case, (64, 64, 3) uint8; without a task the text alone is drawn."""
+    for start in range(0, len(cases), batch_size):
+        batch = cases[start : start + batch_size]
+        given = {}
+        if task is not None:
+            given = {"image": [case.image(task) for case in batch], "mask_image": [case.mask for case in batch]}
+        prompts = [case.metadata["prompt"] for case in batch]
+        seeds = [seed + start + i for i in range(len(batch))]
+        yield from map(np.asarray, pipeline(prompts, seed=seeds, **given, **settings).images)
+
+
+def measure(
+    pipeline: NextScalePipeline,
+    cases: Sequence[Case],
+    task: str | None,
+    *,
+    batch_size: int,
+    seed: int,
+    **settings: object,
+) -> tuple[dict, list[np.ndarray], list[bool]]:
+    """One row of the result: shares with their 95 % intervals; the pictures, and which of them are right."""
+    label = " ".join([task or "afresh", *map(str, settings.values())])
+    started = time.perf_counter()
+    made = list(
+        tqdm(
+            edits(pipeline, cases, task, batch_size=batch_size, seed=seed, **settings),
+            desc=label,
+            total=len(cases),
+            unit="image",
+            disable=None,
+        )
+    )
+    seconds = time.perf_counter() - started
+    before = [case.image(task) if task is not None else None for case in cases]
+    judged = [judge_edit(*each) for each in zip(cases, before, made, strict=True)]
+    row: dict = {"task": task or "afresh", **settings, "n": len(cases)}
+    for name in judged[0]:
+        if task is None and name in ("unchanged_outside", "old_object_gone"):
+            continue
+        row[name] = float(np.mean([verdict[name] for verdict in judged]))
+        row[f"{name}_ci95"] = wilson(sum(verdict[name] for verdict in judged), len(judged))
+    for name, unseen in (("right_seen", False), ("right_unseen", True)):
+        chosen = [verdict["right"] for case, verdict in zip(cases, judged) if case.metadata["unseen"] == unseen]
+        if chosen:
+            row[name], row[f"{name}_ci95"] = float(np.mean(chosen)), wilson(sum(chosen), len(chosen))
+    return row | {"images_per_s": len(cases) / seconds}, made, [verdict["right"] for verdict in judged]
+
+
+def sheet(cases: Sequence[Case], columns: dict[str, tuple[list[np.ndarray], list[bool]]]) -> Image.Image:
+    """A row a case: its text, the scene with the mask's outline, and what each column made of it, framed by verdict."""
+    from PIL import ImageDraw, ImageFont
+
+    side, gap, head = 128, 8, 22
+    width = (side + gap) * (len(columns) + 1) + gap
+    picture = Image.new("RGB", (width, head + len(cases) * (side + head + gap)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    for column, name in enumerate(("given", *columns)):
+        draw.text((gap + column * (side + gap), 4), name, fill=(60, 60, 60), font=font)
+    for i, case in enumerate(cases):
+        top = head + i * (side + head + gap)
+        given = Image.fromarray(case.image("replace")).resize((side, side), Image.Resampling.NEAREST)
+        zoom = side / CANVAS
+        ImageDraw.Draw(given).rectangle([round(v * zoom) - (j > 1) for j, v in enumerate(case.box)], outline="white")
+        picture.paste(given, (gap, top))
+        for column, (images, right) in enumerate(columns.values(), start=1):
+            left = gap + column * (side + gap)
+            draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), fill=RIGHT if right[i] else WRONG)
+            picture.paste(Image.fromarray(images[i]).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        draw.text((gap, top + side + 4), case.metadata["prompt"], fill=(60, 60, 60), font=font)
+    return picture
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
+    parser.add_argument("--n", type=int, default=200, help="edits of each task and rule (200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases and the images (0)")
+    parser.add_argument("--rules", default="centre,whole", help=f"mask rules: some of {','.join(RULES)}")
+    parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
+    parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """Measure every task under every rule, and the baseline; print, and write what `--out` asks for.
+
+    Raises:
+        ValueError, FileNotFoundError: on options that make no sense, naming them.
+    """
+    rules = args.rules.split(",")
+    if args.n < 1 or args.batch_size < 1 or args.seed < 0 or not set(rules) <= set(RULES):
+        raise ValueError(
+            f"--n and --batch-size must be 1 or more, --seed 0 or more and --rules of {', '.join(RULES)}; "
+            f"got {args.n}, {args.batch_size}, {args.seed} and {args.rules}"
+        )
+    if args.out is not None and args.out.suffix != ".json":
+        raise ValueError(f"--out must be a .json file, got {args.out}")
+    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if pipeline.by_class or pipeline.vqvae.image_hw != (int(CANVAS), int(CANVAS)):
+        raise ValueError(f"--model {args.model} must be a text model of {CANVAS:.0f}x{CANVAS:.0f} pixels")
+    cases = [case_at(i, args.seed) for i in range(args.n)]
+    how = {"batch_size": args.batch_size, "seed": args.seed}
+    given = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    rows, columns = [], {}
+    for task, rule in [(None, None), *((task, rule) for task in TASKS for rule in rules)]:
+        settings = given if task is None else {"mask_rule": rule, **given}
+        row, images, right = measure(pipeline, cases, task, **how, **settings)
+        rows.append({"model": model_name(args.model), **row})
+        columns[f"{task}, {rule}" if task else "afresh"] = images, right
+    print(table(rows, ["task", "mask_rule", *FIGURES]))
+    if args.out is not None:
+        write_png(args.out.with_suffix(".png"), sheet(cases[:10], columns))
+        content = result(rows, command=command(args), n=args.n, seeds=args.seed, settings={"margin_px": MARGIN})
+        write_result(args.out, content)
+        print(f"written: {args.out}")
+    return rows
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command that makes this result."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    return command_line("python -m evaluation.editing", vars(args), vars(parser.parse_args([])))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 on a mistake, told in one line."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.editing", description=__doc__.splitlines()[0])
+    configure(parser)
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The measured edits: cases are fair, a perfect edit is right and a wrong one is not, the command writes its result."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import liven
+from PIL import Image
+
+from evaluation.editing import FIGURES, case_at, judge_edit, main
+from evaluation.scenes import COLOURS, SceneObject, render
+
+TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
+
+
+def perfect(case):
+    """The case's scene with the new object drawn into the middle of the mask."""
+    x0, y0, x1, y1 = case.box
+    diameter = max(min(x1 - x0 - 2, y1 - y0 - 2, 28), 14)
+    shape, colour = case.new
+    new = SceneObject(shape, colour, COLOURS[colour], (x0 + x1) / 2, (y0 + y1) / 2, diameter, 0.0)
+    return render(replace(case.scene, objects=(case.kept, new)))
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_cases_are_fair(index):
+    case = case_at(index, seed=1)
+    given, without = case.image("replace"), case.image("add")
+    assert np.array_equal(given[~case.mask], without[~case.mask])  # the mask covers all of the old object
+    assert not np.array_equal(given, without)
+    x0, y0, x1, y1 = case.box
+    kx0, ky0, kx1, ky1 = case.kept.box
+    assert x1 <= kx0 or kx1 <= x0 or y1 <= ky0 or ky1 <= y0  # and nothing of the kept one
+    assert min(x1 - x0, y1 - y0) >= 18
+    for object_ in (case.old, case.kept):
+        assert object_.shape != case.new[0] and object_.colour != case.new[1]
+    assert case.kept.shape in case.metadata["prompt"] and case.new[0] in case.metadata["prompt"]
+    assert case == case_at(index, seed=1) != case_at(index + 1, seed=1)
+
+
+@pytest.mark.parametrize("index", range(25))
+def test_perfect_edits_are_right_and_others_wrong(index):
+    case = case_at(index, seed=2)
+    given, made = case.image("add"), perfect(case)
+    assert all(judge_edit(case, given, made).values())
+    touched = made.copy()
+    touched[np.argwhere(~case.mask)[0][0], np.argwhere(~case.mask)[0][1]] ^= 1
+    verdict = judge_edit(case, given, touched)
+    assert not verdict["unchanged_outside"] and not verdict["right"]
+    nothing = judge_edit(case, case.image("replace"), case.image("replace"))
+    assert nothing["kept_object"] and not nothing["new_object"] and not nothing["old_object_gone"]
+    assert not judge_edit(case, given, given)["right"]
+    assert judge_edit(case, None, made)["right"]  # drawn afresh, the same picture would pass as well
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_text_model, tiny_text_encoder):
+    from sample.pipeline import NextScalePipeline
+    from tokenizer.model import MultiScaleVQ
+
+    vqvae = MultiScaleVQ(channels=[8, 8], layers_per_block=1, attention=False, norm_groups=4, patch=8, **TINY)
+    tokenizer, encoder = tiny_text_encoder
+    path = tmp_path_factory.mktemp("scenes-model")
+    NextScalePipeline(tiny_text_model, liven(vqvae, 1), tokenizer=tokenizer, text_encoder=encoder).save_pretrained(path)
+    return path
+
+
+def test_the_command_measures_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "editing.json"
+    assert main(["--model", str(folder), "--n", "4", "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [(row["task"], row.get("mask_rule")) for row in result["rows"]] == [
+        ("afresh", None),
+        *((task, rule) for task in ("replace", "add") for rule in ("centre", "whole")),
+    ]
+    for row in result["rows"][1:]:
+        assert row["unchanged_outside"] == 1.0 and row["right"] == 0.0 and row["n"] == 4
+        assert all(name in row for name in FIGURES)
+    assert "unchanged_outside" not in result["rows"][0]
+    assert Image.open(out.with_suffix(".png")).width == 6 * (128 + 8) + 8
+    assert "unchanged_outside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n", "0"], "--n and --batch-size must be 1 or more"),
+        (["--rules", "half"], "--rules of centre, whole"),
+        (["--out", "x.txt"], "--out must be a .json file, got x.txt"),
+    ],
+)
+def test_mistakes_are_one_line(folder, argv, message, capsys):
+    assert main(["--model", str(folder), "--device", "cpu", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_other_models_are_refused(text_folder, capsys):
+    assert main(["--model", str(text_folder), "--device", "cpu", "--n", "1"]) == 2
+    assert "must be a text model of 64x64 pixels" in capsys.readouterr().err
