@@ -16,6 +16,7 @@ from sample.adapters import Adapter
 from sample.checkpoints import State, read_state, write_safetensors
 from sample.official import Component, Flags, read_components
 from sample.pipeline import NextScalePipeline
+from var import convert_infinity as infinity_keys
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUFFERS = "official_buffers.safetensors"  # official statistics that we do not use, kept for the way back
@@ -29,11 +30,15 @@ def convert(
     transformer: str | Path,
     refiner: str | Path | None = None,
     flags: Flags | None = None,
+    text_encoder: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Component]:
     """Write official checkpoint files as our pipeline folder, a tensor at a time, and return what was found.
 
     The folder appears under its name when it is complete.
+
+    Args:
+        text_encoder: folder or Hub name of the text encoder to copy into it, for a text model.
 
     Raises:
         FileNotFoundError, ValueError: as `load_official`; and if `out` exists and `overwrite` is not set.
@@ -46,12 +51,37 @@ def convert(
             if component.buffers:
                 write_safetensors(folder / name / BUFFERS, lambda component=component: component.buffers)
         models = {name: component.on_meta() for name, component in components.items()}
-        NextScalePipeline(**models, **settings).save_config(folder)
+        text = {} if text_encoder is None else copy_text_encoder(text_encoder, folder)
+        NextScalePipeline(**models, **text, **settings).save_config(folder)
     return components
 
 
-def convert_back(model: str | Path, out: str | Path, *, overwrite: bool = False) -> list[Path]:
+def copy_text_encoder(source: str | Path, folder: Path) -> dict[str, object]:
+    """Save a text encoder and its tokenizer under a pipeline's folder, in the precision they have.
+
+    Raises:
+        FileNotFoundError: if they cannot be had.
+    """
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    try:
+        encoder = AutoModelForTextEncoding.from_pretrained(source, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"text encoder {source} could not be read: {str(error).splitlines()[0]}") from None
+    encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
+def convert_back(
+    model: str | Path, out: str | Path, *, family: str = "var", chunks: int = 8, overwrite: bool = False
+) -> list[Path]:
     """Write a pipeline folder of ours as official `.pth` files: vae.pth, transformer.pth and, of CoDe, refiner.pth.
+
+    Args:
+        family: "var" (and CoDe) or "infinity".
+        chunks: of Infinity: chunks the blocks are in (8 in 2B and 8B, 4 in the others).
 
     Raises:
         FileNotFoundError: if `model` is not a folder of ours.
@@ -59,10 +89,14 @@ def convert_back(model: str | Path, out: str | Path, *, overwrite: bool = False)
     """
     model, written = Path(model), []
     with finished_folder(out, overwrite=overwrite) as folder:
-        for name, adapter in (("vqvae", adapters.VQVAE), ("transformer", adapters.VAR), ("refiner", adapters.VAR)):
+        bitwise = family == "infinity"
+        networks = (adapters.BSQ, adapters.INFINITY) if bitwise else (adapters.VQVAE, adapters.VAR)
+        for name, adapter in zip(("vqvae", "transformer", "refiner"), (*networks, networks[1])):
             if name == "refiner" and not (model / name).is_dir():
                 continue
             state = official_state(model / name, adapter)
+            if bitwise:
+                state = {"vae": state} if name == "vqvae" else infinity_keys.chunked(state, chunks)
             file = folder / f"{'vae' if name == 'vqvae' else name}.pth"
             torch.save(state, file)
             written.append(Path(out) / file.name)

@@ -12,8 +12,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Sizes are read off the tensors; options name only what they cannot tell, with the official values."
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=["var", "code"], help="what the files are")
-    direction.add_argument("--to", dest="target", choices=["var"], help="what to write")
+    direction.add_argument("--from", dest="source", choices=["var", "code", "infinity"], help="what the files are")
+    direction.add_argument("--to", dest="target", choices=["var", "infinity"], help="what to write")
     files = parser.add_argument_group("files")
     files.add_argument("--vae", metavar="FILE", help="the tokenizer: .pth, .safetensors or hf://OWNER/NAME/FILE")
     files.add_argument("--transformer", "--drafter", metavar="FILE", help="the VAR transformer, or CoDe's drafter")
@@ -21,6 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--model", metavar="DIR", help="the folder to write as official files (--to)")
     files.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
     files.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    files.add_argument(
+        "--text-encoder", metavar="DIR", help="of Infinity: a folder or Hub name of FLAN-T5-XL, copied into the model"
+    )
     told = parser.add_argument_group("what tensors cannot tell")
     told.add_argument("--schedule", help="sides of the scales, e.g. 1,2,3,4 or 1x2,2x4, where they are not recorded")
     told.add_argument("--heads", type=int, help="heads of a transformer without QK-norm (one per 64 channels)")
@@ -28,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--phi-ratio", type=float, default=0.5, help="quant_resi (0.5)")
     told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")
     told.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss (0.25)")
+    told.add_argument("--size", default="1M", help="of Infinity: 0.06M, 0.25M, 0.60M or 1M pixels (1M)")
+    told.add_argument("--level-every", type=int, default=0, help="blocks between level embeddings; 0: only at first (0)")
+    told.add_argument("--chunks", type=int, default=8, help="chunks of blocks in the files of --to infinity (8)")
     told.add_argument("--handover", type=int, help="scales of CoDe's drafter (as the files are named: drafter_8.pth)")
 
 
@@ -42,11 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.target:
         _need(args, "--to", "model")
-        for path in convert_back(args.model, args.out, overwrite=args.overwrite):
+        back = {"family": args.target, "chunks": args.chunks, "overwrite": args.overwrite}
+        for path in convert_back(args.model, args.out, **back):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
         return 0
     _need(args, f"--from {args.source}", "vae", "transformer", *(["refiner"] if args.source == "code" else []))
-    names = ("schedule", "heads", "depth", "phi_ratio", "cosine", "beta", "handover")
+    names = ("schedule", "heads", "depth", "phi_ratio", "cosine", "beta", "handover", "size", "level_every")
     components = convert(
         args.out,
         family=args.source,
@@ -54,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
         transformer=args.transformer,
         refiner=args.refiner,
         flags=Flags(**{name: getattr(args, name) for name in names}),
+        text_encoder=args.text_encoder,
         overwrite=args.overwrite,
     )
     for name, component in components.items():
         print(f"{name:12} {_described(component.config)}")
-    example = min(207, components["transformer"].config["num_classes"] - 1)
-    print(f"{args.out}: try `nextscale sample --model {args.out} --class {example} --out pictures/`")
+    config = components["transformer"].config
+    what = '"a red star"' if config["conditioning"] == "text" else f"--class {min(207, config['num_classes'] - 1)}"
+    print(f"{args.out}: try `nextscale sample --model {args.out} {what} --out pictures/`")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
+SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size")
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
@@ -20,6 +21,12 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--depth", help="layers of the plan's subnet, or one number a scale: 4 or 6,4,4")
     parser.add_argument("--cache", help="share of the cache to keep: 10%%, or window:, streaming:, snapkv:10%%")
     parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
+    parser.add_argument("--aspect", metavar="W:H", help="16:9, 2:3, ... from 3:1 to 1:3 (models with rotary positions)")
+    parser.add_argument("--size", help="with or without --aspect: 0.06M, 0.25M, 0.60M or 1M pixels")
+    parser.add_argument("--guidance-ramp", choices=["linear", "constant"], help="guidance over the scales")
+    parser.add_argument(
+        "--guidance-blocks", type=block_list, metavar="LIST", help="guide hidden states after these blocks: -2 or -5,-1"
+    )
 
 
 def by_scale(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -31,6 +38,11 @@ def by_scale(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     read.__name__ = kind.__name__
     return read
+
+
+def block_list(text: str) -> list[int]:
+    """An argument type: block numbers after commas, negative from the end."""
+    return [int(part) for part in text.split(",")]
 
 
 def how_options(args: argparse.Namespace) -> dict[str, Any]:
