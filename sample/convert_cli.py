@@ -32,7 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")
     told.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss (0.25)")
     told.add_argument("--size", default="1M", help="of Infinity: 0.06M, 0.25M, 0.60M or 1M pixels (1M)")
-    told.add_argument("--level-every", type=int, default=0, help="blocks between level embeddings; 0: only at first (0)")
+    told.add_argument(
+        "--level-every", type=int, default=0, help="blocks between level embeddings; 0: only at first (0)"
+    )
     told.add_argument("--chunks", type=int, default=8, help="chunks of blocks in the files of --to infinity (8)")
     told.add_argument("--handover", type=int, help="scales of CoDe's drafter (as the files are named: drafter_8.pth)")
 
