@@ -1,0 +1,333 @@
+"""Bitwise tokens: their quantiser, the transformer's options for them, any aspect ratio, Infinity's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import liven
+from golden_infinity import load_infinity, text_prompt
+from golden_outputs import Golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from sample import adapters
+from sample.convert import convert, convert_back
+from sample.generate import generate
+from sample.guidance import Guidance
+from sample.load import load_pipeline
+from sample.official import Flags, load_official
+from sample.plan import plain
+from sample.state import Hook
+from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, known_grid, nearest_template, read_aspect
+from tokenizer.bitwise import BinarySphericalQuantizer, entropy_penalty
+from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
+from var.conditioning import TextPrompt
+from var.convert_infinity import chunked, normalized
+from var.transformer import NextScaleTransformer
+
+GOLDEN = Path(__file__).parent / "goldens/infinity_tiny"
+SIDES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4).map(
+    lambda sides: [(sum(h for h, _ in sides[: i + 1]), sum(w for _, w in sides[: i + 1])) for i in range(len(sides))]
+)
+
+
+def latent(quantizer: BinarySphericalQuantizer, schedule: ScaleSchedule, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, quantizer.bits, *quantizer.cells(schedule.latent_hw), generator=generator)
+
+
+# --- the quantiser --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(sides=SIDES, patch=st.integers(1, 2), channels=st.integers(2, 5))
+def test_verbs_agree(sides: list[tuple[int, int]], patch: int, channels: int) -> None:
+    schedule, quantizer = ScaleSchedule.of(sides), BinarySphericalQuantizer(channels=channels, patch=patch)
+    f = latent(quantizer, schedule)
+    bits, inputs = quantizer.corrected(f, schedule)
+    trained = quantizer(f, schedule)
+    assert [tuple(b.shape) for b in bits] == [(2, n, channels * patch**2) for n in schedule.lengths]
+    assert all(torch.equal(a, b) for a, b in zip(bits, trained.ids))
+    assert torch.equal(inputs, quantizer.teacher_inputs(bits, schedule))
+    torch.testing.assert_close(quantizer.partial_sums(bits, schedule)[-1], trained.f_hat_BCHW)
+    code = quantizer.lookup(bits[0], 0, schedule)
+    torch.testing.assert_close(code.square().sum(dim=1), torch.ones_like(code[:, 0]))
+
+
+def test_zero_is_bit_0_and_soft_bits_at_the_corners_are_hard_ones() -> None:
+    quantizer, schedule = BinarySphericalQuantizer(channels=3), ScaleSchedule.of("1,2")
+    assert not quantizer.encode(torch.zeros(1, 3, 2, 2), schedule)[0].any()
+    bits = quantizer.encode(latent(quantizer, schedule), schedule)[1]
+    assert torch.equal(quantizer.blend(F.one_hot(bits, 2), 1, schedule), quantizer.lookup(bits, 1, schedule))
+
+
+def test_patches_are_in_the_order_of_pixel_shuffle() -> None:
+    quantizer, schedule = BinarySphericalQuantizer(channels=3, patch=2), ScaleSchedule.of("2x3")
+    f = latent(quantizer, schedule)
+    bits = quantizer.encode(f, schedule)[0]
+    expected = F.pixel_unshuffle((f > 0).long(), 2)
+    assert torch.equal(bits.transpose(1, 2).reshape(expected.shape), expected)
+    assert torch.equal(quantizer.next_input(f, 0, schedule), F.pixel_unshuffle(f, 2).flatten(2).transpose(1, 2))
+
+
+def test_later_labels_see_the_flipped_bits() -> None:
+    quantizer, schedule = BinarySphericalQuantizer(channels=8), ScaleSchedule.of("1,2,4,8")
+    f = latent(quantizer, schedule, batch=8)
+    none = [torch.zeros(8, n, 8, dtype=torch.bool) for n in schedule.lengths]
+    flipped = [torch.ones_like(none[0]), *none[1:]]
+    clean, wrong = (quantizer.corrected(f, schedule, flips) for flips in (none, flipped))
+    assert torch.equal(clean[1], quantizer.corrected(f, schedule)[1])
+    assert torch.equal(clean[0][0], wrong[0][0])  # the label of the flipped scale itself is the true one
+    assert not torch.equal(clean[0][1], wrong[0][1])
+    shown = [wrong[0][0] ^ 1, *wrong[0][1:]]
+    naive = [clean[0][0] ^ 1, *clean[0][1:]]
+    errors = [(quantizer.partial_sums(bits, schedule)[-1] - f).square().mean() for bits in (shown, naive)]
+    assert errors[0] < errors[1]  # labels that know of the error undo some of it
+
+
+def test_entropy_penalty_has_its_least_value_at_sure_and_even_bits() -> None:
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]).T[None, :, :, None] / 2**0.5
+    assert entropy_penalty(corners).item() == pytest.approx(-2 * log(2), abs=1e-3)
+    assert entropy_penalty(corners[:, :, :1]).item() == pytest.approx(0, abs=1e-3)
+    z = F.normalize(torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    entropy_penalty(z).backward()
+    assert z.grad.abs().max() > 0
+
+
+def test_tokenizer_round_trip(tmp_path: Path) -> None:
+    sizes = {"channels": [8, 8], "layers_per_block": 1, "attention": False, "norm_groups": 4, "latent_channels": 4}
+    model = MultiScaleVQ(**sizes, schedule="1,2", bitwise=True, token_patch=2).eval()
+    assert model.image_hw == (8, 8) and model.config.vocab_size == 2
+    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = model.image_to_tokens(image)
+    assert [tuple(bits.shape) for bits in ids] == [(2, 1, 16), (2, 4, 16)]
+    model.save_pretrained(tmp_path)
+    again = MultiScaleVQ.from_pretrained(tmp_path)
+    assert torch.equal(again.tokens_to_image(ids), model.tokens_to_image(ids))
+    with pytest.raises(ValueError, match="token_patch is for bitwise"):
+        MultiScaleVQ(**sizes, schedule="1,2", token_patch=2)
+
+
+# --- the transformer ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> NextScaleTransformer:
+    return load_infinity(Golden(GOLDEN))
+
+
+@pytest.fixture(scope="module")
+def prompt() -> TextPrompt:
+    io = load_file(GOLDEN / "io.safetensors")
+    return text_prompt(io["text_compact"], io["text_lens"])
+
+
+QUANTIZER = BinarySphericalQuantizer(channels=8)
+WIDE = ScaleSchedule.of("1,2x3,3x5")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level_every", [0, 2])
+def test_cached_equals_uncached_on_another_schedule(prompt: TextPrompt, level_every: int) -> None:
+    golden = Golden(GOLDEN)
+    state, grid = normalized(golden.weights), (48, 84)
+    flags = {"heads": 4, "level_every": level_every}
+    model = adapters.build(adapters.INFINITY, state, schedule="1,2,4", rope_grid=grid, **flags)
+    built_for_it = adapters.build(adapters.INFINITY, state, schedule=WIDE, rope_grid=grid, **flags)
+    schedule, cond = replace(WIDE, grid=grid), model.condition(prompt)
+    inputs = torch.randn(2, WIDE.total - 1, 8, generator=torch.Generator().manual_seed(1))
+    whole = model(inputs, cond, schedule=schedule)
+    assert torch.equal(whole, built_for_it(inputs, cond))
+    cache, parts = model.new_cache(schedule), []
+    for k, (begin, end) in enumerate(zip(WIDE.begins, WIDE.ends)):
+        x = inputs[:, begin - 1 : end - 1] if k else None
+        parts.append(model(x, cond, scales=range(k, k + 1), cache=cache, schedule=schedule))
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
+
+
+def test_save_and_load_keep_the_grid(model: NextScaleTransformer, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    again = NextScaleTransformer.from_pretrained(tmp_path)
+    assert again.schedule == model.schedule and again.schedule.grid == (64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_schedules_a_model_cannot_work_on_are_refused(model: NextScaleTransformer, tiny_text_model) -> None:
+    with pytest.raises(ValueError, match="rotary positions"):
+        plain(tiny_text_model, schedule=WIDE)
+    with pytest.raises(ValueError, match="at most 15 scales"):
+        plain(model, schedule=ScaleSchedule.of(list(range(1, 17))))
+    with pytest.raises(ValueError, match="must begin with 1 tokens"):
+        plain(model, schedule=ScaleSchedule.of("2,4"))
+    with pytest.raises(ValueError, match=r"guidance blocks must be in -4\.\.3"):
+        plain(model, guidance=Guidance(1.0, blocks=(-5,)))
+    with pytest.raises(ValueError, match="temperature needs one value a scale, 3, got 2"):
+        plain(model, temperature=[1.0, 0.5])
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_does_not_depend_on_its_batch(model: NextScaleTransformer, prompt: TextPrompt) -> None:
+    """Prompts of 5 and 9 tokens, another aspect ratio, guidance inside and on the logits."""
+    guidance = Guidance([0.0, 2.0, 1.0], blocks=(-2,))
+    plan = plain(model, guidance=guidance, temperature=[1.0, 0.7, 0.5], top_p=0.97, schedule=WIDE)
+    both = generate(plan, QUANTIZER, prompt, [7, 8])
+    for row in range(2):
+        alone = generate(plan, QUANTIZER, prompt.select(slice(row, row + 1)), [7 + row])
+        assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone.tokens, both.tokens))
+    assert both.f_hat_BCHW.shape == (2, 8, 3, 5)
+
+
+def test_bits_follow_their_probabilities(model: NextScaleTransformer, prompt: TextPrompt) -> None:
+    class Keep(Hook):
+        def on_tokens(self, state, k, logits, tokens):
+            self.p = logits.softmax(dim=-1)[..., 1]
+            return tokens
+
+    hook, one = Keep(), prompt.select(slice(0, 1))
+    plan = plain(model, guidance=0.0, schedule=ScaleSchedule.of("1"))
+    many = one.select(torch.zeros(2000, dtype=torch.int64))
+    drawn = generate(plan, QUANTIZER, many, range(2000), hooks=[hook]).tokens[0]
+    torch.testing.assert_close(drawn.float().mean(dim=0), hook.p[0], atol=0.05, rtol=0)
+
+
+def test_selected_copies_differ_and_first_ones_do_not(model: NextScaleTransformer, prompt: TextPrompt) -> None:
+    class Double(Hook):
+        def on_scale_end(self, state, k):
+            if k == 0:
+                state.select([0, 0, 1])
+
+    plan = plain(model, guidance=1.0)
+    plainly, doubled = (generate(plan, QUANTIZER, prompt, [1, 2], hooks=hooks) for hooks in ([], [Double()]))
+    assert torch.equal(doubled.tokens[2][[0, 2]], plainly.tokens[2])
+    assert not torch.equal(doubled.tokens[2][0], doubled.tokens[2][1])
+
+
+# --- aspect ratios --------------------------------------------------------------------------------------------------
+
+
+def test_templates() -> None:
+    assert [aspect_schedule("1:1", size).total for size in SIZES] == [521, 2521, 6425, 10521]
+    assert len(TEMPLATES) == 15
+    for ratio, schedule in TEMPLATES.items():
+        assert len(schedule) == 13 and schedule.latent_hw[0] / schedule.latent_hw[1] == pytest.approx(ratio, abs=0.01)
+        for size in SIZES:
+            assert known_grid(aspect_schedule(ratio, size)) == schedule.latent_hw
+    assert nearest_template(read_aspect("16:9")) == 0.571 and aspect_schedule("9:16").latent_hw == (84, 48)
+
+
+@pytest.mark.parametrize("wrong", ["wide", "4:1", "0:3", "1:9", "-1"])
+def test_aspects_that_cannot_be_drawn(wrong: str) -> None:
+    with pytest.raises(ValueError, match="aspect must be"):
+        aspect_schedule(wrong)
+    with pytest.raises(ValueError, match="size must be one of"):
+        aspect_schedule("1:1", "2M")
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae_state() -> dict[str, torch.Tensor]:
+    """A small tokenizer of 8 bits under official names, with both names of the mask."""
+    sizes = {"channels": [32, 32, 64], "layers_per_block": 1, "attention": False, "beta": 0.0}
+    model = liven(MultiScaleVQ(**sizes, latent_channels=8, schedule="1,2,4", bitwise=True), 5)
+    state = adapters.to_official(adapters.BSQ, model.state_dict(), model.config)
+    return state | adapters.BSQ.official_buffers(model.config, torch.float32)
+
+
+@pytest.fixture
+def files(vae_state: dict[str, torch.Tensor], tmp_path: Path) -> dict[str, Path]:
+    weights = load_file(GOLDEN / "weights.safetensors")
+    saved = {"vae": {"vae": vae_state, "ema": {k: v + 1 for k, v in vae_state.items()}}, "transformer": weights}
+    for name, state in saved.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    return {name: tmp_path / f"{name}.pth" for name in saved}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_round_trip_is_bit_equal(files: dict[str, Path], tmp_path: Path) -> None:
+    convert(tmp_path / "ours", family="infinity", **files)
+    convert_back(tmp_path / "ours", tmp_path / "back", family="infinity", chunks=2)
+    assert same(torch.load(tmp_path / "back/transformer.pth"), torch.load(files["transformer"]))
+    assert same(torch.load(tmp_path / "back/vae.pth")["vae"], torch.load(files["vae"])["vae"])
+    assert json.loads((tmp_path / "ours/transformer/config.json").read_text())["rope_grid"] == [64, 64]
+
+
+def test_folder_draws_any_aspect(files: dict[str, Path], tmp_path: Path, prompt: TextPrompt) -> None:
+    convert(tmp_path / "ours", family="infinity", **files, flags=Flags(size="0.06M"))
+    pipeline = load_pipeline(tmp_path / "ours", device="cpu")
+    pipeline.encode_prompt = lambda texts: prompt  # no text encoder here
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(["a", "b"], aspect="3:1", seed=0, output_type="np")
+    assert output.images.shape == (2, 9 * 4, 27 * 4, 3)
+    assert len(output.tokens) == 7
+    assert pipeline.make_plan().stages[0].guidance == Guidance(2.0, "constant")
+    listed = pipeline.make_plan(guidance_scale=[2.0] * 7, temperature=[0.5] * 7, guidance_blocks=[-2])
+    assert not listed.stages[0].guidance.on_logits
+
+
+def test_shards_trainers_and_names_without_wrappers(files: dict[str, Path], tmp_path: Path) -> None:
+    expected = load_official(family="infinity", **files)["transformer"].state_dict()
+    weights, vae = torch.load(files["transformer"]), torch.load(files["vae"])["vae"]
+    keys, shards = sorted(weights), tmp_path / "shards"
+    shards.mkdir()
+    halves = {f"{i}.safetensors": {k: weights[k] for k in keys[i::2]} for i in range(2)}
+    for name, state in halves.items():
+        save_file(state, shards / name)
+    index = {"weight_map": {key: name for name, state in halves.items() for key in state}}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    plain_names = {k.replace("conv.conv.", "conv.").replace("norm.", ""): v for k, v in vae.items()}
+    plain_names = {k.replace("_in.conv.", "_in.").replace("_out.conv.", "_out."): v for k, v in plain_names.items()}
+    trainer = {"trainer": {"gpt_fsdp": weights, "gpt_fsdp_opt": {}, "vae_local": plain_names}, "args": {}}
+    torch.save(trainer, tmp_path / "ar-ckpt.pth")
+    for transformer in (shards, tmp_path / "ar-ckpt.pth"):
+        found = load_official(family="infinity", vae=files["vae"], transformer=transformer)
+        assert same(found["transformer"].state_dict(), expected)
+    (shards / "1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*1\.safetensors"):
+        load_official(family="infinity", vae=files["vae"], transformer=shards)
+
+
+def test_a_tokenizer_of_other_bits_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    other = MultiScaleVQ(channels=[32], layers_per_block=1, attention=False, latent_channels=6, bitwise=True)
+    state = adapters.to_official(adapters.BSQ, other.state_dict(), other.config)
+    torch.save({"vae": state}, tmp_path / "infinity_vae_d6.pth")
+    with pytest.raises(ValueError, match=r"6 bits a cell .* and 8 bits a token"):
+        load_official(family="infinity", vae=tmp_path / "infinity_vae_d6.pth", transformer=files["transformer"])
+    with pytest.raises(ValueError, match=r"holds no Infinity transformer|lacks"):
+        load_official(family="infinity", vae=files["vae"], transformer=files["vae"])
+
+
+def test_chunks_and_blocks_are_the_same_names() -> None:
+    state = load_file(GOLDEN / "weights.safetensors")
+    assert same(chunked(normalized(state), 2), state)
+    assert "blocks.3.ada_gss" in normalized(state)
+    with pytest.raises(ValueError, match="chunks must divide the 4 blocks, got 3"):
+        chunked(normalized(state), 3)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "bits", "millions"),
+    [(12, 768, 8, 32, 125), (24, 1536, 16, 32, 941), (32, 2048, 16, 32, 2200), (40, 3584, 28, 56, 8380)],
+)
+def test_published_sizes(depth: int, width: int, heads: int, bits: int, millions: float) -> None:
+    sizes = {"depth": depth, "width": width, "heads": heads, "latent_channels": bits, "bitwise": True}
+    options = {"conditioning": "text", "positions": "rope", "shared_ada": True, "level_table": 15, "pool_heads": 16}
+    with torch.device("meta"):
+        model = NextScaleTransformer(
+            **sizes, **options, schedule=aspect_schedule("1:1"), text_width=2048, text_length=512
+        )
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
