@@ -13,16 +13,28 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.distributions import Measure
+from evaluation.geneval import read_results, read_suite, suite, summarize
 from evaluation.options import defaults
 from evaluation.report import command_line, portable, result, table, write_result
-from evaluation.scenes import TAGS, prompt_suite
+from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
 from evaluation.sources import Images, open_images
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
-from sample.images import GenEvalTree, Job, grid, image_stream, make_requests, process_share, write_png, write_text
+from sample.images import (
+    GenEvalTree,
+    Job,
+    grid,
+    image_stream,
+    make_requests,
+    process_share,
+    requests_digest,
+    write_png,
+    write_text,
+)
 from sample.load import load_pipeline, model_digest, model_folder
 
+SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`
 PICTURES = 48  # in the picture beside a result
 
 
@@ -34,12 +46,18 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.tokenizer is not None:
         report_options(args)
         return 0
+    if args.geneval_results is not None:
+        report_geneval(args)
+        return 0
     measure = Measure.of(args)
     settings: dict = {}
     source = args.images
     if args.model is not None:
         source, settings = make_images(args)
         if source is None:
+            return 0
+        if not judgeable(suite_prompts(args)):
+            print(f"{source}: images of {args.suite}; no judge here knows their classes, GenEval's detector does")
             return 0
     if args.suite is None:
         images, judged = open_images(source), None
@@ -48,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> int:
         judged = Judged.of(source)
         images = judged.images
         row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
-        row |= {"suite": args.suite, **judged.scores(args.seed)}
+        row |= {"suite": suite_name(args.suite), **judged.scores(args.seed)}
         settings["prompts"] = len(set(judged.prompts))
     row |= measure.figures(images)
     settings |= measure.settings()
@@ -83,6 +101,39 @@ def model_name(model: str) -> str:
     return portable(model) if Path(model).exists() else model
 
 
+def report_geneval(args: argparse.Namespace) -> None:
+    """Print, and with `--out` write, GenEval's scores of its detector's results file."""
+    rows = read_results(args.geneval_results)
+    row = {"results": portable(args.geneval_results), **summarize(rows, seed=args.seed)}
+    print(table([row], [name for name in row if not name.endswith("_ci95")]))
+    if args.out is not None:
+        command = command_line("nextscale evaluate", vars(args), defaults())
+        write_result(args.out, result([row], command=command, n=len(rows), seeds=args.seed))
+        print(f"written: {args.out}")
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def suite_prompts(args: argparse.Namespace) -> list[dict]:
+    """The prompts of `--suite` as GenEval metadata. Raises as `read_suite` does."""
+    if args.suite == "geneval":
+        return suite()
+    if args.suite not in SCENES:
+        return read_suite(args.suite)
+    return prompt_suite(args.per_tag, args.seed, unseen=True if args.suite == "scenes-unseen" else None)
+
+
+def judgeable(metadatas: list[dict]) -> bool:
+    """Whether the scenes judge knows all classes of these prompts."""
+    return all(item["class"] in SHAPES for metadata in metadatas for item in metadata["include"])
+
+
+def suite_name(text: str) -> str:
+    """A suite's name, or its file's without folder and ending."""
+    return Path(text).stem if Path(text).is_file() else text
+
+
 # --- making images ---------------------------------------------------------------------------------------------------
 
 
@@ -106,11 +157,12 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
         **(pipeline.config.sampling or {}),
         **call,
     }
-    per_prompt = args.n or 1
-    metadatas = prompt_suite(args.per_tag, args.seed, unseen=True if args.suite == "scenes-unseen" else None)
+    per_prompt = args.n or (4 if args.suite == "geneval" else 1)
+    metadatas = suite_prompts(args)
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadatas)
-    asked = {"suite": args.suite, "per_tag": args.per_tag, "images_per_prompt": per_prompt, "seed": args.seed}
+    asked = {"suite": suite_name(args.suite), "images_per_prompt": per_prompt, "seed": args.seed}
+    asked |= {"per_tag": args.per_tag} if args.suite in SCENES else {"requests": requests_digest(requests)}
     of_job = {**settings, **asked}
     folder = args.work or default_folder(of_job)
     job = Job(folder / "settings.json", of_job)

@@ -6,6 +6,8 @@ from pathlib import Path
 EXAMPLES = """examples:
   nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json
   nextscale evaluate --suite scenes --images geneval/            judge a GenEval tree somebody else made
+  nextscale evaluate --model FOLDER --suite geneval --work geneval/      images for GenEval's detector (553 prompts x 4)
+  nextscale evaluate --geneval-results results.jsonl --out results/geneval.json      what that detector found
   nextscale evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,is
   nextscale evaluate --images pictures/ --metrics fd-scenes,is-scenes
   nextscale evaluate --tokenizer runs/scenes-tokenizer/latest/vqvae --n 1200
@@ -15,7 +17,7 @@ FID, IS and KID use Inception features; distances on the scenes network are call
 The same command again goes on where it stopped; finished images are kept."""
 
 METRICS = ("fid", "is", "kid", "fd-scenes", "is-scenes")
-SUITES = ("scenes", "scenes-unseen")
+SUITES = ("scenes", "scenes-unseen", "geneval")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +27,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (one of)")
     what.add_argument("--model", help="make images: scenes (bundled), a model folder, a training run, or a Hub id")
     what.add_argument("--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), or an .npz")
-    what.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: scenes (bundled) or a folder"
-    )
+    what.add_argument("--geneval-results", type=Path, metavar="FILE", help="the JSON lines GenEval's detector writes")
+    what.add_argument("--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: scenes (bundled) or a folder")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--suite", choices=SUITES, help="prompts to judge; scenes-unseen names held-out pairs only")
+    how.add_argument(
+        "--suite",
+        metavar="NAME|FILE",
+        help="prompts: scenes, scenes-unseen (held-out pairs only), geneval, or a file of GenEval's JSON or grammar",
+    )
     how.add_argument("--per-tag", type=int, default=100, help="prompts of each tag (100)")
-    how.add_argument("--n", type=int, help="images of each prompt (1); with --tokenizer, scenes to reconstruct (1200)")
+    how.add_argument("--n", type=int, help="images of each prompt (1; geneval 4); with --tokenizer, scenes (1200)")
     how.add_argument("--usage-n", type=int, default=2000, help="with --tokenizer, scenes to count codes on (2000)")
     how.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
     how.add_argument("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; fd-scenes,is-scenes for scenes")
@@ -64,10 +69,15 @@ def defaults() -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError on options that make no sense together, naming them."""
-    given = [name for name in ("model", "images", "tokenizer") if getattr(args, name) is not None]
+    sources = ("model", "images", "geneval_results", "tokenizer")
+    given = [name for name in sources if getattr(args, name) is not None]
     if len(given) != 1:
-        got = " and ".join(f"--{name}" for name in given) or "none"
-        raise ValueError(f"give one of --model, --images and --tokenizer, got {got}")
+        got = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+        raise ValueError(f"give one of --model, --images, --geneval-results and --tokenizer, got {got}")
+    if args.suite is not None and args.suite not in SUITES and not Path(args.suite).is_file():
+        raise ValueError(f"--suite: invalid choice {args.suite!r}, give {', '.join(SUITES)} or a file of prompts")
+    if args.images is not None and args.suite == "geneval":
+        raise ValueError("--suite geneval is judged by GenEval's detector: run it on --images, then --geneval-results")
     for name, low in (("per_tag", 1), ("n", 1), ("usage_n", 1), ("seed", 0), ("batch_size", 1), ("bootstrap", 0)):
         value = getattr(args, name)
         if value is not None and value < low:
