@@ -270,9 +270,9 @@ def test_prompts_drop_by_image_not_by_batch(transformer):
     seen = []
 
     class Watch(VarObjective):
-        def hidden(self, inputs, cond, clock):
+        def hidden(self, inputs, cond, **passes):
             seen.append(cond.start_BD)
-            return super().hidden(inputs, cond, clock)
+            return super().hidden(inputs, cond, **passes)
 
     objective = Watch(transformer, VarLossConfig(drop=0.3), OptimizerConfig()).train()
     count = 200

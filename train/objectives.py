@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -325,25 +326,38 @@ class VarObjective(Objective):
         states = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["mask"]).last_hidden_state
         return TextPrompt(states, batch["mask"])
 
-    def hidden(self, inputs: torch.Tensor, cond: Conditioning, clock: Clock) -> torch.Tensor:
-        """Hidden states (B, L, D) of all tokens; an objective that trains subnetworks chooses the layers here."""
+    def hidden(self, inputs: torch.Tensor | None, cond: Conditioning, **passes: Any) -> torch.Tensor:
+        """Hidden states (B, L, D) of all tokens."""
         if self.transformer.gradient_checkpointing:  # the backward pass recomputes outside of any block of code here
-            return self.transformer(inputs, cond)
-        with fast_cpu_attention(inputs.device):
-            return self.transformer(inputs, cond)
+            return self.transformer(inputs, cond, **passes)
+        with fast_cpu_attention(cond.start_BD.device):
+            return self.transformer(inputs, cond, **passes)
+
+    def passes(self, clock: Clock) -> dict[str, Any]:
+        """What the transformer is called with beside inputs and condition: an objective of subnets chooses layers."""
+        return {}
 
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each token in the loss, (L,); progressive training changes it over time."""
         return token_weights(self.transformer.schedule, self.config.weights)
 
+    def training_prompt(self, batch: Batch, clock: Clock) -> Prompt:
+        """The batch's prompt; in training, null for a share of the images."""
+        prompt = self.prompt(batch)
+        if not self.training or self.config.drop == 0:
+            return prompt
+        u_B = [uniforms(1, clock.seed, counter, 2)[0] for counter in batch["counter"]]
+        return drop_prompts(prompt, self.transformer.null_prompt(prompt), torch.tensor(u_B) < self.config.drop)
+
     def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""
-        prompt, ids_BL = self.prompt(batch), batch["ids"]
-        if self.training and self.config.drop > 0:
-            u_B = [uniforms(1, clock.seed, counter, 2)[0] for counter in batch["counter"]]
-            prompt = drop_prompts(prompt, self.transformer.null_prompt(prompt), torch.tensor(u_B) < self.config.drop)
-        cond = self.transformer.condition(prompt)
-        logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, clock), cond)
+        return self.predict(batch, clock, **self.passes(clock))
+
+    def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
+        """`forward` with other arguments of the transformer."""
+        ids_BL = batch["ids"]
+        cond = self.transformer.condition(self.training_prompt(batch, clock))
+        logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond)
         smoothing = self.config.label_smoothing if self.training else 0.0
         logits_NV = logits_BLV.flatten(0, 1)
         loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)

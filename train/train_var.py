@@ -16,12 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tokenizer.model import MultiScaleVQ
+from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
 from train.session import Batch, Task
+from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, tokenize
 from train.token_cache import TokenCache
 from train.train_tokenizer import load_tokenizer, to_images
@@ -53,6 +55,8 @@ def parser():
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
     made.add_class_arguments(TextConfig, "text")
     made.add_class_arguments(VarLossConfig, "loss")
+    made.add_class_arguments(SupernetConfig, "supernet")
+    made.add_class_arguments(CollaborationConfig, "code")
     made.add_class_arguments(OptimizerConfig, "optimizer")
     return made
 
@@ -78,6 +82,25 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
     return model
+
+
+def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
+    """The plain loss, or with `supernet.depths` or `code.role` that of subnets or of a collaboration's part.
+
+    Raises:
+        ValueError: if both are asked for, or they do not fit the model.
+    """
+    common = (transformer, config.loss, config.optimizer, text_encoder)
+    if config.supernet.depths and config.code.role:
+        raise ValueError("supernet.depths and code.role are two trainings: leave one out")
+    if config.supernet.depths:
+        return SupernetObjective(*common, supernet=config.supernet)
+    if config.code.role == "drafter":
+        return DrafterObjective(*common, code=config.code)
+    if config.code.role == "refiner":
+        teacher = NextScaleTransformer.from_pretrained(config.code.teacher)
+        return RefinerObjective(*common, code=config.code, teacher=teacher)
+    return VarObjective(*common)
 
 
 def preparer(
@@ -184,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text_width = encoder.config.d_model if encoder is not None else built.text.d_model
     transformer = build_transformer(built, vqvae, train_data.num_classes, text_width)
     trained, frozen = (encoder, None) if built.text.train else (None, encoder)
-    objective = VarObjective(transformer, built.loss, built.optimizer, trained)
+    objective = build_objective(built, transformer, trained)
     prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length)
     save_config(made, config, run_config.run_dir)
     task = Task(
