@@ -34,6 +34,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
     """
 
     normalize_scales = False
+    has_codebook = False
 
     def __init__(self, *, channels: int, patch: int = 1, entropy: float = 0.0, beta: float = 0.0):
         super().__init__()

@@ -70,11 +70,13 @@ class PyramidQuantizer(nn.Module):
         vocab_size: values of a token or, bitwise, of each bit.
         channels: what the transformer reads of a token.
         draws_per_token: random draws that make one token.
+        has_codebook: whether there are codes to learn.
     """
 
     vocab_size: int
     channels: int
     draws_per_token = 1
+    has_codebook = True
 
     @torch.no_grad()
     def teacher_inputs(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> torch.Tensor:

@@ -46,6 +46,8 @@ class TokenizerLossConfig:
         l2: of the mean squared pixel error.
         gradient: of the error of finite differences (edges).
         perceptual: of the perceptual distance.
+        early: of the same terms on an image decoded from the first scales alone, up to one drawn at each step: keeps
+            the last scales from holding everything (Infinity's "reg" tokenizers; bitwise only).
         perceptual_kind: none, scenes (the shipped scenes network, which FD-scenes is measured with too) or lpips
             (needs the lpips extra).
         vq: of the quantiser's own loss.
@@ -65,6 +67,7 @@ class TokenizerLossConfig:
     gradient: float = 0.0
     perceptual: float = 1.0
     perceptual_kind: str = "none"
+    early: float = 0.0
     vq: float = 1.0
     adversary: float = 0.0
     adversary_start: float = 0.2
@@ -122,6 +125,8 @@ class TokenizerObjective(Objective):
             for part in (vqvae.encoder, vqvae.quant_conv, vqvae.quantizer):
                 part.requires_grad_(False)
         self.perceptual = build_perceptual(config.perceptual_kind)
+        if config.early > 0 and (not vqvae.config.bitwise or len(vqvae.schedule) < 2):
+            raise ValueError("loss.early needs a tokenizer that is bitwise and has 2 scales or more")
         self.discriminator = None
         if config.adversary > 0:
             if min(vqvae.image_hw) < 3 * 2**config.adversary_layers:
@@ -147,16 +152,14 @@ class TokenizerObjective(Objective):
         config, image = self.config, batch["image"]
         output = self.vqvae(image)
         reconstruction = output.reconstruction
-        pixel = pixel_loss(reconstruction, image, l1=config.l1, l2=config.l2)
-        metrics = {"pixel": pixel, "vq": output.quantized.loss}
-        likelihood = pixel
-        if config.gradient > 0:
-            metrics["gradient"] = gradient_loss(reconstruction, image)
-            likelihood = likelihood + config.gradient * metrics["gradient"]
-        if self.perceptual is not None:
-            metrics["perceptual"] = self.perceptual(reconstruction, image)
-            likelihood = likelihood + config.perceptual * metrics["perceptual"]
+        likelihood, metrics = self.likelihood(reconstruction, image)
+        metrics["vq"] = output.quantized.loss
         loss = likelihood + config.vq * output.quantized.loss
+        if config.early > 0 and self.training:
+            sums = output.quantized.sums_BCHW[:-1]
+            drawn = int(uniforms(1, clock.seed, clock.step, 4)[0] * len(sums))
+            metrics["early"] = self.likelihood(self.vqvae.decode(sums[drawn]), image)[0]
+            loss = loss + config.early * metrics["early"]
         if not self.training:
             return loss, {**metrics, **reconstruction_quality(reconstruction, image)}
         if self.discriminator is not None and clock.progress >= config.adversary_start:
@@ -166,6 +169,19 @@ class TokenizerObjective(Objective):
         metrics["hits_KV"] = count_hits(output.quantized.ids, self.vqvae.config.vocab_size)
         metrics["rms_K"] = torch.stack([r_NC.square().mean().sqrt() for r_NC in output.quantized.residuals_NC])
         return loss, metrics
+
+    def likelihood(self, reconstruction: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """How far a reconstruction is from its image, and the parts of that."""
+        config = self.config
+        metrics = {"pixel": pixel_loss(reconstruction, image, l1=config.l1, l2=config.l2)}
+        total = metrics["pixel"]
+        if config.gradient > 0:
+            metrics["gradient"] = gradient_loss(reconstruction, image)
+            total = total + config.gradient * metrics["gradient"]
+        if self.perceptual is not None:
+            metrics["perceptual"] = self.perceptual(reconstruction, image)
+            total = total + config.perceptual * metrics["perceptual"]
+        return total, metrics
 
     def adversarial_losses(
         self, reconstruction: torch.Tensor, image: torch.Tensor, likelihood: torch.Tensor
@@ -191,6 +207,8 @@ class TokenizerObjective(Objective):
         if quantizer.normalize_scales and clock.progress <= self.config.restart_until:
             drift_K = processes.reduce(metrics["rms_K"]) / processes.accelerator.num_processes
             quantizer.scale_rms_K.mul_(drift_K if clock.step == 0 else 1 + (1 - decay) * (drift_K - 1))
+        if not quantizer.has_codebook:
+            return
         every = self.config.restart_every
         first = clock.step == 0 and self.config.draw_codes
         if first or (every and clock.step and clock.step % every == 0 and clock.progress <= self.config.restart_until):
@@ -260,7 +278,8 @@ class VarLossConfig:
     Args:
         drop: share of prompts replaced by the null prompt, for classifier-free guidance.
         label_smoothing: of the cross-entropy, in training only.
-        weights: token (every token alike, VAR), scale (every scale alike) or lognorm (HMAR's).
+        weights: token (every token alike, VAR), scale (every scale alike), side (a token weighs one over the side of
+            its scale, Infinity) or lognorm (HMAR's).
     """
 
     drop: float = 0.1
@@ -268,8 +287,8 @@ class VarLossConfig:
     weights: str = "token"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("token", "scale", "lognorm"):
-            raise ValueError(f"loss.weights must be token, scale or lognorm, got {self.weights!r}")
+        if self.weights not in ("token", "scale", "side", "lognorm"):
+            raise ValueError(f"loss.weights must be token, scale, side or lognorm, got {self.weights!r}")
         for name in ("drop", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"loss.{name} must be in [0, 1), got {getattr(self, name)}")
@@ -287,6 +306,8 @@ def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
         scale_K = torch.exp(-0.5 * ((r_K.flip(0) - r_K.mean()) / r_K.std()) ** 2)
     elif kind == "token":
         scale_K = torch.tensor(schedule.lengths, dtype=torch.float64)
+    elif kind == "side":
+        scale_K = side_K  # h w tokens of weight 1 / sqrt(h w) each
     else:
         scale_K = torch.ones(K, dtype=torch.float64)
     scale_K = scale_K / scale_K.sum()
@@ -296,7 +317,8 @@ def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
 class VarObjective(Objective):
     """Cross-entropy of all tokens given all coarser scales (VAR, equation 3).
 
-    A batch is {"ids": (B, L) int64, "inputs": (B, L - l of scale 0, C), "counter": B image counters} and the prompt:
+    A batch is {"ids": (B, L) int64 or, bitwise, (B, L, n), "inputs": (B, L - l of scale 0, C), "counter": B image
+    counters} and the prompt; in training {"noisy_ids", "noisy_inputs"} go before ids and inputs. The prompt is
     {"label": (B,)}, or {"states": (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T),
     "mask"} for the one that trains along.
     """
@@ -355,16 +377,19 @@ class VarObjective(Objective):
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """`forward` with other arguments of the transformer."""
+        if self.training and "noisy_ids" in batch:
+            batch = {**batch, "ids": batch["noisy_ids"], "inputs": batch["noisy_inputs"]}
         ids_BL = batch["ids"]
         cond = self.transformer.condition(self.training_prompt(batch, clock))
         logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond)
         smoothing = self.config.label_smoothing if self.training else 0.0
-        logits_NV = logits_BLV.flatten(0, 1)
+        logits_NV = logits_BLV.flatten(0, -2)
         loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
-        loss_L = loss_N.view_as(ids_BL).mean(dim=0)
+        loss_L = loss_N.view_as(ids_BL).flatten(2).mean(dim=(0, *range(2, ids_BL.ndim)))
         loss = (loss_L * self.weights(clock).to(loss_L.device)).sum()
         with torch.no_grad():
-            correct_L = (logits_BLV.argmax(dim=-1) == ids_BL).float().mean(dim=0)
+            correct = logits_BLV.argmax(dim=-1) == ids_BL
+            correct_L = correct.flatten(2).float().mean(dim=(0, *range(2, ids_BL.ndim)))
         by_scale = {**self.by_scale("loss", loss_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}
 

@@ -1,7 +1,7 @@
 """Tokens on disk: a data set encoded once, read through memory maps.
 
     FOLDER/train/manifest.json     what the tokens are, and which tokenizer made them
-                 00000.npy         (n, L) uint16 or int32, all scales in order
+                 00000.npy         (n, L) uint16 or int32, all scales in order; (n, L, bits) uint8 of bitwise tokens
                  00000.jsonl       {"label", "caption"} of each row
 
 A shard exists only when it is complete; the manifest exists only when all shards do.
@@ -32,7 +32,9 @@ def tokenizer_hash(vqvae: MultiScaleVQ) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds every code."""
+    """The smallest of uint8 (bits), uint16 and int32 that holds every value."""
+    if vocab_size == 2:
+        return np.dtype(np.uint8)
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
 
 

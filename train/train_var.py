@@ -16,12 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.order import uniforms
 from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, tokenize
@@ -37,10 +39,22 @@ class TokensConfig:
     Args:
         tokenizer: folder of the frozen MultiScaleVQ (`RUN/latest/vqvae`).
         cache: folder that `train.cache_tokens` wrote; images are encoded on the fly when null.
+        flips: bitwise self-correction: at every scale of every image a share of bits up to this, drawn evenly, enters
+            the inputs flipped (Infinity: 0.3); 0 flips none. Needs images, not a cache.
+
+    Raises:
+        ValueError: if `flips` is not in [0, 1], or is asked of a cache.
     """
 
     tokenizer: str
     cache: str | None = None
+    flips: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flips <= 1:
+            raise ValueError(f"tokens.flips must be in [0, 1], got {self.flips}")
+        if self.flips and self.cache is not None:
+            raise ValueError("tokens.flips needs the latents of the images: leave out tokens.cache")
 
 
 def parser():
@@ -49,7 +63,7 @@ def parser():
     made.add_class_arguments(RunConfig, "run")
     made.add_class_arguments(DataConfig, "data")
     made.add_class_arguments(TokensConfig, "tokens")
-    given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "selectivity"}
+    given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
@@ -69,8 +83,9 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     """
     tokens = {
         "vocab_size": vqvae.config.vocab_size,
-        "latent_channels": vqvae.config.latent_channels,
+        "latent_channels": vqvae.quantizer.channels,
         "schedule": vqvae.schedule.spec,
+        "bitwise": vqvae.config.bitwise,
     }
     if config.start_from is None:
         sizes = {**vars(config.transformer), **tokens, "num_classes": num_classes, "text_width": text_width}
@@ -104,18 +119,34 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
 
 
 def preparer(
-    vqvae: MultiScaleVQ, tokenizer: object | None, frozen: nn.Module | None, max_length: int
+    vqvae: MultiScaleVQ,
+    tokenizer: object | None,
+    frozen: nn.Module | None,
+    max_length: int,
+    *,
+    flips: float = 0.0,
+    seed: int = 0,
 ) -> Callable[[Batch], Batch]:
-    """What turns a batch of images or cached tokens into an objective's batch, with frozen models."""
+    """What turns a batch of images or cached tokens into an objective's batch, with frozen models.
+
+    With `flips` the batch has "noisy_ids" and "noisy_inputs" too, for training (bitwise self-correction).
+    """
 
     def prepare(batch: Batch) -> Batch:
         device = batch["label"].device
+        quantizer, schedule = vqvae.to(device).quantizer, vqvae.schedule
+        made = {"counter": batch["counter"], "label": batch["label"]}
         if "ids" in batch:
-            ids = list(batch["ids"].split(vqvae.schedule.lengths, dim=1))
+            ids = list(batch["ids"].split(schedule.lengths, dim=1))
         else:
-            ids = vqvae.to(device).image_to_tokens(to_images(batch)["image"])
-        made = {"ids": torch.cat(ids, dim=1), "counter": batch["counter"], "label": batch["label"]}
-        made["inputs"] = vqvae.quantizer.to(device).teacher_inputs(ids, vqvae.schedule)
+            f_BCHW = vqvae.encode(to_images(batch)["image"])
+            ids = quantizer.encode(f_BCHW, schedule)
+            if flips:
+                flipped = draw_flips(batch["counter"], quantizer.channels, schedule, largest=flips, seed=seed)
+                noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, [k.to(device) for k in flipped])
+                made["noisy_ids"] = torch.cat(noisy, dim=1)
+        made["ids"] = torch.cat(ids, dim=1)
+        made["inputs"] = quantizer.teacher_inputs(ids, schedule)
         if tokenizer is not None:
             text = {k: v.to(device) for k, v in tokenize(tokenizer, list(batch["caption"]), max_length).items()}
             made |= text
@@ -125,6 +156,22 @@ def preparer(
         return made
 
     return prepare
+
+
+def draw_flips(
+    counters: Sequence[int], bits: int, schedule: ScaleSchedule, *, largest: float, seed: int
+) -> list[torch.Tensor]:
+    """Which bits of each image are flipped: K bool tensors (B, l, bits), keyed by (seed, image counter).
+
+    Each scale of each image has a share of its own, a whole percentage drawn evenly from 0 to `largest`.
+    """
+    of_images = []
+    for counter in counters:
+        generator = torch.Generator().manual_seed(int(uniforms(1, seed, counter, 5)[0] * 2**53))
+        shares = torch.randint(round(100 * largest) + 1, (len(schedule),), generator=generator) / 100
+        draws = [torch.rand(n, bits, generator=generator) for n in schedule.lengths]
+        of_images.append([u < share for u, share in zip(draws, shares)])
+    return [torch.stack(of_scale) for of_scale in zip(*of_images)]
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -200,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_config: RunConfig = built.run
     torch.manual_seed(run_config.seed)
     vqvae = load_tokenizer(built.tokens.tokenizer)
+    if built.tokens.flips and not vqvae.config.bitwise:
+        raise ValueError(f"tokens.flips is for bitwise tokens, and those of {built.tokens.tokenizer!r} are codes")
     train_data, val_data = datasets(built, vqvae)
     encoder = tokenizer = None
     if built.transformer.conditioning == "text":
@@ -208,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer = build_transformer(built, vqvae, train_data.num_classes, text_width)
     trained, frozen = (encoder, None) if built.text.train else (None, encoder)
     objective = build_objective(built, transformer, trained)
-    prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length)
+    correction = {"flips": built.tokens.flips, "seed": run_config.seed}
+    prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length, **correction)
     save_config(made, config, run_config.run_dir)
     task = Task(
         objective=objective,
