@@ -23,6 +23,7 @@ from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.order import uniforms
 from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
@@ -69,6 +70,7 @@ def parser():
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
     made.add_class_arguments(TextConfig, "text")
     made.add_class_arguments(VarLossConfig, "loss")
+    made.add_class_arguments(ProgressiveConfig, "progressive")
     made.add_class_arguments(SupernetConfig, "supernet")
     made.add_class_arguments(CollaborationConfig, "code")
     made.add_class_arguments(OptimizerConfig, "optimizer")
@@ -100,14 +102,18 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
 
 
 def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
-    """The plain loss, or with `supernet.depths` or `code.role` that of subnets or of a collaboration's part.
+    """The plain loss, or what `progressive.until`, `supernet.depths` or `code.role` ask for.
 
     Raises:
-        ValueError: if both are asked for, or they do not fit the model.
+        ValueError: if two of them are asked for, or they do not fit the model.
     """
     common = (transformer, config.loss, config.optimizer, text_encoder)
-    if config.supernet.depths and config.code.role:
-        raise ValueError("supernet.depths and code.role are two trainings: leave one out")
+    asked = {"progressive.until": config.progressive.until, "supernet.depths": config.supernet.depths}
+    several = [name for name, value in {**asked, "code.role": config.code.role}.items() if value]
+    if len(several) > 1:
+        raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
+    if config.progressive.until:
+        return ProgressiveObjective(*common, progressive=config.progressive)
     if config.supernet.depths:
         return SupernetObjective(*common, supernet=config.supernet)
     if config.code.role == "drafter":

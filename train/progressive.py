@@ -1,0 +1,110 @@
+"""Progressive training: coarse scales first, finer ones join one after the other (the official code's `pg`).
+
+Shapes: B images, L tokens of all scales, C latent channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.objectives import VarLossConfig, VarObjective
+from train.optimizers import OptimizerConfig
+from train.session import Batch, Clock, Metrics
+from var.transformer import NextScaleTransformer
+
+LEAST = 0.01  # weight of a scale in the step it joins
+
+
+@dataclass(kw_only=True)
+class ProgressiveConfig:
+    """When the scales join.
+
+    Args:
+        until: share of training after which all scales are trained (`pg`); 0 trains all of them from the start.
+        first: scales trained until the end of the warm-up (5: `pg0` 4 counts from 0).
+        ramp: share of training over which the weight of a scale that joins grows from 0.01 to 1 (`pgwp`).
+    """
+
+    until: float = 0.0
+    first: int = 5
+    ramp: float = 1 / 300
+
+    def __post_init__(self) -> None:
+        for name in ("until", "ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"progressive.{name} is a share of training in [0, 1], got {getattr(self, name)}")
+        if self.first < 1:
+            raise ValueError(f"progressive.first must be 1 scale or more, got {self.first}")
+
+    def stage(self, progress: float, warmup: float, scales: int) -> tuple[int, float]:
+        """How many of the model's scales are trained, and the weight of the newest one.
+
+        They join at equal distances between the end of the warm-up and `until`, the last one half a distance before.
+        As in the official code the last scale joins with its whole weight, the others by a ramp.
+
+        Args:
+            progress, warmup: fractions of training, in [0, 1].
+        """
+        more = scales - self.first
+        if more <= 0 or progress >= self.until:
+            return scales, 1.0
+        if progress <= warmup:
+            return self.first, 1.0
+        span = self.until - warmup
+        joined = round((progress - warmup) / span * more)
+        if joined in (0, more):
+            return self.first + joined, 1.0
+        since = progress - (warmup + (joined - 0.5) / more * span)
+        return self.first + joined, min(max(since / self.ramp if self.ramp else 1.0, LEAST), 1.0)
+
+
+class ProgressiveObjective(VarObjective):
+    """The loss of VAR over the scales that have joined; the others are not even run. Validation takes all scales.
+
+    A token weighs what it weighs when all scales are trained, so the loss grows as scales join.
+    """
+
+    def __init__(
+        self,
+        transformer: NextScaleTransformer,
+        config: VarLossConfig,
+        optimizer: OptimizerConfig,
+        text_encoder: nn.Module | None = None,
+        *,
+        progressive: ProgressiveConfig,
+    ):
+        super().__init__(transformer, config, optimizer, text_encoder)
+        self.progressive = progressive
+
+    def stage(self, clock: Clock) -> tuple[int, float]:
+        """Scales trained in this step, and the weight of the newest one."""
+        scales = len(self.transformer.schedule)
+        return self.progressive.stage(clock.progress, self.optimizer.warmup, scales) if self.training else (scales, 1.0)
+
+    def passes(self, clock: Clock) -> dict[str, Any]:
+        """The scales that have joined."""
+        return {"scales": range(self.stage(clock)[0])}
+
+    def weights(self, clock: Clock) -> torch.Tensor:
+        """Weight of each token of these scales."""
+        schedule, (scales, newest) = self.transformer.schedule, self.stage(clock)
+        begin, end = schedule.begins[scales - 1], schedule.ends[scales - 1]
+        whole = super().weights(clock)
+        return torch.cat([whole[:begin], whole[begin:end] * newest])
+
+    def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
+        """Means over the tokens of each of these scales."""
+        schedule = self.transformer.schedule
+        parts = value_L.detach().split(schedule.lengths[: schedule.ends.index(len(value_L)) + 1])
+        return {f"{name}_{h}x{w}": part.mean() for (h, w), part in zip(schedule.sides, parts)}
+
+    def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
+        """As `VarObjective.predict`, of these scales' tokens."""
+        schedule = self.transformer.schedule
+        end = schedule.ends[self.stage(clock)[0] - 1]
+        inputs = batch["inputs"][:, : end - schedule.lengths[0]] if end > schedule.lengths[0] else None
+        return super().predict({**batch, "ids": batch["ids"][:, :end], "inputs": inputs}, clock, **passes)
