@@ -321,7 +321,12 @@ class VarObjective(Objective):
     counters} and the prompt; in training {"noisy_ids", "noisy_inputs"} go before ids and inputs. The prompt is
     {"label": (B,)}, or {"states": (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T),
     "mask"} for the one that trains along.
+
+    Attributes:
+        attention: backend of self-attention in training, sdpa or flex; validation takes sdpa.
     """
+
+    attention = "sdpa"
 
     def __init__(
         self,
@@ -349,7 +354,15 @@ class VarObjective(Objective):
         return TextPrompt(states, batch["mask"])
 
     def hidden(self, inputs: torch.Tensor | None, cond: Conditioning, **passes: Any) -> torch.Tensor:
-        """Hidden states (B, L, D) of all tokens."""
+        """Hidden states (B, L, D) of all tokens.
+
+        Raises:
+            ValueError: if flex attention is to train on a CPU.
+        """
+        if self.attention == "flex" and torch.is_grad_enabled():
+            if cond.start_BD.device.type == "cpu":
+                raise ValueError("attention flex cannot train on a CPU (PyTorch has no backward pass of it): take sdpa")
+            passes = {**passes, "attention_backend": "flex"}
         if self.transformer.gradient_checkpointing:  # the backward pass recomputes outside of any block of code here
             return self.transformer(inputs, cond, **passes)
         with fast_cpu_attention(cond.start_BD.device):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -68,6 +69,8 @@ def parser():
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
+    backends = "attention in training: sdpa, or flex (on CUDA only)"
+    made.add_argument("--attention", type=Literal["sdpa", "flex"], default="sdpa", help=backends)
     made.add_class_arguments(TextConfig, "text")
     made.add_class_arguments(VarLossConfig, "loss")
     made.add_class_arguments(ProgressiveConfig, "progressive")
@@ -263,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer = build_transformer(built, vqvae, train_data.num_classes, text_width)
     trained, frozen = (encoder, None) if built.text.train else (None, encoder)
     objective = build_objective(built, transformer, trained)
+    objective.attention = built.attention
     correction = {"flips": built.tokens.flips, "seed": run_config.seed}
     prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length, **correction)
     save_config(made, config, run_config.run_dir)
