@@ -1,0 +1,88 @@
+"""Training of bitwise tokens: both stages run to a pipeline; self-correction is keyed and reaches training only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_toys import curve, in_child
+
+from sample.load import load_pipeline
+from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
+from train import cache_tokens, train_tokenizer, train_var
+from train.objectives import token_weights
+from train.train_var import draw_flips, preparer
+
+RUN = ["--run.total_images=24", "--run.batch_size=8", "--run.workers=0", "--run.cpu=true", "--run.precision=no"]
+RUN += ["--run.validation_images=8", "--run.previews=2", "--run.validate_every=2", "--run.checkpoint_every=2"]
+RUN += ["--run.log_every=1", "--data.source=scenes", "--data.size=32", "--data.num_scenes=64"]
+TOKENIZER = ["--tokenizer.channels=[8,8,8]", "--tokenizer.layers_per_block=1", "--tokenizer.attention=false"]
+TOKENIZER += ["--tokenizer.norm_groups=4", "--tokenizer.latent_channels=6", "--tokenizer.schedule=1,2,4"]
+TOKENIZER += ["--tokenizer.bitwise=true", "--tokenizer.token_patch=2", "--tokenizer.entropy=0.1", "--loss.early=0.5"]
+TRANSFORMER = ["--transformer.depth=2", "--transformer.width=32", "--transformer.heads=2"]
+TRANSFORMER += ["--transformer.positions=rope"]
+TRANSFORMER += ["--transformer.conditioning=text", "--transformer.text_length=64", "--transformer.pool_heads=4"]
+TRANSFORMER += ["--text.d_model=16", "--text.layers=1", "--text.heads=2", "--text.d_ff=32", "--loss.weights=side"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bitwise")
+    assert in_child(train_tokenizer.main, [f"--run.run_dir={folder}/tokenizer", *RUN, *TOKENIZER]) == 0
+    return folder
+
+
+def test_from_pixels_to_a_pipeline(trained: Path) -> None:
+    vqvae = MultiScaleVQ.from_pretrained(trained / "tokenizer/latest/vqvae")
+    assert vqvae.config.bitwise and vqvae.image_hw == (32, 32)
+    assert "early" in curve(trained / "tokenizer", "train")[-1]
+    tokens = [f"--tokens.tokenizer={trained}/tokenizer/latest/vqvae", "--tokens.flips=0.3"]
+    assert in_child(train_var.main, [f"--run.run_dir={trained}/var", *RUN, *tokens, *TRANSFORMER]) == 0
+    last = curve(trained / "var", "validation")[-1]
+    assert 0.3 < last["accuracy"] < 0.8  # of bits
+    pipeline = load_pipeline(trained / "var", device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline("a red star", seed=0, output_type="np")
+    assert output.images.shape == (1, 32, 32, 3) and output.tokens[1].shape == (1, 4, 24)
+
+
+def test_bits_are_cached_as_bytes(trained: Path, tmp_path: Path) -> None:
+    tokenizer, cache = f"{trained}/tokenizer/latest/vqvae", tmp_path / "cache"
+    options = [f"--cache.tokenizer={tokenizer}", f"--cache.folder={cache}", *RUN[-3:]]
+    assert in_child(cache_tokens.main, options) == 0
+    assert np.load(cache / "train/00000.npy").dtype == np.uint8
+    tokens = [f"--tokens.tokenizer={tokenizer}", f"--tokens.cache={cache}"]
+    assert in_child(train_var.main, [f"--run.run_dir={tmp_path}/var", *RUN, *tokens, *TRANSFORMER]) == 0
+    with pytest.raises(ValueError, match=r"leave out tokens\.cache"):
+        train_var.TokensConfig(tokenizer=tokenizer, cache=str(cache), flips=0.3)
+
+
+def test_flips_are_keyed_by_image(trained: Path) -> None:
+    schedule = ScaleSchedule.of("1,2,4")
+    both = draw_flips([3, 7], 24, schedule, largest=0.3, seed=1)
+    alone = draw_flips([7], 24, schedule, largest=0.3, seed=1)
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(alone, both))
+    many = draw_flips(range(200), 24, schedule, largest=0.3, seed=1)
+    shares = many[2].float().mean(dim=(1, 2))
+    assert shares.mean() == pytest.approx(0.15, abs=0.02) and shares.max() < 0.37 and shares.min() < 0.03
+    assert not any(flips.any() for flips in draw_flips(range(9), 24, schedule, largest=0.0, seed=1))
+
+
+def test_self_correction_prepares_noisy_inputs_beside_clean_ones(trained: Path) -> None:
+    vqvae = MultiScaleVQ.from_pretrained(trained / "tokenizer/latest/vqvae").eval()
+    image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch = {"image": image, "label": torch.zeros(2, dtype=torch.int64), "counter": range(2)}
+    with torch.no_grad():
+        made = preparer(vqvae, None, None, 8, flips=0.3, seed=0)(batch)
+        plain = preparer(vqvae, None, None, 8)(batch)
+    assert torch.equal(made["ids"], plain["ids"]) and torch.equal(made["inputs"], plain["inputs"])
+    assert made["noisy_ids"].shape == (2, 21, 24) and not torch.equal(made["noisy_inputs"], made["inputs"])
+
+
+def test_weights_by_side() -> None:
+    weights = token_weights(ScaleSchedule.of("1,2,4x2"), "side")
+    assert weights.sum() == pytest.approx(1)
+    torch.testing.assert_close(weights / weights[0], torch.tensor([1.0] + [0.5] * 4 + [8**-0.5] * 8))
