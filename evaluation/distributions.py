@@ -71,7 +71,7 @@ class Measure:
         return cls(
             metrics,
             load_scene_features().to(device) if {"fd-scenes", "is-scenes"}.intersection(metrics) else None,
-            InceptionFeatures(args.inception_weights, device) if wants_inception else None,
+            InceptionFeatures.load(args.inception_weights, device) if wants_inception else None,
             reference,
             stored,
             args.bootstrap,

@@ -3,9 +3,11 @@
 Shapes: B images, h w pixels, c channels of a feature map, D features, P pairs of a shape and a colour.
 """
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation.frechet import Moments
+from evaluation.guards import check_features
 from evaluation.scenes import CANVAS, COLOURS, SHAPES
 
 SHIPPED = Path(__file__).parent / "scene_features.safetensors"
@@ -27,19 +30,40 @@ FEATURE_SCALE = 10.0  # of the features of FD-scenes, so that its values are of 
 
 @dataclass(frozen=True)
 class Described:
-    """What a network says about N images: features (N, D) float64, and the log-posterior of its classes (N, P)."""
+    """What a network says about N images: features (N, D) float64, and the log-posterior of its classes (N, P).
+
+    spatial: features (N, S) float32 that keep positions, for sFID; None where nobody asked for them.
+    """
 
     features: torch.Tensor
     log_posterior: torch.Tensor
+    spatial: torch.Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["Described"]) -> "Described":
+        """The rows of all parts, in order, on the CPU."""
+        spatial = None
+        if parts[0].spatial is not None:
+            spatial = torch.cat([part.spatial.cpu() for part in parts])
+        features, log_posterior = (
+            torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("features", "log_posterior")
+        )
+        return cls(features, log_posterior, spatial)
 
     def __len__(self) -> int:
         return len(self.features)
 
 
 class Describer(Protocol):
-    """A network for distribution metrics: `describe` maps uint8 (B, 3, h, w) to `Described`, B rows each."""
+    """A network for distribution metrics: `describe` maps uint8 (B, 3, h, w) to `Described`, B rows each.
+
+    name: as protocols call it.  digest: twelve hexadecimal digits of its weights.
+    """
 
     name: str
+
+    @property
+    def digest(self) -> str: ...
 
     def describe(self, images_BCHW: torch.Tensor) -> Described: ...
 
@@ -82,6 +106,11 @@ class SceneFeatures(nn.Module):
     def cells(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images in [-1, 1] to logits of every cell: object (B, 1, 8, 8), shape (B, 8, 8, 8), colour (B, 10, 8, 8)."""
         return self.head(self.maps(x)[-1]).float().split((1, len(SHAPES), len(COLOURS)), dim=1)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the weights."""
+        return weights_digest(self)
 
     @torch.no_grad()
     def describe(self, images_BCHW: torch.Tensor) -> Described:
@@ -131,41 +160,104 @@ def load_scene_features(path: str | Path = SHIPPED) -> SceneFeatures:
     return network.eval().requires_grad_(False)
 
 
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+SPATIAL_CHANNELS = 7  # of Mixed_6d that sFID looks at: 7 x 17 x 17 = 2023 features
+
+
 class InceptionFeatures:
     """Inception v3 of 2015-12-05 through torchmetrics and torch-fidelity: pool_3 features (2048) and class posterior.
 
     Images are resized to 299 as TensorFlow 1 did (the ADM evaluator's protocol). The posterior's logits have no bias,
-    as in that evaluator.
+    as in that evaluator. The spatial features are the first 7 channels of Mixed_6d (ADM's mixed_6/conv), flattened
+    position by position: 17 x 17 x 7 = 2023.
 
-    weights: local `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
-    Raises FileNotFoundError if `weights` does not exist, ValueError if torch-fidelity is missing or weights unusable.
+    network: torchmetrics' NoTrainInceptionV3 with the one feature "2048".
+    spatial: whether to give the spatial features too.
     """
 
-    name = "inception"
+    name = "inception-2015-12-05"
 
-    def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, network: nn.Module, *, spatial: bool = False) -> None:
+        self.network, self.spatial = network, spatial
+
+    @classmethod
+    def load(
+        cls, weights: str | Path | None = None, device: str | torch.device = "cpu", *, spatial: bool = False
+    ) -> "InceptionFeatures":
+        """With the published weights: of a local `weights-inception-2015-12-05-6726825d.pth`, or downloaded (None).
+
+        Raises FileNotFoundError if `weights` does not exist, ValueError if it is another file (its SHA-256 begins with
+        6726825d), torch-fidelity is missing, or the download fails.
+        """
         if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"inception_weights {weights} does not exist: give the .pth file of torch-fidelity")
-        from torchmetrics.image.fid import NoTrainInceptionV3
+        return cls(load_inception(weights or _downloaded(INCEPTION_URL)).to(device), spatial=spatial)
 
-        path = str(weights) if weights is not None else None
-        try:
-            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"FID, IS and KID need the eval extra: pip install 'nextscale[eval]' ({_first_line(error)})"
-            ) from None
-        except Exception as error:  # a download or an unpickling can raise almost anything
-            source = f"from {weights}" if weights is not None else "by download: use --inception-weights FILE offline"
-            raise ValueError(f"Inception weights cannot be had {source} ({_first_line(error)})") from None
-        self.network = network.to(device)
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the weights."""
+        return weights_digest(self.network)
 
     @torch.no_grad()
     def describe(self, images_BCHW: torch.Tensor) -> Described:
         """uint8 (B, 3, h, w) of any size."""
-        weight = self.network.fc.weight
-        features = self.network(images_BCHW.to(weight.device))
-        return Described(features.double(), (features @ weight.T).double().log_softmax(1))
+        weight, maps = self.network.fc.weight, []
+        watcher = self.network.Mixed_6d.register_forward_hook(lambda module, given, out: maps.append(out))
+        try:
+            features = self.network(images_BCHW.to(weight.device))
+        finally:
+            watcher.remove()
+        spatial = rearrange(maps[0][:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)").float() if self.spatial else None
+        return Described(features.double(), (features @ weight.T).double().log_softmax(1), spatial)
+
+
+def load_inception(weights: str | Path, *, check: bool = True) -> nn.Module:
+    """torchmetrics' Inception with TensorFlow 1's resize, from a file; `check`: its SHA-256 must be the published one.
+
+    Raises ValueError if torch-fidelity is missing or the file is another.
+    """
+    if check:
+        with Path(weights).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith("6726825d"):
+            raise ValueError(
+                f"inception_weights {weights} is not the published file: SHA-256 {found[:8]}, not 6726825d"
+            )
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"FID, IS and KID need the eval extra: pip install 'nextscale[eval]' ({_first_line(error)})"
+        ) from None
+    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"Inception weights cannot be had from {weights} ({_first_line(error)})") from None
+
+
+def _downloaded(url: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix="6726825d")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"Inception weights cannot be had by download: use --inception-weights FILE offline "
+                f"({_first_line(error)})"
+            ) from None
+    return path
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Twelve hexadecimal digits that change with any weight of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _first_line(error: BaseException) -> str:
@@ -182,7 +274,8 @@ def describe_all(describer: Describer, images: Iterable[np.ndarray], *, batch_si
 
     def flush() -> None:
         described = describer.describe(rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w"))
-        found.append(Described(described.features.cpu(), described.log_posterior.cpu()))
+        check_features(described.features, first=sum(map(len, found)))
+        found.append(Described.joined([described]))
         batch.clear()
 
     for image in images:
@@ -193,4 +286,4 @@ def describe_all(describer: Describer, images: Iterable[np.ndarray], *, batch_si
         flush()
     if not found:
         raise ValueError("images must not be empty: there is nothing to describe")
-    return Described(torch.cat([d.features for d in found]), torch.cat([d.log_posterior for d in found]))
+    return Described.joined(found)

@@ -1,13 +1,16 @@
-"""Where images to be scored come from: a folder, an npz, or a tree in GenEval's layout.
+"""Where images to be scored come from: a folder, an npz, parquet, or a tree in GenEval's layout.
 
 Shapes: N images, h w pixels, D features. Images are uint8 RGB, (h, w, 3).
 """
 
+import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.frechet import Moments
+from evaluation.guards import check_finite
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
@@ -33,38 +37,129 @@ class FileImages:
         return map(read_image, self.paths)
 
 
-Images = FileImages | np.ndarray
+@dataclass(frozen=True)
+class NpzImages:
+    """`arr_0` of an npz, uint8 (N, h, w, 3), read image by image; `labels` is its `arr_1` (N,) if there is one.
+
+    Iterating raises ValueError, naming the image, if the file ends early or is damaged.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        size, done = int(np.prod(self.shape[1:])), 0
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                _read_header(file)
+                while done < len(self):
+                    content = file.read(size)
+                    if len(content) < size:
+                        raise EOFError("the file ends early")
+                    done += 1
+                    yield np.frombuffer(content, np.uint8).reshape(self.shape[1:])
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"npz {self.path} is damaged in or after image {done} of {len(self)}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """Images of parquet files as `datasets` writes them: the first column that holds encoded images."""
+
+    paths: Sequence[Path]
+    column: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        import pyarrow.parquet as parquet
+
+        for path in self.paths:
+            row = 0
+            for batch in parquet.ParquetFile(path).iter_batches(64, columns=[self.column]):
+                for cell in batch.column(0).to_pylist():
+                    yield _decode(io.BytesIO(cell["bytes"] or b""), f"{path} row {row}")
+                    row += 1
+
+
+Images = FileImages | NpzImages | ParquetImages
 
 
 def read_image(path: Path) -> np.ndarray:
     """One image file as uint8 (h, w, 3), transparency on white. Raises ValueError if it cannot be read."""
+    return _decode(path, str(path))
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"image {name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def open_images(path: str | Path) -> Images:
-    """The images of a folder (all below it, by name) or of an npz (`arr_0`, uint8 (N, h, w, 3): the ADM format).
+    """The images of a folder (all below it, by name), an npz (`arr_0`, uint8 (N, h, w, 3): ADM's format) or parquet.
 
     Overviews and rows of scales that `nextscale sample` puts beside its images are left out.
     Raises FileNotFoundError if the path does not exist or holds no image, ValueError on an npz without images.
     """
     path = Path(path)
+    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
+        return _open_parquet(path)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_sample(p.relative_to(path)))
         if not found:
             raise FileNotFoundError(f"images {path} holds no image file ({', '.join(sorted(EXTENSIONS))})")
         return FileImages(found)
-    images = _open_npz(path).get("arr_0")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        shape = "no arr_0" if images is None else f"arr_0 {images.dtype} {images.shape}"
-        raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has {shape}")
-    return images
+    return _open_npz_images(path)
+
+
+def _open_npz_images(path: Path) -> NpzImages:
+    labels = _open_npz(path, ("arr_1",)).get("arr_1")
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has no arr_0")
+        with archive.open("arr_0.npy") as file:
+            try:
+                shape, fortran, dtype = _read_header(file)
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"npz {path} has an arr_0 that cannot be read: {error}") from None
+    if np.issubdtype(dtype, np.floating):
+        check_finite(f"npz {path}: arr_0", _open_npz(path, ("arr_0",))["arr_0"])
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has arr_0 {dtype} {shape}")
+    if labels is not None and labels.shape != shape[:1]:
+        raise ValueError(f"npz {path} has labels arr_1 {labels.shape} for {shape[0]} images")
+    return NpzImages(path, shape, labels)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _open_parquet(path: Path) -> ParquetImages:
+    import pyarrow.parquet as parquet
+
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a folder of images, an .npz or a .parquet file")
+    schema = parquet.read_schema(paths[0])
+    columns = [f.name for f in schema if "struct" in str(f.type) and f.type.get_field_index("bytes") >= 0]
+    if not columns:
+        raise ValueError(f"parquet {paths[0]} has no column of images (a struct with bytes), only {schema.names}")
+    return ParquetImages(paths, columns[0], sum(parquet.read_metadata(p).num_rows for p in paths))
 
 
 def _is_sample(path: Path) -> bool:
@@ -72,25 +167,40 @@ def _is_sample(path: Path) -> bool:
     return not hidden and "scales" not in path.parts[:-1] and not path.name.endswith(NOT_SAMPLES)
 
 
-def _open_npz(path: Path) -> dict[str, np.ndarray]:
+def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder of images or an .npz")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if name in ("arr_0", "mu", "sigma")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            return {name: archive[name] for name in archive.files if name in names}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
         raise ValueError(f"{path} is no folder and cannot be read as npz: {str(error).splitlines()[0]}") from None
 
 
-def stored_moments(path: str | Path) -> Moments | None:
-    """The statistics `mu` (D,) and `sigma` (D, D) of a reference npz (ADM's references have them); None without."""
+def stored_moments(path: str | Path, *, spatial: bool = False) -> Moments | None:
+    """The statistics `mu` (D,) and `sigma` (D, D) of a reference npz (ADM's references have them); None without.
+
+    spatial: `mu_s` and `sigma_s` instead, those of sFID.
+    Raises ValueError if they are not finite, not of one size, or sigma is no covariance.
+    """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".parquet":
         return None
-    stored = _open_npz(path)
-    if "mu" not in stored or "sigma" not in stored:
+    mean_name, covariance_name = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    stored = _open_npz(path, (mean_name, covariance_name))
+    if len(stored) < 2:
         return None
-    return Moments(torch.from_numpy(stored["mu"]).double(), torch.from_numpy(stored["sigma"]).double())
+    mean, covariance = (stored[name].astype(np.float64) for name in (mean_name, covariance_name))
+    for name, array in ((mean_name, mean), (covariance_name, covariance)):
+        check_finite(f"npz {path}: {name}", array)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = f"{mean.shape} and {covariance.shape}"
+        raise ValueError(f"npz {path} must hold {mean_name} (D,) and {covariance_name} (D, D), and has {shapes}")
+    if (np.diag(covariance) < 0).any() or not np.allclose(
+        covariance, covariance.T, atol=1e-3 * np.abs(covariance).max()
+    ):
+        raise ValueError(f"npz {path}: {covariance_name} is not symmetric with a diagonal of 0 or more: no covariance")
+    return Moments(torch.from_numpy(mean), torch.from_numpy(covariance))
 
 
 def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:

@@ -230,7 +230,7 @@ def test_npz_files_hold_images_or_statistics(tmp_path):
     images = np.zeros((3, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images)
     np.savez(tmp_path / "stats.npz", mu=np.arange(5.0), sigma=np.eye(5))
-    assert np.array_equal(open_images(tmp_path / "images.npz"), images)
+    assert np.array_equal(np.stack(list(open_images(tmp_path / "images.npz"))), images)
     assert stored_moments(tmp_path / "images.npz") is None
     assert stored_moments(tmp_path / "stats.npz").mean.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="must hold arr_0"):

@@ -1,0 +1,129 @@
+"""Is A better than B? Differences of two sets under common seeds, extrapolation to infinitely many images, seeds.
+
+Image i of A and image i of B are of one seed (and prompt or class), so what they share cancels in the difference.
+
+Shapes: N images, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+
+from evaluation.frechet import Z95, Moments, frechet_distance, frechet_influence, moments
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A minus B of one figure, and what may be said about it.
+
+    difference_ci95: [low, high].  p_value: two-sided, of no difference.  images_saved: how many times more images
+    would be needed for the same interval without common seeds (1: common seeds bring nothing).
+    """
+
+    a: float
+    b: float
+    difference: float
+    difference_ci95: list[float]
+    p_value: float
+    images_saved: float
+
+    def sentence(self, figure: str, *, lower_is_better: bool, names: tuple[str, str] = ("A", "B")) -> str:
+        """One line: which is better, or that neither is shown to be."""
+        low, high = self.difference_ci95
+        shown = f"{figure} differs by {self.difference:.4g} [{low:.4g}, {high:.4g}], p = {self.p_value:.2g}"
+        if low <= 0 <= high:
+            return f"no difference is shown: {shown}"
+        better = names[0] if (self.difference < 0) == lower_is_better else names[1]
+        return f"{better} is better: {shown}"
+
+    def row(self) -> dict:
+        """As an object of a results file."""
+        return asdict(self)
+
+
+def _difference(a: float, b: float, effects_a: np.ndarray, effects_b: np.ndarray) -> Difference:
+    """From what each image contributes: the figures are (to first order) means of effects."""
+    n = len(effects_a)
+    error = float((effects_a - effects_b).std(ddof=1)) / n**0.5
+    apart = float(effects_a.var(ddof=1) + effects_b.var(ddof=1)) / n
+    half = Z95 * error
+    difference = a - b
+    p_value = 2 * float(stats.norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    saved = apart / error**2 if error > 0 else 1.0
+    return Difference(a, b, difference, [difference - half, difference + half], p_value, saved)
+
+
+def compare_frechet(a_ND: torch.Tensor, b_ND: torch.Tensor, reference: Moments) -> Difference:
+    """The difference of two Frechet distances to one reference, rows paired by seed.
+
+    From `frechet_influence`: a joint resampling of the pairs would give the same to first order. The bias of finite N
+    is common to both sides and largely cancels. Raises ValueError if the numbers of images differ or are under 10.
+    """
+    _check_pairs(len(a_ND), len(b_ND))
+    influences = [frechet_influence(x, reference).numpy() for x in (a_ND, b_ND)]
+    values = [frechet_distance(moments(x), reference) for x in (a_ND, b_ND)]
+    return _difference(*values, *influences)
+
+
+def compare_means(a_N: Sequence[float], b_N: Sequence[float]) -> Difference:
+    """The difference of two means over images (scores, shares of images judged right), rows paired by seed.
+
+    Raises ValueError if the numbers of images differ or are under 10.
+    """
+    _check_pairs(len(a_N), len(b_N))
+    a, b = (np.asarray(x, np.float64) for x in (a_N, b_N))
+    return _difference(float(a.mean()), float(b.mean()), a, b)
+
+
+def _check_pairs(a: int, b: int) -> None:
+    if a != b or a < 10:
+        raise ValueError(f"a paired comparison needs 10 or more images of the same seeds on each side, got {a} and {b}")
+
+
+@dataclass(frozen=True)
+class Extrapolated:
+    """A Frechet distance at infinitely many images, and the distances at fewer that it comes from."""
+
+    value: float
+    ci95: list[float]
+    counts: list[int]
+    distances: list[float]
+
+
+def frechet_infinity(features_ND: torch.Tensor, reference: Moments, *, points: int = 10, seed: int = 0) -> Extrapolated:
+    """FID-infinity (Chong & Forsyth 2020): a line through distances at n = N/10..N against 1/n, read off at 1/n = 0.
+
+    The bias of a Frechet distance is close to linear in 1/n; sets of different size can be compared by this figure. The
+    subsets are windows of one shuffled order. The interval is to first order in each image's influence, with its
+    weight in the intercept. Raises ValueError under 50 images or 3 points.
+    """
+    total = len(features_ND)
+    if total < 50 or points < 3:
+        raise ValueError(f"extrapolation needs 50 images and 3 points or more, got {total} and {points}")
+    counts = np.unique(np.linspace(total / 10, total, points).astype(int))
+    begins = (total - counts) * np.arange(len(counts)) // max(len(counts) - 1, 1)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(total))
+    shuffled = features_ND[order]
+    distances = [frechet_distance(moments(shuffled[b : b + c]), reference) for b, c in zip(begins, counts, strict=True)]
+    weights = np.linalg.pinv(np.stack([np.ones(len(counts)), 1 / counts], axis=1))[0]
+    share = np.zeros(total)  # of each image in the intercept
+    for weight, begin, count in zip(weights, begins, counts, strict=True):
+        share[begin : begin + count] += weight / count
+    value = float(weights @ distances)
+    half = Z95 * float(frechet_influence(features_ND, reference).std()) * float(np.square(share).sum() ** 0.5)
+    return Extrapolated(value, [max(value - half, 0.0), value + half], counts.tolist(), distances)
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float | list[float] | int]:
+    """Mean of a figure over runs of different seeds, its 95 % interval (Student's t) and the spread of single runs.
+
+    Raises ValueError under 2 runs.
+    """
+    if len(values) < 2:
+        raise ValueError(f"variance over seeds needs 2 runs or more, got {len(values)}")
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / len(values) ** 0.5
+    return {"mean": mean, "mean_ci95": [mean - half, mean + half], "sd_over_seeds": spread, "runs": len(values)}
