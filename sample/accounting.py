@@ -45,6 +45,10 @@ class Ledger(Hook):
     _cache: Any = field(default=None, repr=False)
     _lengths: list[int] = field(default_factory=list, repr=False)
 
+    def on_start(self, state: GenerationState) -> None:
+        """Count the images asked for; a search multiplies them later."""
+        self.images += len(state)
+
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
     ) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sample.plans_cli import add_plan_options, by_scale, how_options
+from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sample.images import Job, PngFolder, Request, Sink
-    from sample.pipeline import NextScalePipeline
+    from sample.pipeline import NextScaleOutput, NextScalePipeline
 
 EXAMPLES = """examples:
   nextscale sample "a red star left of a blue heart" --n 4 --seed 7 --out pictures/
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   nextscale sample --prompts prompts.txt --n 4 --out geneval/      a line is a prompt, or one JSON object of GenEval's
   nextscale sample --model runs/cifar10 --class all --n 100 --out samples.npz
   nextscale sample "a red star" --plan supernet:4 --depth 4 --cache 20%     fast: fewer layers, a smaller cache
+  nextscale sample "two green rings" --search tts --n 2 --show-search       several candidates, the best goes on
   accelerate launch -m nextscale sample --prompts prompts.txt --out geneval/    the same images, by several processes
 
 The same command again goes on where it stopped; finished images are kept."""
@@ -53,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     where = add_sampling(parser, out="a folder, or FILE.npz for ADM's format (pictures)")
     where.add_argument("--show-scales", action="store_true", help="also show each image from coarse to fine")
+    add_search_options(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._ArgumentGroup:
@@ -89,9 +92,13 @@ def run(args: argparse.Namespace) -> int:
     to_npz = args.out.suffix == ".npz"
     if to_npz and args.show_scales:
         raise ValueError("--show-scales needs a folder to write to, and --out is an npz file")
+    if args.search is not None and (args.show_scales or (args.show_search and (to_npz or args.prompts is not None))):
+        raise ValueError("--show-scales goes with no --search, and --show-search with neither --prompts nor npz files")
+    per_prompt = images_of_each(args)
 
     from diffusers.utils.logging import disable_progress_bar
 
+    from sample.accounting import Ledger
     from sample.images import image_stream, make_requests, process_share
     from sample.load import load_pipeline, model_folder
 
@@ -102,14 +109,16 @@ def run(args: argparse.Namespace) -> int:
     disable_progress_bar()
     if prompts is None:
         prompts = read_classes(args.classes, pipeline)
-    requests = make_requests(prompts, per_prompt=args.n, seed=args.seed, metadata=metadata)
+    requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     sink, job = make_sink(args, folder, pipeline, requests)
     job.check()
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
-    stream = image_stream(
-        pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call_options(args)
-    )
+    call, ledger = call_options(args), Ledger()
+    search = make_search(args, pipeline, requests[0].prompt, call)
+    if search is not None:
+        call |= {"search": search, "hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
+    stream = image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call)
     started = time.perf_counter()
     try:
         write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
@@ -126,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     if written is not None:
         rate = f", {len(todo) / seconds:.1f} images/s" if todo else ""
         print(f"{written}: {len(requests)} images ({len(mine) - len(todo)} were there already){rate}")
+        if ledger.images:
+            print(f"{search}: {ledger}")
     return 0
 
 
@@ -141,8 +152,6 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         raise ValueError(
             'give what to draw: a text ("a red star"), or --prompts FILE, or --class 3, and only one of them'
         )
-    if args.n < 1:
-        raise ValueError(f"--n must be 1 or more, got {args.n}")
     if args.prompts is None:
         return args.prompt or None, None
     if not args.prompts.is_file():
@@ -205,6 +214,7 @@ def make_sink(
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         **own,
         **call_options(args),
+        **search_settings(args),
     }
     refiner = how_options(args).get("refiner")
     if refiner is not None:
@@ -214,7 +224,7 @@ def make_sink(
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}
         return NpzFile(args.out, requests), Job(args.out.with_suffix(".json"), of_job, informal)
     if args.prompts is not None:
-        of_job = {**settings, "n": args.n, "requests": requests_digest(requests)}
+        of_job = {**settings, "n": images_of_each(args), "requests": requests_digest(requests)}
         tree = GenEvalTree(args.out, settings, every_scale=args.show_scales)
         return tree, Job(args.out / "settings.json", of_job, informal)
     pictures = PngFolder(args.out, settings, every_scale=args.show_scales)
@@ -249,6 +259,18 @@ def finish(args: argparse.Namespace, sink: Sink, requests: list[Request]) -> str
         return f"{args.out} (GenEval tree)"
     overviews = [path.name for path in write_overviews(args, sink, requests)]
     return f"{args.out}" + (f" (see {', '.join(overviews)})" if overviews else "")
+
+
+def write_trees(args: argparse.Namespace, sink: Sink, batch: list[Request], output: NextScaleOutput) -> None:
+    """With --show-search, the family tree of each image of a batch: DIR/search/<its name>.png."""
+    if not args.show_search:
+        return
+    from sample.family import family_tree
+    from sample.images import write_png
+
+    for request, choices in zip(batch, output.search.choices):
+        path = sink.folder / "search" / sink.path(request).name
+        write_png(path, family_tree(choices, f"{request.prompt}, seed {request.seed}"))
 
 
 def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Request]) -> list[Path]:

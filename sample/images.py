@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 from sample.state import GenerationState, Hook
 
 if TYPE_CHECKING:
-    from sample.pipeline import NextScalePipeline
+    from sample.pipeline import NextScaleOutput, NextScalePipeline
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,15 @@ def image_stream(
     *,
     batch_size: int = 16,
     every_scale: bool = False,
+    on_output: Callable[[list[Request], NextScaleOutput], Any] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Request, np.ndarray]]:
     """Every request with its image, in order, made batch by batch as they are asked for.
 
     Args:
         requests: what to make; give `sink.missing(requests)` to leave out what is finished.
-        batch_size: images made at once.
+        batch_size: images made at once; with a search, about so many candidates.
+        on_output: given every batch with the pipeline's output.
         every_scale: yield (K, h, w, 3), the picture after each scale, instead of the last one (h, w, 3).
         settings: of the pipeline's call: guidance_scale, top_k, plan, hooks, ...
 
@@ -87,6 +89,10 @@ def image_stream(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     hooks = tuple(settings.pop("hooks", ()))
+    if settings.get("search") is not None:
+        if every_scale:
+            raise ValueError("every_scale shows images that go on to the end; a search drops some: leave out one")
+        batch_size = max(1, batch_size // settings["search"].candidates)
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         history = History() if every_scale else None
@@ -98,6 +104,8 @@ def image_stream(
             hooks=(*hooks, history) if history else hooks,
             **settings,
         )
+        if on_output is not None:
+            on_output(list(batch), output)
         if history is None:
             yield from zip(batch, to_uint8(pipeline.decode(output.images, "np")))
         else:

@@ -25,6 +25,7 @@ from sample.guidance import Guidance
 from sample.official import Flags, load_official
 from sample.plan import Plan
 from sample.plan_text import PlanConfig, scale_filters
+from sample.search import Found, Search, search_images
 from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
 from tokenizer.aspects import SIZES, aspect_schedule
@@ -52,11 +53,13 @@ class NextScaleOutput(BaseOutput):
             (B, C, H, W) for "latent".
         seeds: the name of each image: the same seed and prompt make it again, alone or in any batch.
         tokens: one int64 (B, l) tensor per scale.
+        search: what a search found on the way and what it cost, where there was one.
     """
 
     images: Images
     seeds: list[int]
     tokens: list[torch.Tensor]
+    search: Found | None = None
 
 
 class NextScalePipeline(DiffusionPipeline):
@@ -143,6 +146,7 @@ class NextScalePipeline(DiffusionPipeline):
         depth: int | Sequence[int] | None = None,
         cache: str | float | None = None,
         hooks: Sequence[Hook] = (),
+        search: Search | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -173,6 +177,8 @@ class NextScalePipeline(DiffusionPipeline):
             plan, depth, cache: which model and layers make each scale with how much memory, in words: "code:6", 4,
                 "10%" (see `sample.plan_text.PlanConfig`). Or a Plan, which leaves nothing else to say.
             hooks: plugged into the loop, see `sample.state.Hook`.
+            search: make several candidates of each image and give the best, see `sample.search.Search`. A
+                `sample.accounting.Ledger` among the hooks counts what it costs.
             output_type: "pil", "np", "pt" or "latent", see `NextScaleOutput`.
             return_dict: a NextScaleOutput instead of the tuple (images, seeds, tokens).
             callback_on_step_end: called as (pipeline, k, side, tensors) after scale k, `side` its height in tokens. A
@@ -198,22 +204,24 @@ class NextScalePipeline(DiffusionPipeline):
         canvases = self._canvases(image, mask_image, len(condition), num_images_per_prompt, plan)
         edit = [self._edit(canvases, plan, mask_rule)] if canvases else []
 
+        seeds = image_seeds(len(condition), seed=seed, generator=generator)
+        if search is not None and smooth:
+            raise ValueError("search compares images as they are drawn: leave out smooth")
+
         with self.progress_bar(total=len(plan.schedule)) as bar:
-            state = generate(
-                plan,
-                self.vqvae.quantizer,
-                condition,
-                image_seeds(len(condition), seed=seed, generator=generator),
-                negative=negative,
-                hooks=(*hooks, *edit, *callback, ProgressHook(bar)),
-                smooth=smooth,
-            )
-        images = state.f_hat_BCHW
+            call = {"negative": negative, "hooks": (*hooks, *edit, *callback, ProgressHook(bar))}
+            if search is None:
+                made = generate(plan, self.vqvae.quantizer, condition, seeds, smooth=smooth, **call)
+            else:
+                names = condition.classes_B.tolist() if self.by_class else _texts(prompt, num_images_per_prompt)
+                call |= {"search": search, "prompts": names, "decode": self.vqvae.decode}
+                made = search_images(plan, self.vqvae.quantizer, condition, seeds, **call)
+        images, found = made.f_hat_BCHW, made if search is not None else None
         if output_type != "latent":
-            rows = [canvases[row] for row in state.origins] if canvases else []
+            rows = [canvases[row] for row in made.origins] if canvases else []
             images = self._pasted(images, rows, output_type) if rows else self.decode(images, output_type)
         self.maybe_free_model_hooks()
-        output = NextScaleOutput(images, list(state.seeds), state.tokens)
+        output = NextScaleOutput(images, list(made.seeds), made.tokens, found)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -439,6 +447,11 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+
+
+def _texts(prompt: str | Sequence[str], copies: int) -> list[str]:
+    """The text of every image."""
+    return [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(copies)]
 
 
 def _repeat(count: int, copies: int) -> torch.Tensor:

@@ -97,6 +97,7 @@ class Search:
             scale before each resampling.
         rounds: attempts at an image. Images whose best score reaches `enough` stop; the others start again.
         enough: in the reward's units; needed for several rounds.
+        pictures: keep pictures of all decisions, for the family tree; costs decoder calls, which are counted.
 
     Raises:
         ValueError: on settings that make no sense, naming them.
@@ -113,6 +114,7 @@ class Search:
     also_score: tuple[int, ...] = ()
     rounds: int = 1
     enough: float | None = None
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         check_steps(self.candidates, self.steps)
@@ -127,6 +129,9 @@ class Search:
         if self.reward is None and ((needy and self.candidates > 1) or self.enough is not None):
             raise ValueError(f"reward is needed to {(needy or ['stop early'])[0]}: name one")
 
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.candidates, *self.steps)))
+
     def step(self, k: int) -> Step | None:
         """What happens after scale k."""
         return next((step for step in self.steps if step.scale == k), None)
@@ -138,6 +143,21 @@ class Search:
         if self.potential == "difference":
             scales |= {step.scale - 1 for step in self.steps[:-1] if step.how == "resample" and step.scale}
         return scales | set(self.also_score)
+
+    def calls(self) -> dict[str, int]:
+        """Rows of an image given to the decoder, the reward and the features in one round, by name."""
+        if self.candidates == 1:
+            alone = int(self.enough is not None)
+            return {"decoder": alone, "reward": alone, "features": 0}
+        scored, described = self.scored, {s.scale for s in self.steps if s.how == "cluster" and self.features}
+        found, width = dict.fromkeys(("decoder", "reward", "features"), 0), self.candidates
+        for k in range(self.steps[-1].scale + 1):
+            contested = width > 1 or (k == self.steps[-1].scale and self.enough is not None)
+            found["reward"] += width * (k in scored and contested)
+            found["features"] += width * (k in described and contested)
+            found["decoder"] += width * (k in scored | described and contested)
+            width = self.step(k).keep if self.step(k) else width
+        return found
 
     def widths(self, num_scales: int) -> list[int]:
         """Candidates that run each scale: a step takes effect from the next scale on."""
@@ -179,7 +199,6 @@ class SearchHook(Hook):
         prompts: of each image.
         decode: latents (rows, C, H, W) to about [-1, 1], (rows, 3, h, w).
         ledger: counts what it calls.
-        pictures: keep images of all decisions in `choices`.
 
     Attributes:
         choices: decisions of each image, in order.
@@ -192,10 +211,8 @@ class SearchHook(Hook):
         prompts: Prompts,
         decode: Callable[[torch.Tensor], torch.Tensor],
         ledger: Ledger,
-        *,
-        pictures: bool = False,
     ):
-        self.search, self.prompts, self.decode, self.ledger, self.pictures = search, prompts, decode, ledger, pictures
+        self.search, self.prompts, self.decode, self.ledger = search, prompts, decode, ledger
         self.choices: list[list[Choice]] = [[] for _ in prompts]
         self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
 
@@ -215,13 +232,14 @@ class SearchHook(Hook):
         scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
         clustered = contested and step is not None and step.how == "cluster"
         images = None
-        if scored or self.pictures or (clustered and self.search.features is not None):
+        pictured = self.search.pictures and step is not None
+        if scored or pictured or (clustered and self.search.features is not None):
             images = self.ledger.call("decoder", lambda f_hat: to_images(self.decode(f_hat)), state.f_hat_BCHW)
         if scored:
             self.history.append(self._score(state, images))
-        if step is not None and (contested or self.pictures):
+        if step is not None and (contested or pictured):
             features = self._describe(state, images) if clustered else None
-            self._choose(state, step, features, images if self.pictures else None, scored)
+            self._choose(state, step, features, images if pictured else None, scored)
 
     def _score(self, state: GenerationState, images_BCHW: torch.Tensor) -> torch.Tensor:
         prompts = [self.prompts[origin] for origin in state.origins]
@@ -279,7 +297,7 @@ class Found:
     """The images a search found.
 
     Attributes:
-        f_hat_BCHW, tokens: as `GenerationState` has them, one row an image.
+        f_hat_BCHW, tokens, seeds, origins: as `GenerationState` has them, one row an image.
         scores: the reward's of each image; None where nothing had to be chosen.
         rounds: attempts each image took.
         choices: decisions of each image, in its best round.
@@ -288,10 +306,16 @@ class Found:
 
     f_hat_BCHW: torch.Tensor
     tokens: list[torch.Tensor]
+    seeds: list[int]
     scores: list[float | None]
     rounds: list[int]
     choices: list[list[Choice]]
     ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def origins(self) -> list[int]:
+        """Which image of the request each row is."""
+        return list(range(len(self.seeds)))
 
 
 def search_images(
@@ -305,8 +329,6 @@ def search_images(
     decode: Callable[[torch.Tensor], torch.Tensor],
     negative: Prompt | None = None,
     hooks: Sequence[Hook] = (),
-    ledger: Ledger | None = None,
-    pictures: bool = False,
 ) -> Found:
     """`generate` with a search: one image per seed, the winner of its candidates.
 
@@ -314,26 +336,25 @@ def search_images(
         search: what to do; with one candidate this is plain generation, token for token.
         prompts: the text or class of each image, for the reward.
         decode: latents (rows, C, H, W) to images of about [-1, 1], (rows, 3, h, w).
-        hooks: further ones; with `search.rounds` > 1 they see the remaining images only.
-        ledger: goes on counting in this one.
-        pictures: keep pictures of all decisions; costs decoder calls, which are counted.
+        hooks: further ones; with `search.rounds` > 1 they see the remaining images only. A `Ledger` among them counts
+            what the search costs.
 
     Raises:
         ValueError: if the search does not fit the plan's scales.
     """
     check_steps(search.candidates, search.steps, len(plan.schedule))
-    ledger = ledger if ledger is not None else Ledger()
-    ledger.images += len(seeds)
+    ledger = next((hook for hook in hooks if isinstance(hook, Ledger)), Ledger())
+    hooks = [*(hook for hook in hooks if hook is not ledger), ledger]
+    images = ledger.images + len(seeds)
     best: list[tuple | None] = [None] * len(seeds)
     todo = list(range(len(seeds)))
     with ledger.clock():
         for attempt in range(search.rounds):
             rows = torch.tensor(todo, device=next(plan.stages[0].model.parameters()).device)
             keys = [derive_seed(seeds[i], attempt, ROUNDS) if attempt else seeds[i] for i in todo]
-            hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger, pictures=pictures)
+            hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger)
             unwanted = negative.select(rows) if negative is not None else None
-            hooked = (*hooks, ledger, hook)
-            state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=hooked)
+            state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=[*hooks, hook])
             scores = hook.scores or [None] * len(todo)
             for place, i in enumerate(todo):
                 if best[i] is None or scores[place] > best[i][0]:
@@ -341,14 +362,15 @@ def search_images(
             todo = [i for i in todo if search.enough is not None and best[i][0] < search.enough]
             if not todo:
                 break
-    return _gather(best, ledger, still=todo, rounds=search.rounds)
+    ledger.images = images  # and not once a round
+    attempts = [search.rounds if i in todo else row[2] + 1 for i, row in enumerate(best)]
+    return _gather(best, ledger, list(seeds), attempts)
 
 
-def _gather(best: list[tuple], ledger: Ledger, *, still: list[int], rounds: int) -> Found:
-    """The best attempt of each image, in one batch; images in `still` never had enough and took all rounds."""
+def _gather(best: list[tuple], ledger: Ledger, seeds: list[int], attempts: list[int]) -> Found:
+    """The best attempt of each image, in one batch."""
     f_hat = torch.stack([state.f_hat_BCHW[place] for _, place, _, state, _ in best])
     num_scales = len(best[0][3].tokens)
     tokens = [torch.stack([state.tokens[k][place] for _, place, _, state, _ in best]) for k in range(num_scales)]
     choices = [hook.choices[place] for _, place, _, _, hook in best]
-    attempts = [rounds if i in still else attempt + 1 for i, (_, _, attempt, _, _) in enumerate(best)]
-    return Found(f_hat, tokens, [row[0] for row in best], attempts, choices, ledger)
+    return Found(f_hat, tokens, seeds, [row[0] for row in best], attempts, choices, ledger)

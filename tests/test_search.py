@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import pearsonr
 
 from sample.accounting import Ledger, counted_flops, plan_flops
 from sample.cluster import POOLINGS, kmeans, own_direction, representatives
+from sample.edit import EditHook
+from sample.family import family_tree
 from sample.generate import generate, scale_logits, start
 from sample.methods import METHODS, PAPER_SCALES, Step, check_steps, descending, fit_budget, make_steps
 from sample.plan import Plan, Stage, collaborative, plain
@@ -38,7 +41,7 @@ def tokens_of(result):
 def run(tiny_class_model, tiny_vqvae):
     def run(seeds=(5, 6, 7), plan=None, reward=BRIGHT, **options):
         made = {"candidates": 6, "steps": STEPS, "reward": reward}
-        extra = {name: options.pop(name) for name in ("hooks", "ledger", "pictures") if name in options}
+        hooks = options.pop("hooks", ())
         prompt = ClassPrompt(torch.tensor([seed % 5 for seed in seeds]))
         plan = plan or plain(tiny_class_model)
         return search_images(
@@ -49,7 +52,7 @@ def run(tiny_class_model, tiny_vqvae):
             search=Search(**{**made, **options}),
             prompts=prompt.classes_B.tolist(),
             decode=tiny_vqvae.decode,
-            **extra,
+            hooks=hooks,
         )
 
     return run
@@ -154,16 +157,28 @@ def test_rounds_go_on_until_it_is_enough(run):
     assert lone.rounds == [3, 3, 3] and lone.ledger.calls["reward"] == 9
 
 
+def test_search_goes_with_editing(run, tiny_class_model):
+    schedule = tiny_class_model.schedule
+    given = torch.full((3, schedule.total), -1)
+    given[:, 5:9] = torch.tensor([[1], [2], [3]])
+    found = tokens_of(run(hooks=[EditHook(given)]))
+    assert torch.equal(found[:, 5:9], given[:, 5:9])
+    alone = tokens_of(run([6], hooks=[EditHook(given[1:2])]))
+    assert torch.equal(found[1:2], alone)
+
+
 # --- accounting ------------------------------------------------------------------------------------------------------
 
 
 def test_costs_are_counted_exactly(run, tiny_class_model):
     ledger = Ledger()
-    run(ledger=ledger, features=PixelFeatures(2))
+    run(hooks=[ledger], features=PixelFeatures(2))
     widths = Search(candidates=6, steps=STEPS, reward=BRIGHT).widths(3)
     assert widths == [6, 4, 2]
     assert ledger.images == 3 and ledger.tokens == 3 * (6 * 1 + 4 * 4 + 2 * 16)
     assert ledger.calls == {"decoder": 3 * (6 + 4 + 2), "features": 3 * 6, "reward": 3 * (4 + 2)}
+    search = Search(candidates=6, steps=STEPS, reward=BRIGHT, features=PixelFeatures(2))
+    assert {name: 3 * rows for name, rows in search.calls().items()} == ledger.calls
     assert ledger.model_flops == 3 * plan_flops(plain(tiny_class_model), widths)
     assert ledger.flops["decoder"] > 0 and ledger.seconds["total"] > ledger.seconds["decoder"] > 0
     assert ledger.per_image()["tokens"] == 54 and "54 tokens" in str(ledger)
@@ -171,7 +186,7 @@ def test_costs_are_counted_exactly(run, tiny_class_model):
 
 def test_nothing_is_decoded_where_nothing_is_needed(run):
     ledger = Ledger()
-    run(ledger=ledger, reward=None, candidates=6, steps=(Step(0, 3, "cluster"), Step(2, 1, "random")))
+    run(hooks=[ledger], reward=None, candidates=6, steps=(Step(0, 3, "cluster"), Step(2, 1, "random")))
     assert ledger.calls == {}  # clustering by the running reconstruction itself
 
 
@@ -250,11 +265,10 @@ def test_potentials_read_the_history():
 
 
 def test_history_follows_its_candidates(run, tiny_class_model, tiny_vqvae):
-    search = Search(
-        candidates=6, steps=(Step(1, 3, "resample"), Step(2, 1, "best")), reward=BRIGHT, potential="difference"
-    )
+    steps = (Step(1, 3, "resample"), Step(2, 1, "best"))
+    search = Search(candidates=6, steps=steps, reward=BRIGHT, potential="difference", pictures=True)
     assert search.scored == {0, 1, 2}
-    hook = SearchHook(search, [0, 1], tiny_vqvae.decode, Ledger(), pictures=True)
+    hook = SearchHook(search, [0, 1], tiny_vqvae.decode, Ledger())
     plainly(tiny_class_model, tiny_vqvae, [5, 6], hooks=[hook])
     assert [len(scores) for scores in hook.history] == [2, 2, 2]
     for origin, (resampled, final) in enumerate(hook.choices):
@@ -366,3 +380,49 @@ def test_mistakes_are_named(run, options, named):
 def test_unknown_methods_are_named(text):
     with pytest.raises(ValueError, match="search must be"):
         make_steps(text, 2, 7)
+
+
+# --- the family tree and the command -------------------------------------------------------------------------------
+
+
+def test_the_family_tree_shows_every_candidate(run):
+    found = run([5], pictures=True)
+    tree = family_tree(found.choices[0], "class 0")
+    colours = [colour for _, colour in tree.getcolors(maxcolors=2**24)]
+    assert (40, 150, 70) in colours and (205, 205, 205) in colours and tree.width > tree.height / 3
+    with pytest.raises(ValueError, match="pictures=True"):
+        family_tree(run([5]).choices[0])
+
+
+def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
+    import nextscale
+
+    monkeypatch.chdir(tmp_path)
+    code = "def bright(images, prompts):\n    return images.mean(axis=(1, 2, 3)) / 255\n"
+    (tmp_path / "rewards_here.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["sample", "a red star", "--model", str(text_folder), "--search", "tts", "--reward", "rewards_here:bright"]
+    assert nextscale.main([*words, "--n", "2", "--images", "2", "--show-search", "--out", "found"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 cluster@0:12 cluster@1:8 best@2:1: an image took" in printed and "reward calls" in printed
+    names = sorted(path.name for path in (tmp_path / "found").glob("*.png"))
+    assert names == ["a-red-star_grid.png", "a-red-star_seed0.png", "a-red-star_seed1.png"]
+    assert (tmp_path / "found/search/a-red-star_seed1.png").is_file()
+    assert nextscale.main([*words, "--n", "1", "--out", "one"]) == 0
+    assert nextscale.main([*words[:4], "--out", "plain"]) == 0
+    one, plain = (Image.open(tmp_path / name / "a-red-star_seed0.png").tobytes() for name in ("one", "plain"))
+    assert one == plain
+    assert nextscale.main([*words, "--budget", "4", "--out", "cheap"]) == 0
+    assert nextscale.main([*words, "--n", "4", "--out", "found"]) == 2  # other settings made what is there
+    capsys.readouterr()
+    for more, named in (
+        (["--search", "greedy"], "search must be"),
+        (["--reward", "praise"], "reward must be"),
+        (["--budget", "0.1"], "budget"),
+        (["--show-scales"], "--show-scales"),
+        (["--n", "0"], "--n must be 1"),
+    ):
+        assert nextscale.main([*words, "--out", "bad", *more]) == 2
+        assert named in capsys.readouterr().err
+    assert nextscale.main([*words[:4], "--rounds", "2"]) == 2
+    assert "--rounds needs --search" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""The options of a command that say what is searched, and the search they describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sample.pipeline import NextScalePipeline
+    from sample.search import Search
+
+NEEDS_SEARCH = ("reward", "features", "potential", "sharpness", "draw", "rounds", "enough", "budget", "images")
+SETTINGS = ("search", *NEEDS_SEARCH[:-1])
+TEXTS = 24  # words or bytes of a prompt, about, where costs are planned
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Declare --search and what goes with it; `--n` is then the N of the search."""
+    group = parser.add_argument_group("search (several candidates of an image; --n is its N)")
+    group.add_argument(
+        "--search",
+        metavar="METHOD",
+        help='tts, best, importance, resample, cluster, random; or steps: "16 cluster@1:12 resample@3:4 best"',
+    )
+    group.add_argument(
+        "--reward",
+        help="scenes, clip[:MODEL], pickscore, aesthetic:FILE, imagereward, hps, MODULE:FUNCTION (scenes: scenes)",
+    )
+    group.add_argument("--features", help="latent, pixels, scenes, dinov2, clip[:MODEL], vision:MODEL (latent)")
+    group.add_argument("--potential", help="value, max, sum or difference of the scores so far (value)")
+    group.add_argument("--sharpness", type=float, help="lambda in the weights exp(lambda * potential) (10)")
+    group.add_argument("--draw", help="multinomial, or systematic: less variance (multinomial)")
+    group.add_argument("--budget", type=float, help="instead of --n: what an image may cost, in plain images")
+    group.add_argument("--rounds", type=int, help="attempts, until an image scores --enough (1)")
+    group.add_argument("--enough", type=float, help="a score, in the reward's units")
+    group.add_argument("--images", type=int, help="with a search: images of each prompt (1)")
+    group.add_argument(
+        "--show-search", action="store_true", help="also draw the family tree of each image's candidates"
+    )
+
+
+def search_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides about the images, JSON-able; empty without a search.
+
+    Raises:
+        ValueError: if options of a search are given without one.
+    """
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if args.search is None:
+        idle = [
+            *(name for name in NEEDS_SEARCH if getattr(args, name) is not None),
+            *["show_search"] * args.show_search,
+        ]
+        if idle:
+            raise ValueError(f"--{idle[0].replace('_', '-')} needs --search, e.g. --search tts")
+        return {}
+    return given | ({} if args.budget is not None else {"search_n": args.n})
+
+
+def images_of_each(args: argparse.Namespace) -> int:
+    """Images of each prompt: --n, or --images with a search.
+
+    Raises:
+        ValueError: if that is not 1 or more.
+    """
+    count, name = (args.n, "n") if args.search is None else (1 if args.images is None else args.images, "images")
+    if count < 1 or args.n < 1:
+        raise ValueError(f"--{name if count < 1 else 'n'} must be 1 or more, got {min(count, args.n)}")
+    return count
+
+
+def make_search(
+    args: argparse.Namespace, pipeline: NextScalePipeline, prompt: str | int, call: dict[str, Any]
+) -> Search | None:
+    """The search of the options; None without one.
+
+    Args:
+        prompt: any of the job's, to measure what a reward costs when there is a budget.
+        call: the settings of the pipeline's call, which decide what a plain image costs.
+
+    Raises:
+        ValueError, FileNotFoundError: as rewards, methods and `Search` raise them.
+    """
+    if args.search is None:
+        return None
+    from sample.methods import fit_budget, make_steps
+    from sample.reward_names import load_features, load_reward
+    from sample.search import Search
+    from sample.search_cost import SearchCost
+
+    device = pipeline.transformer.device
+    name = args.reward or ("scenes" if str(args.model) == "scenes" else None)
+    options = {n: getattr(args, n) for n in ("potential", "sharpness", "draw", "rounds", "enough")}
+    options = {n: value for n, value in options.items() if value is not None}
+    options["reward"] = load_reward(name, device=device) if name is not None else None
+    options["features"] = load_features(args.features, device=device) if args.features is not None else None
+    plan = pipeline.make_plan(**{n: v for n, v in call.items() if n not in ("negative_prompt", "smooth")})
+    num_scales = len(plan.schedule)
+    if args.budget is None:
+        candidates, steps = make_steps(args.search, args.n, num_scales)
+    else:
+        costs = SearchCost.measure(pipeline, plan, options["reward"], options["features"], prompt, text_tokens=TEXTS)
+
+        def cost(candidates: int, steps: tuple) -> float:
+            return costs.relative(Search(candidates=candidates, steps=steps, **options))
+
+        candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
+    return Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
