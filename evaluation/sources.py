@@ -164,7 +164,7 @@ def _open_parquet(path: Path) -> ParquetImages:
 
 def _is_sample(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and "scales" not in path.parts[:-1] and not path.name.endswith(NOT_SAMPLES)
+    return not hidden and {"scales", "search"}.isdisjoint(path.parts[:-1]) and not path.name.endswith(NOT_SAMPLES)
 
 
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
