@@ -35,6 +35,8 @@ NAMES = {
     "NextScalePipeline": "sample.pipeline",
     "NextScaleOutput": "sample.pipeline",
     "load_pipeline": "sample.load",
+    "Search": "sample.search",
+    "Ledger": "sample.accounting",
     "image_stream": "sample.images",
     "EditHook": "sample.edit",
     "extend": "sample.edit",
