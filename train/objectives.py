@@ -398,11 +398,11 @@ class VarObjective(Objective):
         smoothing = self.config.label_smoothing if self.training else 0.0
         logits_NV = logits_BLV.flatten(0, -2)
         loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
-        loss_L = loss_N.view_as(ids_BL).flatten(2).mean(dim=(0, *range(2, ids_BL.ndim)))
+        loss_L = loss_N.view_as(ids_BL).mean(dim=(0, *range(2, ids_BL.ndim)))
         loss = (loss_L * self.weights(clock).to(loss_L.device)).sum()
         with torch.no_grad():
             correct = logits_BLV.argmax(dim=-1) == ids_BL
-            correct_L = correct.flatten(2).float().mean(dim=(0, *range(2, ids_BL.ndim)))
+            correct_L = correct.float().mean(dim=(0, *range(2, ids_BL.ndim)))
         by_scale = {**self.by_scale("loss", loss_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}
 
