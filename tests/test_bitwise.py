@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import log
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import liven
@@ -266,17 +267,44 @@ def test_round_trip_is_bit_equal(files: dict[str, Path], tmp_path: Path) -> None
     assert json.loads((tmp_path / "ours/transformer/config.json").read_text())["rope_grid"] == [64, 64]
 
 
-def test_folder_draws_any_aspect(files: dict[str, Path], tmp_path: Path, prompt: TextPrompt) -> None:
+@pytest.fixture
+def pipeline(files: dict[str, Path], tmp_path: Path, prompt: TextPrompt):
+    """The converted model at its smallest size, its two prompts encoded already."""
     convert(tmp_path / "ours", family="infinity", **files, flags=Flags(size="0.06M"))
-    pipeline = load_pipeline(tmp_path / "ours", device="cpu")
-    pipeline.encode_prompt = lambda texts: prompt  # no text encoder here
-    pipeline.set_progress_bar_config(disable=True)
+    made = load_pipeline(tmp_path / "ours", device="cpu")
+    made.encode_prompt = lambda texts: prompt.select(slice(0, len(texts)))  # no text encoder here
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_pipeline_draws_any_aspect(pipeline) -> None:
     output = pipeline(["a", "b"], aspect="3:1", seed=0, output_type="np")
     assert output.images.shape == (2, 9 * 4, 27 * 4, 3)
     assert len(output.tokens) == 7
     assert pipeline.make_plan().stages[0].guidance == Guidance(2.0, "constant")
     listed = pipeline.make_plan(guidance_scale=[2.0] * 7, temperature=[0.5] * 7, guidance_blocks=[-2])
     assert not listed.stages[0].guidance.on_logits
+    other = pipeline(["a", "b"], negative_prompt="c", aspect="3:1", seed=0, output_type="np")
+    assert not np.array_equal(other.images, output.images)
+
+
+@pytest.mark.parametrize("words", [{"cache": "window:50%"}, {"plan": "self:5", "depth": 2}, {"smooth": True}])
+def test_methods_work_on_bits(pipeline, words: dict) -> None:
+    assert pipeline("a", seed=0, output_type="np", **words).images.shape == (1, 64, 64, 3)
+
+
+def test_edits_keep_bits_outside_the_mask(pipeline) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (36, 108, 3), dtype=np.uint8)
+    mask = np.zeros((36, 108), dtype=bool)
+    mask[:, 60:] = True
+    given = {"image": image, "mask_image": mask, "seed": 0, "aspect": "3:1"}
+    output = pipeline("a", **given, output_type="np")
+    assert np.array_equal(np.rint(output.images[0] * 255).astype(np.uint8)[:, :60], image[:, :60])
+    schedule, pixels = pipeline.make_plan(aspect="3:1").schedule, torch.tensor(image).permute(2, 0, 1)[None]
+    own = pipeline.vqvae.image_to_tokens(pixels.float() / 127.5 - 1, schedule)[-1]
+    kept = torch.arange(27).repeat(9) < 15
+    assert torch.equal(output.tokens[-1][:, kept], own[:, kept])
+    assert not torch.equal(output.tokens[-1], own)
 
 
 def test_shards_trainers_and_names_without_wrappers(files: dict[str, Path], tmp_path: Path) -> None:
