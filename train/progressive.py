@@ -105,6 +105,8 @@ class ProgressiveObjective(VarObjective):
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of these scales' tokens."""
         schedule = self.transformer.schedule
-        end = schedule.ends[self.stage(clock)[0] - 1]
-        inputs = batch["inputs"][:, : end - schedule.lengths[0]] if end > schedule.lengths[0] else None
-        return super().predict({**batch, "ids": batch["ids"][:, :end], "inputs": inputs}, clock, **passes)
+        end, first = schedule.ends[self.stage(clock)[0] - 1], schedule.lengths[0]
+        cut = {name: batch[name][:, :end] for name in ("ids", "noisy_ids") if name in batch}
+        inputs = (name for name in ("inputs", "noisy_inputs") if name in batch)
+        cut |= {name: batch[name][:, : end - first] if end > first else None for name in inputs}
+        return super().predict({**batch, **cut}, clock, **passes)
