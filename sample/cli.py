@@ -76,6 +76,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    where.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
     return where
 
 
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
-    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device, refiner=refiner)
+    places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
+    pipeline = load_pipeline(folder, **places, refiner=refiner)
     pipeline.set_progress_bar_config(disable=True)
     disable_progress_bar()
     if prompts is None:

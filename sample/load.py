@@ -25,6 +25,7 @@ def load_pipeline(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    text_device: str | torch.device | None = None,
     refiner: str | Path | None = None,
 ) -> NextScalePipeline:
     """The pipeline of a model, in eval mode.
@@ -35,6 +36,7 @@ def load_pipeline(
         dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto" is bfloat16 on CUDA, else
             float32. The quantiser and the output head stay float32.
         device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
+        text_device: where the text encoder goes instead, e.g. "cpu" to keep its weights out of the accelerator.
         refiner: another model, whose transformer makes the last scales where a plan says so.
 
     Raises:
@@ -55,7 +57,13 @@ def load_pipeline(
         other = load_pipeline(refiner, dtype="float32", device="cpu")
         check_refiner(pipeline, other, str(refiner))
         pipeline.register_modules(refiner=other.transformer)
-    return pipeline.to(place, precision)
+    if text_device is None or pipeline.text_encoder is None:
+        return pipeline.to(place, precision)
+    encoder = pipeline.text_encoder
+    pipeline.register_modules(text_encoder=None)
+    pipeline.to(place, precision)
+    pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), precision))
+    return pipeline
 
 
 def check_refiner(pipeline: NextScalePipeline, other: NextScalePipeline, name: str) -> None:

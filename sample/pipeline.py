@@ -31,7 +31,7 @@ from sample.text import encode_prompts
 from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
-from var.conditioning import ClassPrompt, Prompt
+from var.conditioning import ClassPrompt, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -122,7 +122,7 @@ class NextScalePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | TextPrompt | None = None,
         *,
         class_labels: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -155,7 +155,7 @@ class NextScalePipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images of each prompt or class, as one batch.
 
         Args:
-            prompt: a text or several, for a text model.
+            prompt: a text or several, for a text model; or what `encode_prompt` made of them.
             class_labels: a class in [0, num_classes) or several, for a class model; num_classes is the null class.
             negative_prompt: what guidance pushes away from, instead of the learned null text; one, or one a prompt.
             image: a picture to edit, PIL or uint8 (h, w, 3), of any size; or one a prompt. A class model may then do
@@ -258,11 +258,15 @@ class NextScalePipeline(DiffusionPipeline):
         return tuple(side * self.vqvae.stride for side in plan.schedule.latent_hw)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Prompt:
-        """Texts to what the transformer is conditioned on."""
+        """Texts to what the transformer is conditioned on; a call takes it as `prompt` instead of texts.
+
+        The text encoder may be on another device, or be freed afterwards.
+        """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text encoder and a tokenizer, and this pipeline was made without them")
         length = self.transformer.config.text_length
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
+        encoded = encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
+        return encoded.to(self.transformer.device)
 
     def make_plan(self, plan: Plan | PlanConfig | str | None = None, **given: Any) -> Plan:
         """The plan that a call with these settings (of `SAMPLING`) follows, the model's own under them."""
@@ -298,7 +302,7 @@ class NextScalePipeline(DiffusionPipeline):
         return self.transformer.check_schedule(schedule)
 
     def _prompt(
-        self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, copies: int
+        self, prompt: str | Sequence[str] | TextPrompt | None, class_labels: int | Sequence[int] | None, copies: int
     ) -> Prompt:
         """The prompt of every image: each text or class `copies` times in a row, encoded once."""
         if copies < 1:
@@ -307,6 +311,9 @@ class NextScalePipeline(DiffusionPipeline):
         if unwanted is not None or (prompt is None and class_labels is None):
             kind, example = ("class", "class_labels=3") if self.by_class else ("text", 'prompt="a red star"')
             raise ValueError(f"this is a {kind} model: give {wanted}, e.g. {example}, and nothing else to condition on")
+        if isinstance(prompt, TextPrompt):
+            encoded = prompt.to(self.transformer.device)
+            return encoded.select(_repeat(len(encoded), copies).to(encoded.mask_BT.device))
         if not self.by_class:
             texts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not texts:
