@@ -32,6 +32,7 @@ from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import TextPrompt
 from var.convert_infinity import chunked, normalized
+from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
 
 GOLDEN = Path(__file__).parent / "goldens/infinity_tiny"
@@ -348,14 +349,10 @@ def test_chunks_and_blocks_are_the_same_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "width", "heads", "bits", "millions"),
-    [(12, 768, 8, 32, 125), (24, 1536, 16, 32, 941), (32, 2048, 16, 32, 2200), (40, 3584, 28, 56, 8380)],
+    ("name", "millions"),
+    [("125m", 125), ("361m", 362), ("1b", 941), ("2b", 2200), ("2.2b", 2260), ("4.7b", 4720), ("8b", 8380)],
 )
-def test_published_sizes(depth: int, width: int, heads: int, bits: int, millions: float) -> None:
-    sizes = {"depth": depth, "width": width, "heads": heads, "latent_channels": bits, "bitwise": True}
-    options = {"conditioning": "text", "positions": "rope", "shared_ada": True, "level_table": 15, "pool_heads": 16}
+def test_published_sizes(name: str, millions: float) -> None:
     with torch.device("meta"):
-        model = NextScaleTransformer(
-            **sizes, **options, schedule=aspect_schedule("1:1"), text_width=2048, text_length=512
-        )
+        model = NextScaleTransformer(**PRESETS[f"infinity-{name}"], schedule=aspect_schedule("1:1"))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
