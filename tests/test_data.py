@@ -418,6 +418,30 @@ def test_parquet_streams_resume_in_the_middle_of_a_row_group(tmp_path):
     assert seen == straight
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_shard_is_named(tmp_path, workers):
+    path = tars(tmp_path)
+    shard = tmp_path / "s2.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 6 // 10])
+    with pytest.raises(ValueError, match=r"s2\.tar is damaged: unexpected end of data") as caught:
+        build_dataset(config("webdataset", path, tmp_path))
+    assert "\n" not in str(caught.value)
+    stream = build_dataset(config("webdataset", path, tmp_path, streaming=True, num_classes=3))
+    with pytest.raises(ValueError, match=r"s2\.tar is damaged: unexpected end of data"):
+        list(islice(StreamLoader(stream, batch_size=2, num_workers=workers), 40))
+
+
+def test_metadata_may_lack_labels(tmp_path):
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    rows = [{"file_name": "0.png", "label": 1}, {"file_name": "1.png", "label": None}, {"file_name": "2.png"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = build_dataset(config("folder", str(tmp_path), tmp_path))
+    assert [data[i]["label"] for i in range(3)] == [1, -1, -1] and data.num_classes == 2
+    with pytest.raises(ValueError, match="has no label: class-conditional"):
+        build_dataset(config("folder", str(tmp_path), tmp_path), labelled=True)
+
+
 def test_the_number_of_a_streams_classes_is_declared(tmp_path):
     options = config("webdataset", tars(tmp_path, 1), tmp_path, streaming=True)
     assert build_dataset(options).num_classes is None

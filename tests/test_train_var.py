@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from training_toys import in_child
@@ -58,3 +60,37 @@ def test_attention_backends_that_cannot_train_are_one_line(vqvae_folder, tmp_pat
     assert stage(train_var.main, *arguments) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and words in lines[0]
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_class_training_needs_labels(vqvae_folder, tmp_path, capfd, workers):
+    from test_data import write_parquet
+
+    path = write_parquet(tmp_path / "some.parquet", 20, label=[0, 1, None, 2] * 5, text=["a thing"] * 20)
+    arguments = [*TINY, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run", "--data.source=parquet"]
+    arguments += [f"--data.path={path}", f"--run.workers={workers}", f"--data.cache_dir={tmp_path}/arrow"]
+    streamed = [*arguments, "--data.streaming=true", "--data.stream_val_images=1"]
+    for given, words in (
+        (arguments, "has no label: class-conditional training needs one"),
+        (streamed, "data.num_classes must be given for class-conditional training"),
+        ([*streamed, "--data.num_classes=3"], "a row has no label: class-conditional"),
+    ):
+        assert stage(train_var.main, *given) == 2
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(errors) == 1 and words in errors[0] and "Traceback" not in errors[0]
+
+
+def test_a_cache_with_unlabelled_images_trains_no_class_model(tiny_vqvae, tmp_path):
+    from train.token_cache import TokenCache, tokenizer_hash, write_shard
+
+    folder = tmp_path / "train"
+    folder.mkdir()
+    write_shard(folder, 0, np.zeros((2, 21), np.uint16), [{"label": label, "caption": ""} for label in (0, -1)])
+    manifest = {"tokenizer_hash": tokenizer_hash(tiny_vqvae), "num_classes": 1, "images": 2, "shard_size": 8}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(TokenCache(tmp_path, "train", tiny_vqvae)) == 2
+    with pytest.raises(ValueError, match=r"an image of cache .* has no label"):
+        TokenCache(tmp_path, "train", tiny_vqvae, labelled=True)

@@ -154,6 +154,9 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
 
 def _say(error: BaseException, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = str(error)
+        if text.startswith("Caught ") and " in DataLoader worker" in text:  # the traceback of another process
+            text = text.rpartition(f"{type(error).__name__}: ")[2]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         print(f"{'' if code > 100 else 'error: '}{' '.join(lines)}", file=sys.stderr)
     return code

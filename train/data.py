@@ -9,14 +9,14 @@ import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from train.images import CorruptLog, ImageDataset, RowReader, Transform
+from train.images import CorruptLog, ImageDataset, RowReader, Transform, no_label
 from train.order import KeyedDataset, KeyedSampler, permute
 from train.pixels import MAX_PIXELS
 from train.sources import (
@@ -26,6 +26,7 @@ from train.sources import (
     TableSource,
     choose_columns,
     class_names,
+    data_files,
     get,
     load_tables,
     narrowed,
@@ -227,7 +228,9 @@ def _build_table(config: DataConfig, split: str) -> tuple[TableSource, bool]:
     return TableSource(rows, _table_columns(rows, config), title=repr(config.path), classes=classes), hashed
 
 
-def build_stream(config: DataConfig, split: str, *, seed: int, corrupt: CorruptLog) -> StreamDataset:
+def build_stream(
+    config: DataConfig, split: str, *, seed: int, corrupt: CorruptLog, labelled: bool = False
+) -> StreamDataset:
     """One split as a stream: training shuffled without end, validation once in order."""
     rows, hashed = _open_table(config, split)
     columns = _table_columns(rows, config)
@@ -241,15 +244,26 @@ def build_stream(config: DataConfig, split: str, *, seed: int, corrupt: CorruptL
         rows = rows.take(config.limit)
     found = len(classes) if classes else (1 if columns.label is None else None)
     number = _declared(config, found)
+    if labelled and number is None:
+        raise ValueError(
+            "data.num_classes must be given for class-conditional training: a stream cannot tell how many there are"
+        )
     cut = config.val_fraction
     part = None if not hashed else (0.0, cut) if split == "val" else (cut, 1.0)
     return StreamDataset(
         narrowed(rows, columns),
-        RowReader(columns, classes, config.transform(split, seed), corrupt, part, number),
+        RowReader(columns, classes, config.transform(split, seed), corrupt, part, number, labelled),
         window=config.shuffle_buffer if split == "train" else 0,
         repeat=split == "train",
         seed=seed,
+        shards=_shards(config),
     )
+
+
+def _shards(config: DataConfig) -> list[str]:
+    """Tar files or patterns of a webdataset, of both splits."""
+    given = (config.path, config.val_path) if config.source == "webdataset" else ()
+    return list(chain.from_iterable(files for path in given if path for files in data_files(path, ".tar").values()))
 
 
 def _declared(config: DataConfig, found: int | None) -> int | None:
@@ -274,14 +288,15 @@ def build_dataset(
     *,
     seed: int = 0,
     corrupt_log: str | os.PathLike | None = None,
+    labelled: bool = False,
 ) -> ImageDataset | SceneImages | StreamDataset | HeldImages:
     """The images of one split; items {"image": uint8 (3, H, W) in [0, 255], "label": int, "caption": str}.
 
     Training crops are random, keyed by (seed, epoch, image); validation crops are central. With
     `config.streaming` the training split is a StreamDataset, for a StreamLoader; everything else is map-style, for a
-    KeyedDataset. corrupt_log: a file that collects the
-    names of unreadable images. Raises ValueError or FileNotFoundError in one line for a path, split, column or class
-    that is not there, and for a split without images.
+    KeyedDataset. corrupt_log: a file that collects the names of unreadable images. labelled: refuse images without
+    labels. Raises ValueError or FileNotFoundError in one line for a path, split, column or class that is not there, and
+    for a split without images.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r} must be 'train' or 'val'")
@@ -290,9 +305,11 @@ def build_dataset(
         n = config.num_scenes if split == "train" else max(1, round(config.num_scenes * config.val_fraction))
         return SceneImages(min(n, config.limit or n), seed=VAL_SCENES if split == "val" else 0, size=config.hw[0])
     if config.streaming:
-        stream = build_stream(config, split, seed=seed, corrupt=corrupt)
+        stream = build_stream(config, split, seed=seed, corrupt=corrupt, labelled=labelled)
         return stream if split == "train" else _not_empty(HeldImages(stream, config.stream_val_images), config, split)
     source, hashed = (_open_folder if config.source == "folder" else _build_table)(config, split)
+    if labelled and source.unlabelled:
+        raise ValueError(no_label(f"an image of path={config.path!r}"))
     indices = np.arange(len(source))
     if hashed:
         validation = hash_split(map(source.name, indices), config.val_fraction)

@@ -63,6 +63,11 @@ class CorruptLog:
         return f"{len(names)} unreadable images were skipped: {', '.join(names[:first])}{more}{where}"
 
 
+def no_label(where: str) -> str:
+    """What to say of images without labels where labels are needed."""
+    return f"{where} has no label: class-conditional training needs one for every image (transformer.conditioning)"
+
+
 @dataclass(frozen=True)
 class Transform:
     """Record -> item. Draws: crop down, crop across, flip, caption."""
@@ -146,6 +151,7 @@ class RowReader:
     corrupt: CorruptLog
     part: tuple[float, float] | None = None
     num_classes: int | None = None
+    labelled: bool = False
 
     def __call__(self, row: dict, epoch: int) -> dict | None:
         name = str(row.get("__key__") or "")
@@ -155,6 +161,8 @@ class RowReader:
                 raise ValueError(
                     f"label {record.label} of {name or 'a row'} is not below num_classes={self.num_classes}"
                 )
+            if self.labelled and record.label < 0:
+                raise ValueError(no_label(name or "a row"))
             if isinstance(record.image, str):
                 name = name or record.image
                 record = replace(record, image=Path(record.image).read_bytes())

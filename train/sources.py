@@ -1,7 +1,8 @@
 """Where labelled, captioned images come from: folders, and tables read with Hugging Face `datasets`.
 
 A source answers `len(source)`, `source.record(i)` and `source.name(i)` (stable, for the hash split), and carries
-`classes` (names in the order of the labels, or None) and `num_classes`. Nothing is decoded here.
+`classes` (names in the order of the labels, or None), `num_classes` and `unlabelled` (whether any label is -1).
+Nothing is decoded here.
 """
 
 import csv
@@ -10,8 +11,10 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,7 @@ class FolderSource:
         self.num_classes = len(found) if found else max(labels) + 1
         self._files = np.array([os.fsencode(name) for name in files])  # one buffer: workers share it copy-free
         self._labels = np.array(labels, dtype=np.int64)
+        self.unlabelled = min(labels) < 0
 
     def __len__(self) -> int:
         return len(self._files)
@@ -172,11 +176,14 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
     chosen = choose_columns(rows[0], **{**columns, "image": "file_name"}, where=str(path))
     captions = [_as_caption(get(row, chosen.caption)) for row in rows] if chosen.caption else None
     labels = [get(row, chosen.label) for row in rows] if chosen.label else [0] * len(rows)
-    if path.suffix == ".csv" and all(str(label).lstrip("-").isdigit() for label in labels):
-        labels = [int(label) for label in labels]
+    labels = [None if label == "" else label for label in labels]
+    given = [str(label) for label in labels if label is not None]
+    if path.suffix == ".csv" and all(label.lstrip("-").isdigit() for label in given):
+        labels = [None if label is None else int(label) for label in labels]
     if any(isinstance(label, str) for label in labels):
-        classes = classes or tuple(sorted({str(label) for label in labels}))
-        labels = [label_index(str(label), classes, str(path)) for label in labels]
+        labels = [None if label is None else str(label) for label in labels]
+        classes = classes or tuple(sorted(set(given)))
+    labels = [label_index(label, classes, str(path)) for label in labels]
     captions = captions or [class_caption(classes, label) for label in labels]
     return [row["file_name"] for row in rows], labels, captions, classes
 
@@ -239,8 +246,9 @@ class TableSource:
         values = [0] if columns.label is None else _distinct(table, columns.label)
         if self.classes is None and any(isinstance(value, str) for value in values):
             self.classes = tuple(sorted(str(value) for value in values))
-        largest = max((label_index(value, self.classes, title) for value in values), default=-1)
-        self.num_classes = len(self.classes) if self.classes else largest + 1
+        labels = [label_index(value, self.classes, title) for value in values]
+        self.num_classes = len(self.classes) if self.classes else max(labels, default=-1) + 1
+        self.unlabelled = min(labels, default=0) < 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -259,7 +267,7 @@ def _distinct(table: Any, column: str) -> list:
     return list({get(row, column) for row in table.select_columns([column.partition(".")[0]])})
 
 
-def _data_files(path: str | list[str], suffix: str, split_names: frozenset[str]) -> dict[str, list[str]]:
+def data_files(path: str | list[str], suffix: str, split_names: frozenset[str] = SPLIT_NAMES) -> dict[str, list[str]]:
     """Split -> files or globs; local ones are known to exist."""
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
@@ -283,6 +291,17 @@ def _by_split(folder: Path, suffix: str, split_names: frozenset[str]) -> dict[st
         words = [*folders, re.split(r"[^A-Za-z0-9]", name)[0]]
         splits.setdefault(next((word for word in words if word in split_names), "train"), []).append(str(file))
     return splits
+
+
+def damaged_shard(files: Iterable[str]) -> str:
+    """The first local tar file, of names and patterns, that ends too early; "a shard" if there is none."""
+    for file in (name for pattern in files if "://" not in pattern for name in sorted(glob.glob(pattern))):
+        try:
+            with tarfile.open(file) as tar:
+                tar.getmembers()
+        except (tarfile.TarError, OSError):
+            return file
+    return "a shard"
 
 
 def load_tables(
@@ -317,11 +336,13 @@ def load_tables(
             partial(datasets.load_from_disk, path) if saved else partial(datasets.load_dataset, path, subset, **options)
         )
     else:
-        files = _data_files(path, {"parquet": ".parquet", "webdataset": ".tar"}[source], split_names)
+        files = data_files(path, {"parquet": ".parquet", "webdataset": ".tar"}[source], split_names)
         load = partial(datasets.load_dataset, source, data_files=files, **options)
     try:
         tables = load()
     except (datasets.exceptions.DatasetsError, ConnectionError, tarfile.TarError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
+        if isinstance(error.__cause__ or error, tarfile.TarError):
+            reason = f"{damaged_shard(chain.from_iterable(files.values()))} is damaged: {reason}"
         raise ValueError(f"path={path!r} cannot be read as {source}: {reason}") from error
     return dict(tables) if isinstance(tables, dict) else {"train": tables}

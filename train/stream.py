@@ -5,7 +5,8 @@ handed out. A rolling buffer cannot be resumed without its contents; a window is
 """
 
 import copy
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from train.images import CorruptLog, RowReader
+from train.sources import damaged_shard
 
 
 class StreamDataset(IterableDataset):
     """Items of a `datasets.IterableDataset`, split over processes (`for_rank`) and loader workers.
 
     rows: the undecoded stream.  read: makes an item of a row.  window: records shuffled together, 0 or 1 for none.
-    repeat: go on into the next epoch for ever (training); otherwise one epoch.  The order depends on seed, epoch, rank,
-    world and the number of workers, and on nothing else. `state_dict` is right after each item in the process that
-    iterates; with workers, use StreamLoader.
+    repeat: go on into the next epoch for ever (training); otherwise one epoch.  shards: tar files or patterns it reads,
+    of which an error names the damaged one.  The order depends on seed, epoch, rank, world and the number of workers,
+    and on nothing else. `state_dict` is right after each item in the process that iterates; with workers, use
+    StreamLoader.
     """
 
     def __init__(
@@ -32,8 +35,10 @@ class StreamDataset(IterableDataset):
         window: int,
         repeat: bool,
         seed: int,
+        shards: Sequence[str] = (),
     ):
         self.rows, self.read, self.window, self.repeat, self.seed = rows, read, max(window, 1), repeat, seed
+        self.shards = shards
         self._start = self._progress = {"epoch": 0, "window": 0, "begin": None, "done": 0}
 
     @property
@@ -80,12 +85,18 @@ class StreamDataset(IterableDataset):
             rows.load_state_dict(begin)
         return rows
 
+    def _records(self, rows: Any) -> Iterator[dict]:
+        try:
+            yield from rows
+        except tarfile.TarError as error:
+            raise ValueError(f"{damaged_shard(self.shards)} is damaged: {error}") from error
+
     def __iter__(self) -> Iterator[dict]:
         at = self._start
         epoch, number, begin, done = at["epoch"], at["window"], at["begin"], at["done"]
         while True:
             rows = self._epoch_rows(epoch, begin)
-            records = iter(rows)
+            records = self._records(rows)
             good, resumed = 0, number > 0 or done > 0
             while window := list(islice(records, self.window)):
                 order = np.random.default_rng((self.seed, epoch, number)).permutation(len(window))

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from tokenizer.model import MultiScaleVQ
 from train.checkpoint import write_atomically
+from train.images import no_label
 
 
 def tokenizer_hash(vqvae: MultiScaleVQ) -> str:
@@ -56,10 +57,10 @@ class TokenCache(Dataset):
 
     Raises:
         FileNotFoundError: if there is no finished cache.
-        ValueError: if another tokenizer made it.
+        ValueError: if another tokenizer made it, or `labelled` and an image has no label.
     """
 
-    def __init__(self, folder: str | Path, split: str, vqvae: MultiScaleVQ):
+    def __init__(self, folder: str | Path, split: str, vqvae: MultiScaleVQ, *, labelled: bool = False):
         self.folder = Path(folder) / split
         path = self.folder / "manifest.json"
         if not path.exists():
@@ -75,6 +76,8 @@ class TokenCache(Dataset):
         for shard in shards:
             with (self.folder / f"{shard:05d}.jsonl").open(encoding="utf-8") as file:
                 self.rows += [tuple(json.loads(line).values()) for line in file]
+        if labelled and any(label < 0 for label, _ in self.rows):
+            raise ValueError(no_label(f"an image of cache {self.folder}"))
 
     def __len__(self) -> int:
         return self.manifest["images"]

@@ -24,8 +24,8 @@ from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
-from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.order import uniforms
+from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, tokenize
@@ -232,16 +232,16 @@ def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
     """Training and validation data: cached tokens, or images of the tokenizer's size.
 
     Raises:
-        ValueError: if the images' size is not the tokenizer's.
+        ValueError: if the images' size is not the tokenizer's, or a class model's images have no labels.
     """
+    labelled = config.transformer.conditioning == "class"
     if config.tokens.cache is not None:
-        return tuple(TokenCache(config.tokens.cache, split, vqvae) for split in ("train", "val"))
+        return tuple(TokenCache(config.tokens.cache, split, vqvae, labelled=labelled) for split in ("train", "val"))
     if tuple(config.data.hw) != vqvae.image_hw:
         raise ValueError(f"data.size {config.data.hw} must be the tokenizer's: {vqvae.image_hw}")
     unreadable = Path(config.run.run_dir) / "unreadable_images.txt"
-    return tuple(
-        build_dataset(config.data, split, seed=config.run.seed, corrupt_log=unreadable) for split in ("train", "val")
-    )
+    options = {"seed": config.run.seed, "corrupt_log": unreadable, "labelled": labelled}
+    return tuple(build_dataset(config.data, split, **options) for split in ("train", "val"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
