@@ -1,0 +1,159 @@
+"""Images of any aspect ratio in batches of one shape each, from Infinity's lists of captions.
+
+    FOLDER/1.000_000002500.jsonl    height over width, number of lines
+           1.500_000002500.jsonl    {"image_path", "long_caption", "text"} a line; paths absolute, or from FOLDER or
+                                    one of its parents
+
+Which images share a batch is a pure function of (seed, image counter), as everything in `train.order`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from tokenizer.aspects import STRIDE, TEMPLATES, aspect_schedule, nearest_template
+from train.images import BAD_IN_A_ROW, CorruptLog
+from train.order import permute, uniforms
+from train.pixels import MAX_PIXELS, CorruptImage, crop, decode
+
+
+@dataclass(kw_only=True)
+class AspectConfig:
+    """Images of any aspect ratio.
+
+    Args:
+        folder: of `.jsonl` lists; null for the images of `data`.
+        size: 0.06M, 0.25M, 0.60M or 1M.
+        short_captions: share of images that come with their short caption ("text") instead of the long one.
+        val_fraction: share of the images of the most frequent shape kept for validation, from its list's end.
+    """
+
+    folder: str | None = None
+    size: str = "0.25M"
+    short_captions: float = 0.5
+    val_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        aspect_schedule("1:1", self.size)
+        for name in ("short_captions", "val_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"aspects.{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+class Lines:
+    """The lines of a text file by number; only their places are held in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            ends = [0, *accumulate(len(line) for line in file)]
+        self.places = np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.places) - 1
+
+    def __getitem__(self, index: int) -> str:
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return whole[self.places[index] : self.places[index + 1]].decode("utf-8")
+
+
+class AspectImages(Dataset):
+    """Items {"image": uint8 (3, h, w), "label": -1, "caption": str}; the shape is that of the image's template.
+
+    Args:
+        split: "train", or "val" for the held-out images of the most frequent shape.
+        batch_size: images of one step over all processes: each such batch has one shape.
+
+    Raises:
+        FileNotFoundError: if the folder has no lists, or images are not where their lists say.
+        ValueError: if no shape has enough images for one batch.
+    """
+
+    num_classes = 1
+
+    def __init__(
+        self, config: AspectConfig, split: str, *, batch_size: int, seed: int = 0, corrupt: CorruptLog | None = None
+    ):
+        self.config, self.batch_size, self.seed = config, batch_size, seed
+        self.corrupt = corrupt or CorruptLog()
+        self.lists = self._read_lists(Path(config.folder))
+        largest = max(self.lists, key=lambda ratio: len(self.lists[ratio]))
+        held = max(1, int(len(self.lists[largest]) * config.val_fraction)) if config.val_fraction else 0
+        self.counts = {ratio: len(lines) - held * (ratio == largest) for ratio, lines in self.lists.items()}
+        self.first = 0
+        if split == "val":
+            self.first, self.counts = self.counts[largest], {largest: held}
+        blocks = [count // batch_size if split == "train" else count for count in self.counts.values()]
+        self.block = batch_size if split == "train" else 1
+        self.block_ends = list(accumulate(blocks))
+        if not self.block_ends or self.block_ends[-1] == 0:
+            raise ValueError(f"aspects.folder {config.folder!r}: no shape has the {batch_size} images of a batch")
+        self.starts = dict(zip(self.counts, [0, *accumulate(self.counts.values())]))
+
+    def __len__(self) -> int:
+        """Images of an epoch: of each shape as many as make whole batches, other ones every epoch."""
+        return self.block_ends[-1] * self.block
+
+    def place(self, position: int, *, seed: int, epoch: int) -> int:
+        """Index of the image at `position` of an epoch: batches are shuffled, and images among those of their shape."""
+        block, inside = divmod(position, self.block)
+        block = permute(block, self.block_ends[-1], seed=seed, epoch=epoch)
+        shape = bisect_right(self.block_ends, block)
+        ratio = list(self.counts)[shape]
+        earlier = self.block_ends[shape - 1] if shape else 0
+        local = (block - earlier) * self.block + inside
+        return self.starts[ratio] + permute(local, self.counts[ratio], seed=seed + shape + 1, epoch=epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.at(index, 0)
+
+    def at(self, index: int, epoch: int) -> dict:
+        """Item `index`, in epoch `epoch`; an image that cannot be read is replaced by the next one of its shape."""
+        ratio = max((r for r, start in self.starts.items() if start <= index), key=lambda r: self.starts[r])
+        local, count = index - self.starts[ratio], self.counts[ratio]
+        tries = min(count, BAD_IN_A_ROW)
+        for offset in range(tries):
+            row = json.loads(self.lists[ratio][self.first + (local + offset) % count])
+            try:
+                return self._item(row, ratio, epoch, index + offset)
+            except (CorruptImage, OSError) as error:
+                self.corrupt.add(str(row["image_path"]), str(error))
+        raise ValueError(f"{tries} images in a row cannot be read; {self.corrupt.summary(3)}")
+
+    def _item(self, row: dict, ratio: float, *key: int) -> dict:
+        h, w = (side * STRIDE for side in aspect_schedule(ratio, self.config.size).latent_hw)
+        image = decode(self.root / row["image_path"], at_least=max(h, w), max_pixels=MAX_PIXELS)
+        return {"image": crop(image, (h, w), resize_factor=1.0), "label": -1, "caption": self._caption(row, *key)}
+
+    def _caption(self, row: dict, *key: int) -> str:
+        texts = [row.get("text") or "", row.get("long_caption") or ""]
+        is_long = uniforms(1, self.seed, *key, 6)[0] >= self.config.short_captions
+        return texts[is_long] or texts[not is_long]
+
+    def _read_lists(self, folder: Path) -> dict[float, Lines]:
+        found = {path: Lines(path) for path in sorted(folder.glob("*.jsonl"))}
+        lists = {nearest_template(_ratio(path)): lines for path, lines in found.items() if len(lines)}
+        if not lists:
+            raise FileNotFoundError(f"aspects.folder {str(folder)!r} has no list like 1.500_000002500.jsonl in it")
+        example = json.loads(next(iter(lists.values()))[0])["image_path"]
+        roots = [root for root in (folder, *folder.resolve().parents) if (root / example).is_file()]
+        if not roots:
+            raise FileNotFoundError(f"aspects.folder {str(folder)!r}: {example} is neither in it nor in any folder above")
+        self.root = roots[0]
+        return lists
+
+
+def _ratio(path: Path) -> float:
+    try:
+        return float(path.name.split("_")[0].removesuffix(".jsonl"))
+    except ValueError:
+        known = ", ".join(f"{ratio:.3f}" for ratio in TEMPLATES)
+        raise ValueError(f"list {path.name} must begin with height over width, one of {known}") from None
