@@ -26,7 +26,7 @@ from sample.load import load_pipeline
 from sample.official import Flags, load_official
 from sample.plan import plain
 from sample.state import Hook
-from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, known_grid, nearest_template, read_aspect
+from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, nearest_template, read_aspect, schedule_of
 from tokenizer.bitwise import BinarySphericalQuantizer, entropy_penalty
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
@@ -223,7 +223,7 @@ def test_templates() -> None:
     for ratio, schedule in TEMPLATES.items():
         assert len(schedule) == 13 and schedule.latent_hw[0] / schedule.latent_hw[1] == pytest.approx(ratio, abs=0.01)
         for size in SIZES:
-            assert known_grid(aspect_schedule(ratio, size)) == schedule.latent_hw
+            assert schedule_of(*aspect_schedule(ratio, size).latent_hw).grid == schedule.latent_hw
     assert nearest_template(read_aspect("16:9")) == 0.571 and aspect_schedule("9:16").latent_hw == (84, 48)
 
 

@@ -78,11 +78,15 @@ def read_aspect(aspect: str | float) -> float:
     return ratio
 
 
-def known_grid(schedule: ScaleSchedule) -> tuple[int, int] | None:
-    """The reference grid of a schedule that is the beginning of a template; None if it is of none or of several."""
-    grids = {
-        whole.latent_hw
-        for whole in TEMPLATES.values()
-        if whole.sides[: len(schedule)] == schedule.sides and len(schedule) in SIZES.values()
-    }
-    return grids.pop() if len(grids) == 1 else None
+def schedule_of(h: int, w: int) -> ScaleSchedule:
+    """The schedule, of all templates at all sizes, that ends with a grid of h x w tokens.
+
+    Raises:
+        ValueError: if none does.
+    """
+    for ratio in TEMPLATES:
+        for size in SIZES:
+            schedule = aspect_schedule(ratio, size)
+            if schedule.latent_hw == (h, w):
+                return schedule
+    raise ValueError(f"no template ends with {h}x{w} tokens: images must have the size of an aspect and size class")

@@ -318,7 +318,8 @@ class VarObjective(Objective):
     """Cross-entropy of all tokens given all coarser scales (VAR, equation 3).
 
     A batch is {"ids": (B, L) int64 or, bitwise, (B, L, n), "inputs": (B, L - l of scale 0, C), "counter": B image
-    counters} and the prompt; in training {"noisy_ids", "noisy_inputs"} go before ids and inputs. The prompt is
+    counters} and the prompt; in training {"noisy_ids", "noisy_inputs"} go before ids and inputs, and a
+    "schedule" is that of images of another shape than the model's own. The prompt is
     {"label": (B,)}, or {"states": (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T),
     "mask"} for the one that trains along.
 
@@ -392,17 +393,22 @@ class VarObjective(Objective):
         """`forward` with other arguments of the transformer."""
         if self.training and "noisy_ids" in batch:
             batch = {**batch, "ids": batch["noisy_ids"], "inputs": batch["noisy_inputs"]}
-        ids_BL = batch["ids"]
+        ids_BL, schedule = batch["ids"], batch.get("schedule")
+        if schedule is not None:
+            passes = {**passes, "schedule": schedule}
         cond = self.transformer.condition(self.training_prompt(batch, clock))
         logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond)
         smoothing = self.config.label_smoothing if self.training else 0.0
         logits_NV = logits_BLV.flatten(0, -2)
         loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
         loss_L = loss_N.view_as(ids_BL).mean(dim=(0, *range(2, ids_BL.ndim)))
-        loss = (loss_L * self.weights(clock).to(loss_L.device)).sum()
+        weights_L = self.weights(clock) if schedule is None else token_weights(schedule, self.config.weights)
+        loss = (loss_L * weights_L.to(loss_L.device)).sum()
         with torch.no_grad():
             correct = logits_BLV.argmax(dim=-1) == ids_BL
             correct_L = correct.float().mean(dim=(0, *range(2, ids_BL.ndim)))
+        if schedule is not None:  # its scales are not the model's own
+            return loss, {"accuracy": correct_L.mean()}
         by_scale = {**self.by_scale("loss", loss_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}
 

@@ -60,7 +60,8 @@ class KeyedDataset(Dataset):
     """A map-style dataset indexed by the global image counter g (see the module's text), shuffled anew every epoch.
 
     A dataset with a method `at(index, epoch)` is read through it, so that its crops differ from epoch to epoch;
-    any other is read as `dataset[index]`. Raises ValueError for an empty dataset.
+    any other is read as `dataset[index]`. One with a method `place(position, seed=, epoch=)` has an order of its own.
+    Raises ValueError for an empty dataset.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int = 0):
@@ -71,6 +72,8 @@ class KeyedDataset(Dataset):
     def locate(self, g: int) -> tuple[int, int]:
         """(epoch, index) of global counter g >= 0."""
         epoch, position = divmod(g, len(self.dataset))
+        if hasattr(self.dataset, "place"):
+            return epoch, self.dataset.place(position, seed=self.seed, epoch=epoch)
         return epoch, permute(position, len(self.dataset), seed=self.seed, epoch=epoch)
 
     def __getitem__(self, g: int) -> Any:

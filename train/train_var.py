@@ -16,11 +16,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from tokenizer.aspects import STRIDE, schedule_of
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
+from train.buckets import AspectConfig, AspectImages
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
+from train.images import CorruptLog
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
@@ -64,6 +67,7 @@ def parser():
     made = base_parser("Train a next-scale transformer.")
     made.add_class_arguments(RunConfig, "run")
     made.add_class_arguments(DataConfig, "data")
+    made.add_class_arguments(AspectConfig, "aspects")
     made.add_class_arguments(TokensConfig, "tokens")
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
@@ -143,8 +147,10 @@ def preparer(
 
     def prepare(batch: Batch) -> Batch:
         device = batch["label"].device
-        quantizer, schedule = vqvae.to(device).quantizer, vqvae.schedule
+        quantizer, schedule = vqvae.to(device).quantizer, batch_schedule(batch, vqvae)
         made = {"counter": batch["counter"], "label": batch["label"]}
+        if schedule is not vqvae.schedule:
+            made["schedule"] = schedule
         if "ids" in batch:
             ids = list(batch["ids"].split(schedule.lengths, dim=1))
         else:
@@ -165,6 +171,12 @@ def preparer(
         return made
 
     return prepare
+
+
+def batch_schedule(batch: Batch, vqvae: MultiScaleVQ) -> ScaleSchedule:
+    """The tokenizer's own schedule, or that of a template (`tokenizer.aspects`) for images of another shape."""
+    hw = tuple(batch["image"].shape[-2:]) if "image" in batch else vqvae.image_hw
+    return vqvae.schedule if hw == vqvae.image_hw else schedule_of(hw[0] // vqvae.stride, hw[1] // vqvae.stride)
 
 
 def draw_flips(
@@ -237,6 +249,12 @@ def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
     labelled = config.transformer.conditioning == "class"
     if config.tokens.cache is not None:
         return tuple(TokenCache(config.tokens.cache, split, vqvae, labelled=labelled) for split in ("train", "val"))
+    if config.aspects.folder is not None:
+        if labelled or vqvae.stride != STRIDE:
+            raise ValueError(f"aspects.folder is for text models on a tokenizer of stride {STRIDE}")
+        corrupt = CorruptLog(Path(config.run.run_dir) / "unreadable_images.txt")
+        common = {"batch_size": config.run.batch_size, "seed": config.run.seed, "corrupt": corrupt}
+        return tuple(AspectImages(config.aspects, split, **common) for split in ("train", "val"))
     if tuple(config.data.hw) != vqvae.image_hw:
         raise ValueError(f"data.size {config.data.hw} must be the tokenizer's: {vqvae.image_hw}")
     unreadable = Path(config.run.run_dir) / "unreadable_images.txt"
