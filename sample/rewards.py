@@ -92,12 +92,12 @@ class Aesthetic:
     name = "aesthetic"
 
     def __init__(self, weights: str, clip: str = "openai/clip-vit-large-patch14", *, device: Any = "cpu"):
-        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+        from transformers import AutoImageProcessor, CLIPModel
 
         if not Path(weights).is_file():
             raise FileNotFoundError(f"reward aesthetic: no such file {weights}")
         self.device = device
-        self.model = load(CLIPVisionModelWithProjection.from_pretrained, clip).eval().to(device)
+        self.model = load(CLIPModel.from_pretrained, clip).eval().to(device)
         self.processor = load(AutoImageProcessor.from_pretrained, clip)
         state = torch.load(weights, map_location=device, weights_only=True)
         numbers = sorted({int(key.split(".")[1]) for key in state})
@@ -107,7 +107,8 @@ class Aesthetic:
     def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """uint8 (B, 3, h, w) to (B,)."""
         given = self.processor(images=list(images_BCHW.cpu()), return_tensors="pt").to(self.device)
-        x = F.normalize(self.model(**given).image_embeds.float(), dim=-1)
+        pooled = self.model.vision_model(**given).pooler_output
+        x = F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
         for weight, bias in self.layers:
             x = F.linear(x, weight, bias)
         return x[:, 0].cpu() / 10
