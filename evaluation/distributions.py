@@ -1,56 +1,64 @@
-"""Which distribution figures a command asks for, and taking them: FID, IS, KID, FD-scenes, IS-scenes.
+"""Which distribution figures a command asks for, and taking them from images in one pass a network.
 
 Shapes: N images, D features.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from evaluation import guards
+from evaluation.extractors import ClipFeatures, DinoFeatures, clip_scores, cmmd
 from evaluation.features import (
     Described,
+    Describer,
     InceptionFeatures,
-    SceneFeatures,
     describe_all,
     load_scene_features,
     scene_reference,
 )
-from evaluation.frechet import (
-    FEW,
-    Z95,
-    Moments,
-    frechet_distance,
-    frechet_interval,
-    inception_score,
-    inception_score_interval,
-    kernel_distance,
-    moments,
+from evaluation.figures import (
+    INCEPTION,
+    NEED_REFERENCE,
+    PARTS,
+    Reference,
+    frechet_figures,
+    inception_figures,
+    inception_reference,
+    needs_images,
 )
+from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
 from evaluation.options import METRICS
 from evaluation.scenes import TAGS, render
-from evaluation.sources import Images, open_images, progress, stored_moments
-from evaluation.tokenizer_quality import fresh_scenes
+from evaluation.sources import FileImages, Images, NpzImages, holds_images, image_sizes, open_images, progress
+from evaluation.tokenizer_quality import fresh_scenes, mean_interval
 from sample.load import resolve_device
 
-PARTS = 10  # of the published inception score
+NETWORKS = {  # network -> metrics on it
+    "scenes": ("fd-scenes", "is-scenes"),
+    "inception": INCEPTION,
+    "dinov2": ("fd-dinov2",),
+    "clip": ("cmmd", "clip-score"),
+}
 
 
 @dataclass(frozen=True)
 class Measure:
     """Which distribution metrics to take, and what they need: networks and a reference.
 
-    metrics: some of `evaluation.options.METRICS`.  reference: real images; None for the shipped reference of FD-scenes.
-    stored: Inception statistics read from the reference file.  resamples: behind intervals; None for the default.
+    metrics: some of `evaluation.options.METRICS`.  networks: those of `NETWORKS` that are needed.
+    reference: real images; None where no metric looks at them.  reference_path: their file, which may hold statistics.
+    resamples: behind intervals; None for the default.
     """
 
     metrics: tuple[str, ...]
-    scenes: SceneFeatures | None
-    inception: InceptionFeatures | None
+    networks: dict[str, Describer]
     reference: Images | None
-    stored: Moments | None
+    reference_path: object
     resamples: int | None
     seed: int
     batch_size: int
@@ -59,83 +67,84 @@ class Measure:
     def of(cls, args: argparse.Namespace) -> "Measure":
         """What a command line asks for. Raises ValueError or FileNotFoundError if something is missing for it."""
         metrics = chosen_metrics(args.metrics, args.suite)
-        wants_inception = {"fid", "is", "kid"}.intersection(metrics)
-        stored = stored_moments(args.reference) if args.reference is not None else None
+        for metric in metrics:
+            if metric in NEED_REFERENCE and args.reference is None:
+                raise ValueError(f"--metrics {metric} needs --reference: real images, or their statistics")
         reference = None
-        if args.reference is not None and (stored is None or {"kid", "fd-scenes"}.intersection(metrics)):
+        if args.reference is not None and needs_images(metrics, args.reference):
             reference = open_images(args.reference)
-        for metric in {"fid", "kid"}.intersection(metrics):
-            if args.reference is None:
-                raise ValueError(f"--metrics {metric} needs --reference: a folder or .npz of real images")
         device = resolve_device(args.device) if metrics else torch.device("cpu")
-        return cls(
-            metrics,
-            load_scene_features().to(device) if {"fd-scenes", "is-scenes"}.intersection(metrics) else None,
-            InceptionFeatures.load(args.inception_weights, device) if wants_inception else None,
-            reference,
-            stored,
-            args.bootstrap,
-            args.seed,
-            args.batch_size,
-        )
+        networks = {
+            name: load_network(name, args, device, spatial="sfid" in metrics)
+            for name, known in NETWORKS.items()
+            if set(known).intersection(metrics)
+        }
+        return cls(metrics, networks, reference, args.reference, args.bootstrap, args.seed, args.batch_size)
 
-    def figures(self, images: Images) -> dict:
-        """All figures of `metrics`, each with its interval under `NAME_ci95`."""
+    def figures(self, images: Images, prompts: Sequence[str] | None = None) -> tuple[dict, list[str]]:
+        """All figures of `metrics`, each with its interval under `NAME_ci95`, and cautions about the images.
+
+        prompts: of every image, for clip-score. Raises ValueError if it is missing for that.
+        """
         figures: dict = {}
-        if self.scenes is not None:
-            figures |= self._scene_figures(images)
-        if self.inception is not None:
-            figures |= self._inception_figures(images)
-        return figures
+        cautions: list[str] = []
+        watch = guards.Watch(images)
+        for name in self.networks:
+            watch = guards.Watch(images)
+            described = self._describe(name, watch, name, len(images))
+            found, said = getattr(self, f"_{name}_figures")(described, prompts)
+            figures |= found
+            cautions += said
+        if self.networks:
+            cautions = [*image_cautions(images), *watch.cautions(), *self._reference_cautions(watch), *cautions]
+        return figures, cautions
 
     def settings(self) -> dict:
-        """What decides the figures: reference, protocol, resamples."""
-        facts: dict = {"metrics": list(self.metrics)}
+        """What decides the figures: extractors with digests of their weights, reference, protocol, resamples."""
+        facts: dict = {"metrics": list(self.metrics), "bootstrap_resamples": self.resamples}
+        facts["extractors"] = {network.name: network.digest for network in self.networks.values()}
         if self.reference is not None:
             facts["reference_n"] = len(self.reference)
         elif "fd-scenes" in self.metrics:
             facts["fd_scenes_reference"] = f"{scene_reference().n} fresh renders, all compositions, tags alike"
-        if self.inception is not None:
-            facts["inception"] = "torch-fidelity weights 2015-12-05, TensorFlow 1 resize to 299"
+        if "inception" in self.networks:
+            facts["protocol"] = "TensorFlow 1 resize to 299, pool_3, IS without bias"
         if "is" in self.metrics:
             facts["is_parts"] = PARTS
         return facts
 
     def cautions(self, n: int, tags: Sequence[str] | None) -> list[str]:
-        """What a reader of the figures must know, one line each."""
-        lines = []
-        distances = [metric for metric in self.metrics if metric in ("fid", "fd-scenes")]
-        if distances and n < FEW:
-            lines.append(
-                f"{' and '.join(distances)} of {n} images is biased upwards: take {FEW} or more, and compare "
-                "only figures of the same n"
-            )
+        """What a reader of the figures must know of `n` images of these tags, one line each."""
+        lines = guards.few_cautions([m for m in self.metrics if m in ("fid", "sfid", "fd-dinov2")], n)
+        lines += guards.few_cautions([m for m in self.metrics if m == "fd-scenes"], n, FEW)
         if "fd-scenes" in self.metrics and self.reference is None and tags is not None:
             counts = Counter(tags)
             if len({counts[tag] for tag in TAGS}) > 1:
                 lines.append("fd-scenes compares with all six tags alike, and these images are not spread like that")
         return lines
 
-    def _describe(self, network: SceneFeatures | InceptionFeatures, images: Images, what: str) -> Described:
-        return describe_all(network, progress(images, what, len(images)), batch_size=self.batch_size)
+    def _describe(self, name: str, images: Iterable[np.ndarray], what: str, count: int) -> Described:
+        return describe_all(self.networks[name], progress(images, what, count), batch_size=self.batch_size)
 
-    def _frechet(self, name: str, features_ND: torch.Tensor, reference: Moments) -> dict:
-        value = frechet_distance(moments(features_ND), reference)
-        resamples = self.resamples if self.resamples is not None else (200 if features_ND.shape[1] <= 256 else 20)
-        if resamples == 0:
-            return {name: value}
-        return {name: value, f"{name}_ci95": frechet_interval(features_ND, reference, value, resamples=resamples)}
+    def _described_reference(self, name: str) -> Described:
+        return self._describe(name, self.reference, f"{name}: reference", len(self.reference))
 
-    def _scene_figures(self, images: Images) -> dict:
-        described = self._describe(self.scenes, images, "scene features")
+    def _reference_cautions(self, watch: guards.Watch) -> list[str]:
+        if self.reference_path is None or not holds_images(self.reference_path):
+            return []
+        reference = self.reference or open_images(self.reference_path)
+        lines = guards.file_cautions(reference.paths, "reference images") if isinstance(reference, FileImages) else []
+        return lines + guards.size_cautions(watch.sizes, image_sizes(reference))
+
+    def _scenes_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
         figures: dict = {}
         if "fd-scenes" in self.metrics and self.reference is not None:
-            reference = moments(self._describe(self.scenes, self.reference, "reference").features)
-            figures |= self._frechet("fd_scenes", described.features, reference)
+            reference = moments(self._described_reference("scenes").features)
+            figures |= frechet_figures("fd_scenes", described.features, reference, self.resamples)
         elif "fd-scenes" in self.metrics:
-            figures |= self._frechet("fd_scenes", described.features, scene_reference())
-            fresh = (render(scene) for scene in fresh_scenes(len(images), self.seed))
-            renders = describe_all(self.scenes, progress(fresh, "fresh renders", len(images)))
+            figures |= frechet_figures("fd_scenes", described.features, scene_reference(), self.resamples)
+            fresh = (render(scene) for scene in fresh_scenes(len(described), self.seed))
+            renders = self._describe("scenes", fresh, "fresh renders", len(described))
             figures["fd_scenes_of_as_many_renders"] = frechet_distance(moments(renders.features), scene_reference())
         if "is-scenes" in self.metrics:
             value = inception_score(described.log_posterior)[0]
@@ -144,26 +153,51 @@ class Measure:
             if resamples:
                 interval = inception_score_interval(described.log_posterior, value, resamples=resamples)
                 figures["is_scenes_ci95"] = interval
-        return figures
+        return figures, []
 
-    def _inception_figures(self, images: Images) -> dict:
-        described = self._describe(self.inception, images, "Inception features")
+    def _inception_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
+        reference = Reference()
+        if self.reference_path is not None:
+            real = self._described_reference("inception") if self.reference is not None else None
+            reference = inception_reference(self.reference_path, real)
+        return inception_figures(self.metrics, described, reference, seed=self.seed, resamples=self.resamples)
+
+    def _dinov2_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
+        reference = moments(self._described_reference("dinov2").features)
+        return frechet_figures("fd_dinov2", described.features, reference, self.resamples), []
+
+    def _clip_figures(self, described: Described, prompts: Sequence[str] | None) -> tuple[dict, list[str]]:
         figures: dict = {}
-        reference = None
-        if "kid" in self.metrics or ("fid" in self.metrics and self.stored is None):
-            reference = self._describe(self.inception, self.reference, "reference").features
-        if "fid" in self.metrics:
-            figures |= self._frechet("fid", described.features, self.stored or moments(reference))
-        if "is" in self.metrics:
-            parts = min(PARTS, len(images))
-            value, spread = inception_score(described.log_posterior, splits=parts, seed=self.seed)
-            half = Z95 * spread / parts**0.5
-            figures |= {"is": value, "is_ci95": [value - half, value + half]}
-            figures["is_one_part"] = inception_score(described.log_posterior)[0]
-        if "kid" in self.metrics:
-            value, interval, size = kernel_distance(described.features, reference, seed=self.seed)
-            figures |= {"kid": value, "kid_ci95": interval, "kid_subset_size": size}
-        return figures
+        if "clip-score" in self.metrics:
+            if prompts is None:
+                raise ValueError("--metrics clip-score needs the prompts of the images: a GenEval tree and --suite")
+            scores = clip_scores(described.features, self.networks["clip"].texts(prompts))
+            figures |= {"clip_score": float(scores.mean()), "clip_score_ci95": mean_interval(scores.numpy())}
+        if "cmmd" in self.metrics:
+            figures["cmmd"] = cmmd(described.features, self._described_reference("clip").features)
+        return figures, []
+
+
+def image_cautions(images: Images) -> list[str]:
+    """What files, stored seeds and stored labels say about a set."""
+    if isinstance(images, FileImages):
+        return [*guards.file_cautions(images.paths), *guards.seed_cautions(guards.stored_seeds(images.paths))]
+    labels = images.labels.tolist() if isinstance(images, NpzImages) and images.labels is not None else None
+    if labels is None:
+        return []
+    lines = guards.count_cautions(labels, max(labels) + 1)
+    if guards.is_class_sorted(labels):
+        lines.append("the npz is sorted by class: evaluators that take IS over parts in file order get far too little")
+    return lines
+
+
+def load_network(name: str, args: argparse.Namespace, device: torch.device, *, spatial: bool) -> Describer:
+    """The describer of a key of `NETWORKS`. Raises as its loading does."""
+    if name == "scenes":
+        return load_scene_features().to(device)
+    if name == "inception":
+        return InceptionFeatures.load(args.inception_weights, device, spatial=spatial)
+    return DinoFeatures(args.dino, device) if name == "dinov2" else ClipFeatures(args.clip, device)
 
 
 def chosen_metrics(text: str | None, suite: str | None) -> tuple[str, ...]:

@@ -68,10 +68,12 @@ def evaluate(args: argparse.Namespace) -> int:
         row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
         row |= {"suite": suite_name(args.suite), **judged.scores(args.seed)}
         settings["prompts"] = len(set(judged.prompts))
-    row |= measure.figures(images)
+    prompts = [metadata["prompt"] for metadata in judged.metadatas] if judged is not None else None
+    figures, noticed = measure.figures(images, prompts)
+    row |= figures
     settings |= measure.settings()
     tags = [metadata["tag"] for metadata in judged.metadatas] if judged is not None else None
-    cautions = measure.cautions(len(images), tags)
+    cautions = [*noticed, *measure.cautions(len(images), tags)]
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 FID, IS and KID use Inception features; distances on the scenes network are called fd-scenes and is-scenes.
 The same command again goes on where it stopped; finished images are kept."""
 
-METRICS = ("fid", "is", "kid", "fd-scenes", "is-scenes")
+METRICS = ("fid", "sfid", "is", "kid", "prdc", "fd-dinov2", "cmmd", "clip-score", "fd-scenes", "is-scenes")
 SUITES = ("scenes", "scenes-unseen", "geneval")
 
 
@@ -43,6 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; fd-scenes,is-scenes for scenes")
     how.add_argument("--reference", type=Path, metavar="PATH", help="real images, or an npz with mu and sigma")
     how.add_argument("--inception-weights", type=Path, metavar="FILE", help="local Inception weights of torch-fidelity")
+    how.add_argument("--dino", default="facebook/dinov2-large", metavar="MODEL", help="of fd-dinov2: Hub id or folder")
+    how.add_argument("--clip", default="openai/clip-vit-large-patch14-336", metavar="MODEL", help="of cmmd, clip-score")
     how.add_argument("--bootstrap", type=int, help="resamples behind intervals (200; 20 on Inception's; 0: none)")
 
     sampling = parser.add_argument_group("sampling (the model's own settings unless given)")

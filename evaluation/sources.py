@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,23 @@ def open_images(path: str | Path) -> Images:
             raise FileNotFoundError(f"images {path} holds no image file ({', '.join(sorted(EXTENSIONS))})")
         return FileImages(found)
     return _open_npz_images(path)
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether there are images at a path: a folder, parquet, or an npz with `arr_0` (not statistics only)."""
+    path = Path(path)
+    return path.suffix != ".npz" or "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+
+def image_sizes(images: Images) -> Counter:
+    """How many images are of each (h, w), from headers; empty for parquet."""
+    if isinstance(images, NpzImages):
+        return Counter({images.shape[1:3]: len(images)})
+    sizes: Counter = Counter()
+    for path in images.paths if isinstance(images, FileImages) else ():
+        with Image.open(path) as image:
+            sizes[image.size[::-1]] += 1
+    return sizes
 
 
 def _open_npz_images(path: Path) -> NpzImages:

@@ -1,0 +1,102 @@
+"""Figures of a described set, by the network that described it; the same for images on disk and straight from a model.
+
+Shapes: N images, D features.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evaluation.coverage import neighbourhoods
+from evaluation.features import Described
+from evaluation.frechet import (
+    Z95,
+    Moments,
+    frechet_distance,
+    frechet_interval,
+    inception_score,
+    inception_score_in_order,
+    kernel_distance,
+    moments,
+)
+from evaluation.guards import order_cautions
+from evaluation.sources import stored_moments
+
+PARTS = 10  # of the published inception score
+INCEPTION = ("fid", "sfid", "is", "kid", "prdc")  # metrics on Inception features
+NEED_REFERENCE_IMAGES = {"kid", "prdc", "fd-scenes", "fd-dinov2", "cmmd"}  # statistics do not do
+NEED_REFERENCE = {"fid", "sfid", "kid", "prdc", "fd-dinov2", "cmmd"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real side: described images, and statistics that may come from a file (ADM's are of a larger set)."""
+
+    described: Described | None = None
+    pool: Moments | None = None
+    spatial: Moments | None = None
+
+    @classmethod
+    def of(cls, described: Described) -> "Reference":
+        """Statistics of the described images themselves."""
+        spatial = moments(described.spatial) if described.spatial is not None else None
+        return cls(described, moments(described.features), spatial)
+
+
+def needs_images(metrics: Collection[str], path: str | Path) -> bool:
+    """Whether a reference's images must be described: statistics in the file do not serve all `metrics`."""
+    if NEED_REFERENCE_IMAGES.intersection(metrics):
+        return True
+    if "fid" in metrics and stored_moments(path) is None:
+        return True
+    return "sfid" in metrics and stored_moments(path, spatial=True) is None
+
+
+def inception_reference(path: str | Path, described: Described | None) -> Reference:
+    """The reference of Inception metrics: statistics of the file where it has them, else of its described images."""
+    own = Reference.of(described) if described is not None else Reference()
+    stored = (stored_moments(path), stored_moments(path, spatial=True))
+    return Reference(described, stored[0] or own.pool, stored[1] or own.spatial)
+
+
+def frechet_figures(name: str, features_ND: torch.Tensor, reference: Moments, resamples: int | None) -> dict:
+    """A Frechet distance under `name` and its interval; no interval with 0 resamples."""
+    value = frechet_distance(moments(features_ND), reference)
+    count = resamples if resamples is not None else (200 if features_ND.shape[1] <= 256 else 20)
+    if count == 0:
+        return {name: value}
+    return {name: value, f"{name}_ci95": frechet_interval(features_ND, reference, value, resamples=count)}
+
+
+def score_figures(described: Described, seed: int) -> tuple[dict, list[str]]:
+    """`is` over 10 shuffled parts with its interval, over one part, and over consecutive parts as ADM; cautions."""
+    parts = min(PARTS, len(described))
+    value, spread = inception_score(described.log_posterior, splits=parts, seed=seed)
+    half = Z95 * spread / parts**0.5
+    in_order = inception_score_in_order(described.log_posterior, part=-(-len(described) // parts))
+    figures = {"is": value, "is_ci95": [value - half, value + half], "is_in_file_order": in_order}
+    figures["is_one_part"] = inception_score(described.log_posterior)[0]
+    return figures, order_cautions(in_order, value)
+
+
+def inception_figures(
+    metrics: Collection[str], described: Described, reference: Reference, *, seed: int, resamples: int | None
+) -> tuple[dict, list[str]]:
+    """The chosen metrics of `INCEPTION`, and cautions about them."""
+    figures, cautions = {}, []
+    if "fid" in metrics:
+        figures |= frechet_figures("fid", described.features, reference.pool, resamples)
+    if "sfid" in metrics:
+        figures |= frechet_figures("sfid", described.spatial, reference.spatial, resamples)
+    if "is" in metrics:
+        scores, cautions = score_figures(described, seed)
+        figures |= scores
+    if "kid" in metrics:
+        value, interval, size = kernel_distance(described.features, reference.described.features, seed=seed)
+        figures |= {"kid": value, "kid_ci95": interval, "kid_subset_size": size}
+    if "prdc" in metrics:
+        found = neighbourhoods(described.features, reference.described.features)
+        figures |= {**found, "prdc_reference_n": len(reference.described)}
+    return figures, cautions
