@@ -98,6 +98,8 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     }
     if config.start_from is None:
         sizes = {**vars(config.transformer), **tokens, "num_classes": num_classes, "text_width": text_width}
+        if config.aspects.folder is not None and sizes["rope_grid"] is None:  # positions mean the same at all shapes
+            sizes["rope_grid"] = list(schedule_of(*vqvae.schedule.latent_hw).grid_hw)
         model = NextScaleTransformer(**sizes)
         model.init_weights(gate_gain=config.gate_gain)
         return model
