@@ -38,6 +38,10 @@ class EditHook(Hook):
     def __init__(self, given_BL: torch.Tensor):
         self.given_BL = given_BL
 
+    def of_images(self, images: Sequence[int]) -> EditHook:
+        """The hook for some of the images."""
+        return EditHook(self.given_BL[list(images)])
+
     def on_start(self, state: GenerationState) -> None:
         """Give the tokens to the rows of their images."""
         origins = torch.tensor(state.origins)

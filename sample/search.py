@@ -336,8 +336,8 @@ def search_images(
         search: what to do; with one candidate this is plain generation, token for token.
         prompts: the text or class of each image, for the reward.
         decode: latents (rows, C, H, W) to images of about [-1, 1], (rows, 3, h, w).
-        hooks: further ones; with `search.rounds` > 1 they see the remaining images only. A `Ledger` among them counts
-            what the search costs.
+        hooks: further ones; later rounds take them `of_images` that remain. A `Ledger` among them counts what the
+            search costs.
 
     Raises:
         ValueError: if the search does not fit the plan's scales.
@@ -354,7 +354,8 @@ def search_images(
             keys = [derive_seed(seeds[i], attempt, ROUNDS) if attempt else seeds[i] for i in todo]
             hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger)
             unwanted = negative.select(rows) if negative is not None else None
-            state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=[*hooks, hook])
+            plugged = [*(other.of_images(todo) for other in hooks), hook]
+            state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=plugged)
             scores = hook.scores or [None] * len(todo)
             for place, i in enumerate(todo):
                 if best[i] is None or scores[place] > best[i][0]:

@@ -167,6 +167,10 @@ class GenerationState:
 class Hook:
     """Something plugged into the loop. Every method here changes nothing; override what you need."""
 
+    def of_images(self, images: Sequence[int]) -> Hook:
+        """The hook for some images of its request only, given by number (the later rounds of a search)."""
+        return self
+
     def on_start(self, state: GenerationState) -> None:
         """Before the first scale (more rows by `state.select`, `state.extras`)."""
 

@@ -9,7 +9,9 @@ from PIL import Image
 
 import nextscale
 from sample.edit import Canvas, EditHook, extend, given_tokens, kept_tokens
+from sample.methods import Step
 from sample.plan import Plan, Stage, collaborative, plain
+from sample.search import Search
 from sample.state import Hook
 from tokenizer.schedule import ScaleSchedule
 
@@ -164,6 +166,25 @@ def test_edits_follow_their_image_when_a_search_moves_it(class_pipeline, at):
         assert np.array_equal(np.asarray(moved.images[row]), np.asarray(wanted.images[origin]))
     copy, kept = np.asarray(moved.images[2]), np.asarray(masks[1]) == 0
     assert np.array_equal(copy[kept], np.asarray(images[1])[kept])
+
+
+def test_every_round_of_a_search_edits_the_right_picture(class_pipeline):
+    class Red:
+        def __call__(self, images_BCHW, prompts):
+            red = images_BCHW[:, 0].flatten(1).float().mean(dim=1)
+            return torch.where(torch.tensor([prompt == 0 for prompt in prompts]), red + 1e6, red)  # enough at once
+
+    images, masks = [picture(1), picture(2)], [box_mask(0, 0, 4, 8), box_mask(4, 0, 8, 8)]
+    search = Search(candidates=3, steps=(Step(2, 1, "best"),), reward=Red(), rounds=3, enough=1e5)
+    made = class_pipeline(class_labels=[0, 1], image=images, mask_image=masks, seed=[5, 6], search=search)
+    assert made.search.rounds == [1, 3]
+    for i in range(2):
+        kept = np.asarray(masks[i]) == 0
+        assert np.array_equal(np.asarray(made.images[i])[kept], np.asarray(images[i])[kept])
+        canvas = Canvas.of(images[i], masks[i], (8, 8))
+        seen, keep = canvas.seen((8, 8))[None], canvas.keep((4, 4))[None]
+        given = given_tokens(class_pipeline.vqvae, seen, keep, SCHEDULE, "centre")[0]
+        assert torch.equal(tokens_of(made)[i][given >= 0], given[given >= 0])
 
 
 def test_a_batch_is_its_edits_one_by_one(text_pipeline):
