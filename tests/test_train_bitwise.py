@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_toys import curve, in_child
 
 from sample.load import load_pipeline
+from tokenizer.aspects import aspect_schedule, schedule_of
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from train import cache_tokens, train_tokenizer, train_var
+from train.buckets import AspectConfig, AspectImages
 from train.objectives import token_weights
 from train.train_var import draw_flips, preparer
+from var.transformer import NextScaleTransformer
 
 RUN = ["--run.total_images=24", "--run.batch_size=8", "--run.workers=0", "--run.cpu=true", "--run.precision=no"]
 RUN += ["--run.validation_images=8", "--run.previews=2", "--run.validate_every=2", "--run.checkpoint_every=2"]
@@ -80,6 +85,52 @@ def test_self_correction_prepares_noisy_inputs_beside_clean_ones(trained: Path) 
         plain = preparer(vqvae, None, None, 8)(batch)
     assert torch.equal(made["ids"], plain["ids"]) and torch.equal(made["inputs"], plain["inputs"])
     assert made["noisy_ids"].shape == (2, 21, 24) and not torch.equal(made["noisy_inputs"], made["inputs"])
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory) -> Path:
+    """13 squares and 9 landscapes of 3:2 in Infinity's lists, one of them broken."""
+    folder = tmp_path_factory.mktemp("lists")
+    rng = np.random.default_rng(0)
+    for name, (h, w), count in (("1.000_000000013", (300, 300), 13), ("0.666_000000009", (200, 310), 9)):
+        rows = []
+        for i in range(count):
+            path = f"{name}-{i}.png"
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / path)
+            rows.append({"image_path": path, "h_div_w": h / w, "text": f"short {i}", "long_caption": f"long {i}"})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "1.000_000000013-3.png").write_bytes(b"broken")
+    return folder
+
+
+def test_batches_have_one_shape_and_epochs_cover_it(lists: Path) -> None:
+    data = AspectImages(AspectConfig(folder=str(lists), size="0.06M", val_fraction=0.1), "train", batch_size=4)
+    assert len(data) == 20  # 12 of 12 squares (one is held out) and 8 of 9 landscapes
+    for epoch in range(2):
+        places = [data.place(position, seed=5, epoch=epoch) for position in range(len(data))]
+        assert len(set(places)) == 20
+        items = [data.at(place, epoch) for place in places]
+        shapes = [tuple(item["image"].shape) for item in items]
+        assert all(len(set(shapes[i : i + 4])) == 1 for i in range(0, 20, 4))
+        assert set(shapes) == {(3, 256, 256), (3, 14 * 16, 21 * 16)}
+    assert data.corrupt.count == 1 and {item["caption"].split()[0] for item in items} == {"short", "long"}
+    held = AspectImages(data.config, "val", batch_size=4)
+    assert len(held) == 1 and held[0]["image"].shape == (3, 256, 256)
+
+
+def test_training_on_several_aspects(lists: Path, tmp_path: Path) -> None:
+    sizes = {"layers_per_block": 1, "attention": False, "norm_groups": 4, "latent_channels": 6}
+    vqvae = MultiScaleVQ(channels=[4, 4, 4, 4, 8], **sizes, schedule=aspect_schedule("1:1", "0.06M"), bitwise=True)
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    options = [f"--tokens.tokenizer={tmp_path}/vqvae", "--tokens.flips=0.3", f"--aspects.folder={lists}"]
+    options += ["--aspects.size=0.06M", "--transformer.level_table=15", *RUN[:5], "--run.batch_size=4"]
+    assert in_child(train_var.main, [f"--run.run_dir={tmp_path}/var", *options, *TRANSFORMER]) == 0
+    row = curve(tmp_path / "var", "train")[-1]
+    assert row["step"] == 6 and np.isfinite(row["loss"])
+    trained = NextScaleTransformer.from_pretrained(tmp_path / "var/latest/transformer")
+    assert trained.schedule == aspect_schedule("1:1", "0.06M")
+    with pytest.raises(ValueError, match="no template ends with 5x5"):
+        schedule_of(5, 5)
 
 
 def test_weights_by_side() -> None:

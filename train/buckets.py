@@ -146,7 +146,9 @@ class AspectImages(Dataset):
         example = json.loads(next(iter(lists.values()))[0])["image_path"]
         roots = [root for root in (folder, *folder.resolve().parents) if (root / example).is_file()]
         if not roots:
-            raise FileNotFoundError(f"aspects.folder {str(folder)!r}: {example} is neither in it nor in any folder above")
+            raise FileNotFoundError(
+                f"aspects.folder {str(folder)!r}: {example} is neither in it nor in any folder above"
+            )
         self.root = roots[0]
         return lists
 
