@@ -1,0 +1,128 @@
+"""What a plan costs before it is run: work by scale (FLOPs, calls, bytes) and the exact bytes of its caches.
+
+Shapes: B images, R rows (B, or 2 B with guidance), l tokens of a scale, S tokens attended to, D width, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from sample.plan import Plan, Stage
+from var.transformer import NextScaleTransformer
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one step of the loop, in the units that its time is fitted with.
+
+    Attributes:
+        steps: 1 a scale: what the loop itself costs.
+        blocks: transformer blocks called.
+        linear: floating-point operations of the matrix products.
+        attention: floating-point operations of attention, to earlier tokens and to text.
+        drawn: logits computed and drawn from, B l V.
+        weights: bytes of weights read.
+        moved: bytes of keys and values read.
+    """
+
+    steps: float = 0.0
+    blocks: float = 0.0
+    linear: float = 0.0
+    attention: float = 0.0
+    drawn: float = 0.0
+    weights: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations of the transformer's blocks."""
+        return self.linear + self.attention
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The features, in order."""
+        return [field.name for field in fields(cls)]
+
+
+def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0) -> list[Work]:
+    """The work of every scale; a stage's prefill is counted with its first scale."""
+    rows, made, before = batch * (2 if plan.guided else 1), [], None
+    for stage in plan.stages:
+        continues = before is not None and stage.continues(before)
+        for k in stage.scales:
+            work = step_work(stage, range(k, k + 1), rows, text_tokens)
+            if k == stage.scales.start and k and not continues:
+                work += step_work(stage, range(k), rows, text_tokens)
+            config = stage.model.config
+            codes = 2 * config.latent_channels if config.bitwise else config.vocab_size
+            drawn = batch * stage.model.schedule.lengths[k] * codes
+            made.append(work + Work(steps=1, drawn=drawn, linear=2 * drawn * config.width))
+        before = stage
+    return made
+
+
+def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
+    """The work of one pass of a stage's blocks over some scales; several scales are a prefill without a cache."""
+    model, schedule = stage.model, stage.model.schedule
+    D, hidden = model.config.width, round(model.config.width * model.config.mlp_ratio)
+    cross = model.config.conditioning == "text"
+    length = schedule.ends[scales.stop - 1] - schedule.begins[scales.start]
+    per_token = 2 * (4 * D * D + 2 * D * hidden + (2 * D * D if cross else 0))
+    itemsize = next(model.parameters()).element_size()
+    budgets = getattr(stage.new_cache() if stage.new_cache else None, "budgets", None)
+    begin, total = schedule.begins[scales.start], Work()
+    for layer in sorted(stage.active):
+        S = length + (begin if budgets is None else min(begin, budgets[layer][scales.start]))
+        total += Work(
+            blocks=1,
+            linear=rows * length * per_token,
+            attention=4 * rows * length * D * (S + (text_tokens if cross else 0)),
+            weights=per_token / 2 * itemsize,
+            moved=2 * rows * S * D * itemsize,
+        )
+    return total
+
+
+def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
+    """Most bytes of keys and values alive at once: the plan's own caches, run on tensors without storage."""
+    rows, peak, before, cache = batch * (2 if plan.guided else 1), 0, None, None
+    for stage in plan.stages:
+        continues = before is not None and stage.continues(before)
+        if continues:
+            cache.free_layers(before.active - stage.active)
+        else:
+            cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
+        cache.reserve(plan.reserved(stage))
+        if stage.scales.start and not continues:
+            _feed(cache, stage, range(stage.scales.start), rows, dtype)
+        for k in stage.scales:
+            _feed(cache, stage, range(k, k + 1), rows, dtype)
+        peak, before = max(peak, cache.peak_nbytes), stage
+    return peak
+
+
+def _feed(cache: object, stage: Stage, scales: range, rows: int, dtype: torch.dtype) -> None:
+    schedule, heads = stage.model.schedule, stage.model.config.heads
+    begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
+    shape = (rows, heads, end - begin, stage.model.config.width // heads)
+    fresh = torch.empty(shape, dtype=dtype, device="meta")
+    for layer in sorted(stage.active):
+        cache.update(layer, fresh, fresh, begin=begin, q_BHld=fresh)
+
+
+def weight_bytes(*models: torch.nn.Module | None) -> int:
+    """Bytes of the parameters of some models; the same model is counted once."""
+    parameters = {id(p): p for model in models if model is not None for p in model.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def full_flops(model: NextScaleTransformer, guided: bool, *, text_tokens: int = 0) -> float:
+    """Floating-point operations of the blocks for one image by the whole model, without compression."""
+    stage = Stage(model, range(len(model.schedule)))
+    rows = 2 if guided else 1
+    return sum(step_work(stage, range(k, k + 1), rows, text_tokens).flops for k in stage.scales)

@@ -1,0 +1,186 @@
+"""`nextscale plan`: which plan suits this machine. A short measurement fits a cost model; the choice is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sample.cli import read_classes, read_prompts
+
+if TYPE_CHECKING:
+    from sample.measure import Run
+    from sample.pipeline import NextScalePipeline
+    from sample.planner import Choice
+
+EXAMPLES = """examples:
+  nextscale plan --model scenes --latency 200ms "a red star left of a blue heart"
+  nextscale plan --model runs/my-var --memory 6GiB --latency 80ms --device cuda --class all --out plan.png
+
+Without measured quality, a plan is worth the share of the whole model's work that it keeps."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale plan`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Choose plan, depth, hand-over, cache and batch for this machine.", EXAMPLES
+    parser.add_argument("prompt", nargs="*", help="texts to measure with")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="texts, one a line")
+    parser.add_argument("--class", dest="classes", metavar="LIST", help="classes to measure with: 0,3,7 or all")
+    parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
+    parser.add_argument("--refiner", metavar="MODEL", help="another model for code:N plans")
+    parser.add_argument("--memory", metavar="SIZE", help="most memory in use: 6GiB, 500MB")
+    parser.add_argument("--latency", metavar="TIME", help="most time from prompts to a batch of images: 80ms, 1.5s")
+    parser.add_argument("--batch", type=int, help="images at once; chosen if left out")
+    parser.add_argument("--measured", type=int, default=4, help="plans of the front to measure beside the choice (4)")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each measurement, the fastest counts (3)")
+    parser.add_argument("--out", type=Path, help="picture of the front, e.g. plan.png")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.set_defaults(n=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say; 0.
+
+    Raises:
+        ValueError, FileNotFoundError: on options that make no sense, or limits that no plan keeps.
+    """
+    from sample.planner import BATCHES, read_size, read_time
+
+    memory = read_size(args.memory) if args.memory is not None else None
+    latency = read_time(args.latency) if args.latency is not None else None
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch must be 1 or more, got {args.batch}")
+    prompts, _ = read_prompts(args)
+
+    from sample.load import load_pipeline
+    from sample.measure import fit
+    from sample.plan_text import PlanConfig
+    from sample.planner import best, candidates, evaluate, fitting, pareto
+
+    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device, refiner=args.refiner)
+    prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
+    batches = BATCHES if args.batch is None else (args.batch,)
+    half = PlanConfig(plan="supernet:1", depth=max(1, len(pipeline.transformer.blocks) // 2))
+    plans = [pipeline.make_plan(words) for words in (PlanConfig(), half)]
+    costs, _ = fit(pipeline, cycle(prompts, 16), plans, (1, 4, 16), repeats=args.repeats)
+    choices = evaluate(pipeline, costs, candidates(pipeline), batches)
+    inside = fitting(choices, memory=memory, latency=latency)
+    chosen, front = best(inside), pareto(inside)
+    shown = [chosen, *(choice for choice in spread(front, args.measured) if choice != chosen)]
+    runs = [measured_run(pipeline, choice, prompts, args.repeats) for choice in shown]
+    print(table(shown, runs))
+    print(f"chosen: {words_of(chosen)} --batch-size {chosen.batch}")
+    if args.out is not None:
+        draw(args.out, choices, front, shown, runs)
+        print(f"written: {args.out}")
+    return 0
+
+
+def cycle(prompts: list, count: int) -> list:
+    """As many prompts, the given ones over and over."""
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def spread(front: list[Choice], count: int) -> list[Choice]:
+    """About `count` choices of the front, evenly, its ends included."""
+    if len(front) <= count or count < 2:
+        return front[:count]
+    return [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
+
+
+def measured_run(pipeline: NextScalePipeline, choice: Choice, prompts: list, repeats: int) -> Run:
+    """What a choice really costs."""
+    from sample.measure import measure
+
+    return measure(pipeline, cycle(prompts, choice.batch), pipeline.make_plan(choice.words), repeats=repeats)
+
+
+def words_of(choice: Choice) -> str:
+    """The options of `nextscale sample` that follow a choice."""
+    words = choice.words
+    depth = "" if words.depth is None else f" --depth {words.depth}"
+    return f"--plan {words.plan}{depth} --cache {words.cache}"
+
+
+def table(choices: list[Choice], runs: list[Run]) -> str:
+    """Predicted and measured figures side by side; the first line is the choice."""
+    heads = [
+        "plan",
+        "batch",
+        "work",
+        "time ms",
+        "measured",
+        "off",
+        "memory MiB",
+        "measured",
+        "off",
+        "cache MiB",
+        "measured",
+    ]
+    lines = [heads]
+    for choice, run in zip(choices, runs):
+        lines.append(
+            [
+                words_of(choice).replace("--plan ", "").replace("--", ""),
+                str(choice.batch),
+                f"{100 * choice.work:.0f}%",
+                f"{choice.seconds * 1e3:.1f}",
+                f"{run.total * 1e3:.1f}",
+                f"{100 * (choice.seconds / run.total - 1):+.0f}%",
+                f"{choice.peak_bytes / 2**20:.0f}",
+                f"{run.peak_bytes / 2**20:.0f}",
+                f"{100 * (choice.peak_bytes / run.peak_bytes - 1):+.0f}%",
+                f"{choice.cache_bytes / 2**20:.2f}",
+                f"{run.cache_bytes / 2**20:.2f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def draw(path: Path, choices: list[Choice], front: list[Choice], shown: list[Choice], runs: list[Run]) -> None:
+    """The front of images a second and work kept, what was measured of it, and the choice."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    from sample.images import atomically
+
+    with matplotlib.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(
+            [c.images_per_s for c in choices], [100 * c.work for c in choices], s=8, color="0.8", label="plans"
+        )
+        axes.plot(
+            [c.images_per_s for c in front],
+            [100 * c.work for c in front],
+            ".-",
+            color="C0",
+            label="best within the limits",
+        )
+        speeds = [choice.batch / run.total for choice, run in zip(shown, runs)]
+        axes.scatter(speeds, [100 * c.work for c in shown], marker="x", color="C3", zorder=3, label="measured")
+        chosen = shown[0]
+        axes.scatter(
+            [chosen.images_per_s],
+            [100 * chosen.work],
+            s=140,
+            facecolors="none",
+            edgecolors="C1",
+            linewidths=2,
+            label="chosen",
+        )
+        axes.set(
+            xlabel="images a second",
+            ylabel="share of the whole model's work, %",
+            xscale="log",
+            title="chosen: " + words_of(chosen) + f", batch {chosen.batch}",
+        )
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
+    atomically(path, lambda partial: figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png"))

@@ -1,0 +1,137 @@
+"""The planner: operations as torch counts them, cache bytes as they are, fits that recover the truth, limits kept."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import nextscale
+from sample.costs import cache_peak, full_flops, plan_work
+from sample.generate import generate
+from sample.measure import Stopwatch, line_fit, nonnegative_fit
+from sample.plan_text import PlanConfig
+from sample.planner import Choice, best, fitting, pareto, read_size, read_time
+from tokenizer.quantizer import MultiScaleQuantizer
+from var.conditioning import ClassPrompt
+from var.transformer import NextScaleTransformer
+
+PLANS = [
+    {},
+    {"depth": 2},
+    {"plan": "supernet:2", "depth": "2,1"},
+    {"plan": "code:2"},
+    {"plan": "self:3", "depth": 2},
+    {"cache": "50%"},
+    {"cache": "window:50%"},
+    {"plan": "supernet:1", "depth": 3, "cache": "40%"},
+    {"plan": "code:2", "cache": "60%"},
+]
+
+
+def make_model(depth=4, width=32, **options):
+    index = [[0.0, 0.3 * layer, 0.2, 0.1 * layer] for layer in range(depth)]
+    config = {"vocab_size": 20, "latent_channels": 5, "num_classes": 4, "heads": 2, "schedule": "1,2,3,4"}
+    return NextScaleTransformer(depth=depth, width=width, selectivity=index, **{**config, **options}).eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return make_model(), make_model(depth=2, width=16)
+
+
+def generated(plan, batch, hooks=()):
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(vocab_size=20, channels=5, num_scales=4)
+    return generate(plan, quantizer, ClassPrompt(torch.arange(batch) % 4), range(batch), hooks=hooks)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("words", PLANS, ids=str)
+def test_cache_bytes_are_known_beforehand(models, words, guidance):
+    model, refiner = models
+    plan = PlanConfig(**words).build(model, refiner=refiner, guidance=guidance)
+    watch = Stopwatch(torch.device("cpu"))
+    generated(plan, 3, hooks=[watch])
+    assert cache_peak(plan, 3, torch.float32) == watch.cache_bytes > 0
+    assert len(watch.seconds) == 4 and all(second >= 0 for second in watch.seconds)
+
+
+@pytest.mark.parametrize("words", [words for words in PLANS if "cache" not in words], ids=str)
+def test_operations_are_those_that_torch_counts(models, words):
+    """All but what is once an image (conditions, the quantiser) and the projection of the inputs."""
+    model, refiner = models
+    plan = PlanConfig(**words).build(model, refiner=refiner)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's kernel is not counted
+        generated(plan, 2)
+    parts = [name for name in counter.get_flop_counts() if name.split(".")[-1] in ("attn", "ffn")]
+    blocks = sum(sum(counter.get_flop_counts()[name].values()) for name in parts)
+    head = sum(2 * work.drawn * stage_width(plan, k) for k, work in enumerate(plan_work(plan, 2)))
+    assert sum(work.flops for work in plan_work(plan, 2)) - head == pytest.approx(blocks, rel=1e-9)
+
+
+def stage_width(plan, k):
+    return next(stage.model.config.width for stage in plan.stages if k in stage.scales)
+
+
+def test_work_of_the_whole_model(models):
+    works = plan_work(PlanConfig().build(models[0]), 1)
+    head = sum(2 * work.drawn * 32 for work in works)
+    assert sum(work.flops for work in works) - head == full_flops(models[0], guided=True)
+    assert [work.blocks for work in works] == [4] * 4 and [work.steps for work in works] == [1] * 4
+
+
+@given(st.integers(0, 1000))
+def test_fits_recover_rates(seed):
+    rng = np.random.default_rng(seed)
+    rates, features = rng.uniform(0.1, 2, 3) * [1, 1e-9, 1e-6], rng.uniform(0.5, 2, (30, 3)) * [1, 1e9, 1e6]
+    np.testing.assert_allclose(nonnegative_fit(features, features @ rates), rates, rtol=1e-6)
+    fixed, each = line_fit([(1, 5.0), (4, 11.0), (16, 35.0)])
+    assert (fixed, each) == pytest.approx((3, 2))
+
+
+def choice(work, seconds, batch=1, memory=100, cache="100%"):
+    return Choice(PlanConfig(cache=cache), batch, work, seconds, memory, memory // 2)
+
+
+def test_choosing():
+    whole, small, squeezed = choice(1.0, 2.0, memory=300), choice(0.4, 0.5), choice(0.995, 2.0, cache="10%")
+    assert best([small, squeezed, whole]) is whole  # nearly the same work: the larger cache
+    assert best([whole, whole_batch := choice(1.0, 3.0, batch=4)]) is whole_batch
+    assert fitting([whole, small], memory=200, latency=None) == [small]
+    assert fitting([whole, small], memory=None, latency=1.0) == [small]
+    with pytest.raises(ValueError, match="--memory 0MiB is too little"):
+        fitting([whole, small], memory=50, latency=None)
+    with pytest.raises(ValueError, match="--latency 100ms is too short: every plan takes 500ms"):
+        fitting([whole, small], memory=None, latency=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.1, 10)), min_size=1, max_size=30))
+def test_nothing_beats_the_front(points):
+    choices = [choice(work, seconds) for work, seconds in points]
+    front = pareto(choices)
+    for one in choices:
+        assert any(c.work >= one.work and c.images_per_s >= one.images_per_s for c in front)
+    for one in front:
+        assert not any(c.work > one.work and c.images_per_s > one.images_per_s for c in choices)
+
+
+def test_sizes_and_times_are_read():
+    assert (read_size("6GiB"), read_size("500 MB"), read_size("1024")) == (6 * 2**30, 5e8, 1024)
+    assert (read_time("80ms"), read_time("1.5s"), read_time("2")) == (0.08, 1.5, 2)
+    for read, text in ((read_size, "6GiBs"), (read_size, "-1"), (read_time, "fast")):
+        with pytest.raises(ValueError, match="must be like"):
+            read(text)
+
+
+def test_the_command(class_folder, tmp_path, capsys):
+    argv = ["plan", "--model", str(class_folder), "--class", "0-3", "--device", "cpu", "--repeats", "1"]
+    argv += ["--batch", "2", "--measured", "2", "--out", str(tmp_path / "plan.png")]
+    assert nextscale.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "chosen: --plan var --cache 100% --batch-size 2" in out and (tmp_path / "plan.png").stat().st_size > 1000
+    assert nextscale.main([*argv, "--memory", "1MiB"]) == 2
+    assert "too little" in capsys.readouterr().err
