@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sample.cli import add_sampling, call_options, read_classes
+from sample.plans_cli import how_options
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sample.images import PngFolder, Request
+    from sample.images import Job, PngFolder, Request
     from sample.pipeline import NextScalePipeline
 
 EXAMPLES = """examples:
@@ -54,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--mask-rule",
         choices=("centre", "whole"),
         default="centre",
-        help="coarse tokens stay if their centre does (official), or if all they cover does (centre)",
+        help="a coarse token is kept if its centre is (centre, official, the default) or if all it covers is (whole)",
     )
     add_sampling(parser, out="a folder (pictures)")
 
@@ -72,16 +73,16 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1 or args.batch_size < 1:
         raise ValueError(f"--n and --batch-size must be 1 or more, got {args.n} and {args.batch_size}")
 
-    from sample.edit import Canvas
     from sample.images import Job, PngFolder, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
 
     folder = model_folder(args.model)
-    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
+    places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
+    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"))
     pipeline.set_progress_bar_config(disable=True)
     prompt = read_prompt(args, pipeline)
-    Canvas.of(image, mask, pipeline.vqvae.image_hw)  # refuses what cannot be edited before anything is made
     settings = {
+        "model": str(args.model),
         "model_digest": model_digest(folder),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "image": digest(image),
@@ -91,12 +92,13 @@ def run(args: argparse.Namespace) -> int:
         **call_options(args),
     }
     requests = make_requests([prompt], per_prompt=args.n, seed=args.seed)
-    sink, job = PngFolder(args.out, settings), Job(args.out / "settings.json", settings)
+    sink = PngFolder(args.out, settings)
+    job = Job(args.out / "settings.json", settings, informal=("model",))
     job.check()
     todo = sink.missing(process_share(requests))
-    job.save()
+    call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, **call_options(args)}
     try:
-        draw_all(pipeline, todo, sink, batch_size=args.batch_size, image=image, mask=mask, options=call_settings(args))
+        draw_all(pipeline, todo, sink, job, batch_size=args.batch_size, call=call)
     except KeyboardInterrupt:
         done = len(requests) - len(sink.missing(requests))
         print(
@@ -104,11 +106,6 @@ def run(args: argparse.Namespace) -> int:
         )
         return 130
     return finish(sink, requests, image, mask, done=len(requests) - len(todo))
-
-
-def call_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the pipeline's call."""
-    return {**call_options(args), "mask_rule": args.mask_rule}
 
 
 def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | int:
@@ -230,13 +227,12 @@ def draw_all(
     pipeline: NextScalePipeline,
     requests: list[Request],
     sink: PngFolder,
+    job: Job,
     *,
     batch_size: int,
-    image: Image.Image,
-    mask: Image.Image,
-    options: dict[str, Any],
+    call: dict[str, Any],
 ) -> None:
-    """Make and write the edits, under a progress bar."""
+    """Make and write the edits, under a progress bar. The job's settings go first."""
     import numpy as np
     from tqdm import tqdm
 
@@ -245,7 +241,8 @@ def draw_all(
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             what = {kind: [request.prompt for request in batch], "seed": [request.seed for request in batch]}
-            made = pipeline(**what, image=image, mask_image=mask, **options)
+            made = pipeline(**what, **call)
+            job.save()
             for request, picture in zip(batch, made.images):
                 sink.write(request, np.asarray(picture))
                 bar.update()

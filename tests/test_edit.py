@@ -1,5 +1,10 @@
 """Editing: what is kept stays bit by bit, what is repainted is drawn; with every plan, with search, at any size."""
 
+import importlib
+import re
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -426,3 +431,20 @@ def test_more_mistakes_on_the_command_line(edit, tmp_path):
     )
     (tmp_path / "broken.png").write_bytes((tmp_path / "in.png").read_bytes()[:50])
     assert "cannot be read as a picture" in edit("a star", "--box", "1,1,4,4", image=tmp_path / "broken.png")[2]
+
+
+def documented():
+    """The `nextscale` commands of the pages about editing and ImageNet, as words."""
+    for page in ("editing.md", "imagenet.md"):
+        text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text(encoding="utf-8")
+        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("nextscale "):
+                    yield shlex.split(line.partition(" # ")[0])[1:]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_parse(words):
+    parser = nextscale.Parser(prog=words[0], allow_abbrev=False)
+    importlib.import_module(nextscale.COMMANDS[words[0]][0]).configure(parser)
+    parser.parse_intermixed_args(words[1:])
