@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tokenizer.aspects import STRIDE, schedule_of
+from tokenizer.aspects import STRIDE, aspect_schedule, schedule_of
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from train.buckets import AspectConfig, AspectImages
@@ -44,6 +44,7 @@ class TokensConfig:
     Args:
         tokenizer: folder of the frozen MultiScaleVQ (`RUN/latest/vqvae`).
         cache: folder that `train.cache_tokens` wrote; images are encoded on the fly when null.
+        schedule: scales to train on instead of the tokenizer's own (another resolution).
         flips: bitwise self-correction: at every scale of every image a share of bits up to this, drawn evenly, enters
             the inputs flipped (Infinity: 0.3); 0 flips none. Needs images, not a cache.
 
@@ -53,6 +54,7 @@ class TokensConfig:
 
     tokenizer: str
     cache: str | None = None
+    schedule: str | None = None
     flips: float = 0.0
 
     def __post_init__(self) -> None:
@@ -84,8 +86,20 @@ def parser():
     return made
 
 
+def open_tokenizer(config) -> MultiScaleVQ:
+    """The frozen tokenizer, with the scales this training is for: those given, or the square of `aspects.size`."""
+    vqvae = load_tokenizer(config.tokens.tokenizer)
+    given = config.tokens.schedule
+    if given is None and config.aspects.folder is not None:
+        given = aspect_schedule("1:1", config.aspects.size)
+    if given is not None:
+        vqvae.schedule = ScaleSchedule.of(given)
+        vqvae.register_to_config(schedule=vqvae.schedule.spec)
+    return vqvae
+
+
 def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width: int) -> NextScaleTransformer:
-    """A new transformer for the tokenizer's tokens, or the one of `start_from`.
+    """A new transformer for the tokenizer's tokens, or the one of `start_from`; a rotary one takes any schedule.
 
     Raises:
         ValueError: if the transformer to start from is for other tokens.
@@ -103,7 +117,9 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
         model = NextScaleTransformer(**sizes)
         model.init_weights(gate_gain=config.gate_gain)
         return model
-    model = NextScaleTransformer.from_pretrained(config.start_from)
+    rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
+    changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
+    model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
     for name, wanted in tokens.items():
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
@@ -275,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = made.instantiate(config)
     run_config: RunConfig = built.run
     torch.manual_seed(run_config.seed)
-    vqvae = load_tokenizer(built.tokens.tokenizer)
+    vqvae = open_tokenizer(built)
     if built.tokens.flips and not vqvae.config.bitwise:
         raise ValueError(f"tokens.flips is for bitwise tokens, and those of {built.tokens.tokenizer!r} are codes")
     train_data, val_data = datasets(built, vqvae)
