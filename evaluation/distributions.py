@@ -92,12 +92,19 @@ class Measure:
         for name in self.networks:
             watch = guards.Watch(images)
             described = self._describe(name, watch, name, len(images))
-            found, said = getattr(self, f"_{name}_figures")(described, prompts)
+            found, said = self.figures_of(name, described, prompts)
             figures |= found
             cautions += said
         if self.networks:
             cautions = [*image_cautions(images), *watch.cautions(), *self._reference_cautions(watch), *cautions]
         return figures, cautions
+
+    def figures_of(
+        self, name: str, described: Described, prompts: Sequence[str] | None = None
+    ) -> tuple[dict, list[str]]:
+        """The figures on one of `networks`, from images it has described, and cautions about them."""
+        parts = {"scenes": self._scenes, "inception": self._inception, "dinov2": self._dinov2}
+        return self._clip(described, prompts) if name == "clip" else parts[name](described)
 
     def settings(self) -> dict:
         """What decides the figures: extractors with digests of their weights, reference, protocol, resamples."""
@@ -136,7 +143,7 @@ class Measure:
         lines = guards.file_cautions(reference.paths, "reference images") if isinstance(reference, FileImages) else []
         return lines + guards.size_cautions(watch.sizes, image_sizes(reference))
 
-    def _scenes_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
+    def _scenes(self, described: Described) -> tuple[dict, list[str]]:
         figures: dict = {}
         if "fd-scenes" in self.metrics and self.reference is not None:
             reference = moments(self._described_reference("scenes").features)
@@ -155,18 +162,18 @@ class Measure:
                 figures["is_scenes_ci95"] = interval
         return figures, []
 
-    def _inception_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
+    def _inception(self, described: Described) -> tuple[dict, list[str]]:
         reference = Reference()
         if self.reference_path is not None:
             real = self._described_reference("inception") if self.reference is not None else None
             reference = inception_reference(self.reference_path, real)
         return inception_figures(self.metrics, described, reference, seed=self.seed, resamples=self.resamples)
 
-    def _dinov2_figures(self, described: Described, prompts: object) -> tuple[dict, list[str]]:
+    def _dinov2(self, described: Described) -> tuple[dict, list[str]]:
         reference = moments(self._described_reference("dinov2").features)
         return frechet_figures("fd_dinov2", described.features, reference, self.resamples), []
 
-    def _clip_figures(self, described: Described, prompts: Sequence[str] | None) -> tuple[dict, list[str]]:
+    def _clip(self, described: Described, prompts: Sequence[str] | None) -> tuple[dict, list[str]]:
         figures: dict = {}
         if "clip-score" in self.metrics:
             if prompts is None:

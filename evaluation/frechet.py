@@ -136,7 +136,7 @@ def inception_score(log_posterior_NP: torch.Tensor, *, splits: int = 1, seed: in
     if not 1 <= splits <= len(log_posterior_NP):
         raise ValueError(f"splits must be 1 to {len(log_posterior_NP)}, the number of images, got {splits}")
     with _drawing_from(seed):
-        metric = InceptionScore(feature=_Given(log_posterior_NP.shape[1]), splits=splits)
+        metric = InceptionScore(_Given(log_posterior_NP.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(log_posterior_NP)
         mean, spread = metric.compute()
     return float(mean), float(spread) if splits > 1 else 0.0
@@ -179,7 +179,8 @@ def kernel_distance(
         raise ValueError(f"KID needs at least 4 images on each side, got {fewest}")
     size = min(subset_size, fewest // 2)
     with _drawing_from(seed):
-        metric = KernelInceptionDistance(feature=_Given(features_ND.shape[1]), subsets=subsets, subset_size=size)
+        network = _Given(features_ND.shape[1])
+        metric = KernelInceptionDistance(network, subsets=subsets, subset_size=size, sync_on_compute=False)
         metric.update(reference_ND, real=True)
         metric.update(features_ND, real=False)
         mean, spread = metric.compute()

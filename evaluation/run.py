@@ -1,0 +1,316 @@
+"""Images of a class model, described and reduced in one pass: `accelerate launch -m evaluation.run --model M ...`.
+
+Every process makes whole shards (of 256 images) and describes them; the main process reads the shards in order and
+takes the figures, so they are the same for any number of processes. A shard that exists is never made again. Images
+go nowhere unless `--npz` keeps them.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+EXAMPLES = """examples:
+  accelerate launch -m evaluation.run --model models/var-d16 --suite imagenet256 \\
+      --reference VIRTUAL_imagenet256_labeled.npz --npz samples.npz --out results/var_d16.json
+  python -m evaluation.run --model runs/cifar10 --suite cifar10 --per-class 500 --metrics is --work cache/cifar
+  torchrun --nproc_per_node 4 -m evaluation.run --device cpu --model runs/shapes --suite classes      without GPUs
+
+The same command again goes on where it stopped, with any number of processes."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a published figure is taken over.
+
+    classes: of the data set; None: all the model knows.  side: of the images in pixels; None: the model's.
+    """
+
+    classes: int | None
+    per_class: int
+    side: int | None = None
+    metrics: str = "fid,sfid,is,prdc"
+    sampling: dict[str, float] = field(default_factory=dict)
+
+
+VAR_SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}  # VAR's README, for every published FID
+SUITES = {
+    "imagenet256": Suite(1000, 50, 256, sampling=VAR_SAMPLING),
+    "imagenet512": Suite(1000, 50, 512, sampling=VAR_SAMPLING),
+    "cifar10": Suite(10, 5000, 32, metrics="fid,is"),
+    "classes": Suite(None, 50, metrics="is-scenes"),
+}
+SETTINGS = {"guidance": "guidance_scale", "top_k": "top_k", "top_p": "top_p", "temperature": "temperature"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Measure a class model by the images it makes.", EXAMPLES
+    parser.add_argument("--model", required=True, help="a model folder, a training run, or a Hub id")
+    parser.add_argument("--suite", required=True, choices=SUITES, help="classes, images a class, and sampling")
+    parser.add_argument("--per-class", type=int, help="images a class (the suite's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i of them all is seed + i (0)")
+    for name in ("guidance", "temperature", "top_p"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the suite's")
+    parser.add_argument("--top-k", type=int, help="instead of the suite's")
+    parser.add_argument("--metrics", metavar="LIST", help="instead of the suite's, as in nextscale evaluate")
+    parser.add_argument("--reference", type=Path, metavar="PATH", help="ADM's reference npz, or real images")
+    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="local Inception weights")
+    parser.add_argument("--dino", default="facebook/dinov2-large", metavar="MODEL", help="of fd-dinov2")
+    parser.add_argument("--clip", default="openai/clip-vit-large-patch14-336", metavar="MODEL", help="of cmmd")
+    parser.add_argument("--bootstrap", type=int, help="resamples behind intervals; 0: none")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once and process (32)")
+    parser.add_argument("--shard", type=int, default=256, help="images in a shard: what a kill may cost (256)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder of the shards (one per job in cache/run)")
+    parser.add_argument("--npz", type=Path, metavar="FILE", help="also keep the images, in ADM's format, shuffled")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and its table")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError on options that make no sense, naming them."""
+    for name, low in (("per_class", 1), ("seed", 0), ("batch_size", 1), ("shard", 1), ("bootstrap", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+    for name, suffix in (("out", ".json"), ("npz", ".npz")):
+        path = getattr(args, name)
+        if path is not None and path.suffix != suffix:
+            raise ValueError(f"--{name} must be a {suffix} file, got {path}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what checked options say; 0.
+
+    Raises ValueError and FileNotFoundError as its parts do; KeyboardInterrupt when interrupted, with all whole shards
+    kept.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=args.device == "cpu")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but do not form a group: without GPUs launch with torchrun and --device cpu"
+        )
+    job = Generation.of(args)
+    job.make(state.process_index, state.num_processes)
+    if state.is_main_process:
+        job.wait()
+        job.reduce(state.num_processes)
+    return 0
+
+
+class Generation:
+    """A job: its requests in shards, what draws and describes them, and where the shards lie."""
+
+    def __init__(self, args, pipeline, measure, requests, settings, call, work):
+        self.args, self.pipeline, self.measure, self.requests = args, pipeline, measure, requests
+        self.settings, self.call, self.work = settings, call, work
+        self.count = ceil(len(requests) / args.shard)
+        self.started = time.perf_counter()
+        self.made = 0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Generation":
+        """Load everything a command line names, check it, and check the work folder for other settings."""
+        from evaluation.adm import shuffled_order
+        from evaluation.distributions import Measure
+        from sample.images import Job, make_requests, requests_digest
+        from sample.load import load_pipeline, model_digest, model_folder
+
+        suite = SUITES[args.suite]
+        model = model_folder(args.model)
+        pipeline = load_pipeline(model, dtype=args.dtype, device=args.device)
+        pipeline.set_progress_bar_config(disable=True)
+        classes = check_model(args, suite, pipeline)
+        args = argparse.Namespace(**{**vars(args), "metrics": args.metrics or suite.metrics})
+        measure = Measure.of(args)
+        in_order = make_requests(range(classes), per_prompt=args.per_class or suite.per_class, seed=args.seed)
+        requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
+        given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
+        call = {**suite.sampling, **given}
+        settings = {
+            "suite": args.suite,
+            "model_digest": model_digest(model),
+            "images": requests_digest(requests),
+            "per_class": args.per_class or suite.per_class,
+            "seed": args.seed,
+            "shard": args.shard,
+            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+            "sampling": {**(pipeline.config.sampling or {}), **call},
+            "extractors": {name: network.digest for name, network in measure.networks.items()},
+            "spatial": "sfid" in measure.metrics,
+        }
+        work = args.work or default_work(settings)
+        job = Job(work / "settings.json", settings)
+        job.check()
+        job.save()
+        return cls(args, pipeline, measure, requests, settings, call, work)
+
+    def shard(self, number: int) -> list:
+        """The requests of a shard."""
+        return self.requests[number * self.args.shard : (number + 1) * self.args.shard]
+
+    def missing(self) -> list[int]:
+        """The shards that are not finished, images included where they are kept."""
+        from evaluation.shards import shard_path
+
+        sink = self.sink()
+        return [
+            number
+            for number in range(self.count)
+            if not shard_path(self.work, number).exists() or (sink and sink.missing(self.shard(number)))
+        ]
+
+    def sink(self):
+        """Where images are kept, or None."""
+        from sample.images import NpzFile
+
+        return NpzFile(self.args.npz, self.requests, block=self.args.shard) if self.args.npz is not None else None
+
+    def make(self, rank: int, world: int) -> None:
+        """Make and describe this process's missing shards; process 0 shows how far all of them are."""
+        todo = [number for number in self.missing() if number % world == rank]
+        sink = self.sink()
+        slow = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of progress
+        with tqdm(total=len(self.requests), unit="image", desc="images", disable=rank != 0, mininterval=slow) as bar:
+            bar.update(self.finished())
+            for number in todo:
+                self.make_shard(number, sink)
+                bar.update(self.finished() - bar.n)
+
+    def make_shard(self, number: int, sink) -> None:
+        """Draw the images of a shard, describe them with every network, write the shard."""
+        from evaluation.features import describe_all
+        from evaluation.shards import shard_path, write_shard
+        from sample.images import image_stream
+
+        requests, images = self.shard(number), []
+        for request, image in image_stream(self.pipeline, requests, batch_size=self.args.batch_size, **self.call):
+            images.append(image)
+            if sink is not None:
+                sink.write(request, image)
+        described = {
+            name: describe_all(network, images, batch_size=self.args.batch_size)
+            for name, network in self.measure.networks.items()
+        }
+        digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=12).hexdigest() for image in images]
+        write_shard(shard_path(self.work, number), requests, digests, described)
+        self.made += len(images)
+
+    def finished(self) -> int:
+        """Images in finished shards, of all processes."""
+        return len(self.requests) - sum(len(self.shard(number)) for number in self.missing())
+
+    def wait(self) -> None:
+        """Until the other processes' shards are there."""
+        with tqdm(total=len(self.requests), unit="image", desc="waiting", disable=None) as bar:
+            while self.finished() < len(self.requests):
+                bar.update(self.finished() - bar.n)
+                time.sleep(0.2)
+
+    def cautions(self, labels: Sequence[int], seeds: Sequence[int], digests: Sequence[str]) -> list[str]:
+        """Where this differs from the suite, and what may be wrong with the images."""
+        from evaluation import guards
+
+        suite = SUITES[self.args.suite]
+        lines = [
+            f"{name} is {value}, and the suite's {suite.sampling[name]}"
+            for name, value in self.call.items()
+            if name in suite.sampling and value != suite.sampling[name]
+        ]
+        copies = sum(count - 1 for count in Counter(digests).values())
+        if copies:
+            lines.append(f"{copies} of {len(digests)} samples are exact copies of others: correlated seeds?")
+        classes = suite.classes or self.pipeline.transformer.config.num_classes
+        lines += guards.count_cautions(labels, classes, suite.per_class)
+        return [*lines, *guards.seed_cautions(seeds), *self.measure.cautions(len(labels), None)]
+
+    def reduce(self, processes: int) -> None:
+        """Take the figures from all shards, print them, write the result of a run of `processes`."""
+        from evaluation.report import command_line, portable, result, table, write_result
+        from evaluation.shards import read_column, read_described, shard_path
+
+        seconds = time.perf_counter() - self.started
+        paths = [shard_path(self.work, number) for number in range(self.count)]
+        columns = [read_column(paths, name).tolist() for name in ("labels", "seeds", "digests")]
+        row: dict = {"model": portable(self.args.model), "suite": self.args.suite, "n": len(columns[0])}
+        cautions = self.cautions(*columns)
+        for name in self.measure.networks:
+            figures, said = self.measure.figures_of(name, read_described(paths, name))
+            row |= figures
+            cautions += said
+        sink = self.sink()
+        if sink is not None:
+            sink.finish()
+        print(table([row], [name for name in row if not name.endswith("_ci95")]))
+        for caution in cautions:
+            print(f"caution: {caution}", file=sys.stderr)
+        if self.args.out is None:
+            return
+        speed = {"images_per_s_of_this_process": round(self.made / seconds, 2)} if self.made else {}
+        settings = {**self.settings, **self.measure.settings(), **speed, "processes": processes, "cautions": cautions}
+        command = command_line("accelerate launch -m evaluation.run", vars(self.args), defaults())
+        write_result(
+            self.args.out, result([row], command=command, n=len(columns[0]), seeds=self.args.seed, settings=settings)
+        )
+        print(f"written: {self.args.out}")
+
+
+def check_model(args: argparse.Namespace, suite: Suite, pipeline) -> int:
+    """The number of classes to draw. Raises ValueError unless the model makes what the suite measures."""
+    if not pipeline.by_class:
+        raise ValueError(f"--suite {args.suite} needs a class model, and {args.model} knows texts: nextscale evaluate")
+    classes = pipeline.transformer.config.num_classes
+    if suite.classes not in (None, classes):
+        raise ValueError(f"--suite {args.suite} has {suite.classes} classes, and {args.model} knows {classes}")
+    if suite.side is not None and tuple(pipeline.vqvae.image_hw) != (suite.side, suite.side):
+        size = "x".join(map(str, pipeline.vqvae.image_hw))
+        raise ValueError(f"--suite {args.suite} is of {suite.side}x{suite.side} images, and {args.model} makes {size}")
+    return classes
+
+
+def default_work(settings: dict) -> Path:
+    """The folder of a job's shards when none is named."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("cache/run") / f"{settings['suite']}-{settings['model_digest']}-{digest}"
+
+
+def defaults() -> dict:
+    """Every option's value when it is not given."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    return {action.dest: action.default for action in parser._actions}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0; 2 on a mistake, told in one line; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.run")
+    configure(parser)
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"evaluation.run: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nevaluation.run: stopped; the same command goes on with the finished shards", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

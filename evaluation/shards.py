@@ -1,0 +1,77 @@
+"""Described images on disk, in shards that exist only when they are whole: what a generation for metrics leaves behind.
+
+WORK/settings.json says what made them; WORK/features/000012.npz holds one shard.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.features import Described
+from sample.images import Request, atomically
+
+FIELDS = ("features", "log_posterior", "spatial")
+
+
+def shard_path(work: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return work / "features" / f"{number:06d}.npz"
+
+
+def write_shard(
+    path: Path, requests: Sequence[Request], digests: Sequence[str], described: dict[str, Described]
+) -> None:
+    """Write one shard: labels, seeds, digests; float32 `NETWORK.features`, `.log_posterior` and maybe `.spatial`."""
+    arrays = {
+        "labels": np.array([request.prompt if isinstance(request.prompt, int) else -1 for request in requests]),
+        "seeds": np.array([request.seed for request in requests], np.int64),
+        "digests": np.array(digests),
+    }
+    for network, found in described.items():
+        for name in FIELDS:
+            tensor = getattr(found, name)
+            if tensor is not None:
+                arrays[f"{network}.{name}"] = tensor.float().numpy()
+
+    def save(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+
+    atomically(path, save)
+
+
+def shard_paths(work: str | Path) -> list[Path]:
+    """All shards of a folder, in order. Raises FileNotFoundError if there is none."""
+    found = sorted((Path(work) / "features").glob("[0-9]*.npz"))
+    if not found:
+        raise FileNotFoundError(f"{work} holds no features of a run: make them with python -m evaluation.run")
+    return found
+
+
+def read_column(paths: Sequence[Path], name: str) -> np.ndarray:
+    """One array over all shards, in order. Raises ValueError if a shard lacks it or is damaged."""
+    parts = []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                parts.append(archive[name])
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{path} has no readable {name}: {error}; remove it and run again") from None
+    return np.concatenate(parts)
+
+
+def networks_in(paths: Sequence[Path]) -> list[str]:
+    """The networks that described the images."""
+    with np.load(paths[0]) as archive:
+        return [name.removesuffix(".features") for name in archive.files if name.endswith(".features")]
+
+
+def read_described(paths: Sequence[Path], network: str) -> Described:
+    """What one network says about all images, in order; float64 but for spatial features."""
+    features, posterior = (torch.from_numpy(read_column(paths, f"{network}.{name}")) for name in FIELDS[:2])
+    with np.load(paths[0]) as archive:
+        has_spatial = f"{network}.spatial" in archive.files
+    spatial = torch.from_numpy(read_column(paths, f"{network}.spatial")) if has_spatial else None
+    return Described(features.double(), posterior.double(), spatial)

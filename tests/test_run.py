@@ -1,0 +1,135 @@
+"""`evaluation.run`: one pass over a class model, in shards, the same for any number of processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_toys import in_processes
+
+from evaluation import run
+from evaluation.shards import networks_in, read_column, read_described, shard_paths
+
+ROOT = Path(__file__).parent.parent
+
+
+def words(folder: Path, work: Path, *more: str) -> list[str]:
+    """10 images of 5 classes in shards of 3."""
+    chosen = ["--model", str(folder), "--suite", "classes", "--per-class", "2", "--shard", "3", "--batch-size", "2"]
+    return [*chosen, "--device", "cpu", "--bootstrap", "3", "--work", str(work), "--out", f"{work}.json", *more]
+
+
+def measured(work: Path) -> dict:
+    return json.loads(Path(f"{work}.json").read_text())
+
+
+def in_one_of_many(arguments: list[str]) -> None:
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+    assert run.main(arguments) == 0
+
+
+@pytest.fixture(scope="module")
+def alone(class_folder, tmp_path_factory) -> Path:
+    """The work folder of one process."""
+    work = tmp_path_factory.mktemp("run") / "one"
+    assert run.main(words(class_folder, work, "--npz", f"{work}.npz")) == 0
+    return work
+
+
+def test_the_result_says_what_was_measured_and_what_may_mislead(alone):
+    content = measured(alone)
+    assert content["n"] == 10 and content["rows"][0]["is_scenes"] > 1
+    assert {"extractors", "sampling", "model_digest", "per_class"} <= content["settings"].keys()
+    assert "do not have 50 images" in " ".join(content["settings"]["cautions"])
+    assert "accelerate launch -m evaluation.run --model" in content["command"]
+    paths = shard_paths(alone)
+    assert len(paths) == 4 and networks_in(paths) == ["scenes"]
+    labels, seeds = read_column(paths, "labels"), read_column(paths, "seeds")
+    assert sorted(seeds) == list(range(10)) and (labels == seeds // 2).all() and (np.diff(labels) < 0).any()
+    assert read_described(paths, "scenes").features.shape == (10, 128)
+
+
+def test_images_are_kept_in_the_order_of_their_features(alone):
+    with np.load(f"{alone}.npz") as archive:
+        images = archive["arr_0"]
+    assert images.shape == (10, 8, 8, 3)
+    from hashlib import blake2b
+
+    digests = [blake2b(image.tobytes(), digest_size=12).hexdigest() for image in images]
+    assert digests == read_column(shard_paths(alone), "digests").tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_gives_the_same(alone, class_folder, tmp_path, count):
+    work = tmp_path / "many"
+    assert in_processes(count, in_one_of_many, words(class_folder, work)) == [0] * count
+    assert measured(work)["rows"] == measured(alone)["rows"] and measured(work)["settings"]["processes"] == count
+    for one, other in zip(shard_paths(alone), shard_paths(work), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeypatch):
+    work, drawn = tmp_path / "work", []
+    make_shard = run.Generation.make_shard
+
+    def dying(self, number, sink):
+        drawn.append(number)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        make_shard(self, number, sink)
+
+    monkeypatch.setattr(run.Generation, "make_shard", dying)
+    assert run.main(words(class_folder, work)) == 130
+    assert "goes on with the finished shards" in capsys.readouterr().err and len(shard_paths(work)) == 2
+    assert run.main(words(class_folder, work)) == 0
+    assert drawn == [0, 1, 2, 2, 3]
+    assert measured(work)["rows"] == measured(alone)["rows"]
+    assert run.main(words(class_folder, work, "--temperature", "0.5")) == 2
+    assert "sampling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--suite", "cifar10"], "--suite cifar10 has 10 classes"),
+        (["--per-class", "0"], "--per-class must be 1 or more, got 0"),
+        (["--metrics", "fid"], "fid needs --reference"),
+        (["--npz", "a.png"], "--npz must be a .npz file"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(class_folder, tmp_path, more, said, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run.main(words(class_folder, tmp_path / "w", *more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and said in error[0]
+
+
+def test_text_models_and_other_sizes_are_refused(text_folder, class_folder, tmp_path, capsys, monkeypatch):
+    assert run.main(words(text_folder, tmp_path / "w")) == 2
+    assert "needs a class model" in capsys.readouterr().err
+    monkeypatch.setitem(run.SUITES, "classes", run.Suite(5, 2, 16))
+    assert run.main(words(class_folder, tmp_path / "w")) == 2
+    assert "is of 16x16 images" in capsys.readouterr().err
+
+
+def test_damaged_shards_are_named(alone, tmp_path):
+    path = tmp_path / "features" / "000000.npz"
+    path.parent.mkdir()
+    path.write_bytes(shard_paths(alone)[0].read_bytes())
+    with pytest.raises(ValueError, match=r"000000\.npz has no readable inception\.features"):
+        read_column([path], "inception.features")
+    with pytest.raises(FileNotFoundError, match="holds no features"):
+        shard_paths(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_torchrun_launches_it_on_cpus(alone, class_folder, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "evaluation.run"]
+    subprocess.run([*launch, *words(class_folder, tmp_path / "w")], cwd=ROOT, check=True, timeout=300)
+    assert measured(tmp_path / "w")["rows"] == measured(alone)["rows"]
+    assert measured(tmp_path / "w")["settings"]["processes"] == 3
