@@ -100,14 +100,14 @@ def image_stream(
         output = pipeline(
             **{name: [request.prompt for request in batch]},
             seed=[request.seed for request in batch],
-            output_type="latent",
+            output_type="latent" if every_scale else "np",
             hooks=(*hooks, history) if history else hooks,
             **settings,
         )
         if on_output is not None:
             on_output(list(batch), output)
         if history is None:
-            yield from zip(batch, to_uint8(pipeline.decode(output.images, "np")))
+            yield from zip(batch, to_uint8(output.images))
         else:
             scales = [to_uint8(pipeline.decode(f_hat, "np")) for f_hat in history.f_hats]
             yield from zip(batch, np.stack(scales, axis=1))

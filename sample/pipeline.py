@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sample.draw import check_seeds
-from sample.edit import Canvas, EditHook, Picture, given_tokens, read_canvases
+from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.official import Flags, load_official
@@ -219,7 +219,12 @@ class NextScalePipeline(DiffusionPipeline):
         images, found = made.f_hat_BCHW, made if search is not None else None
         if output_type != "latent":
             rows = [canvases[row] for row in made.origins] if canvases else []
-            images = self._pasted(images, rows, output_type) if rows else self.decode(images, output_type)
+            if rows:
+                images = self._pasted(images, rows, output_type)
+            elif found is not None and found.decoded_BCHW is not None:
+                images = self.image_processor.postprocess(found.decoded_BCHW.float(), output_type=output_type)
+            else:
+                images = self.decode(images, output_type)
         self.maybe_free_model_hooks()
         output = NextScaleOutput(images, list(made.seeds), made.tokens, found)
         return output if return_dict else output.to_tuple()
@@ -242,7 +247,7 @@ class NextScalePipeline(DiffusionPipeline):
         device, schedule = self._execution_device, plan.schedule
         seen = torch.stack([canvas.seen(self._image_hw(plan)) for canvas in canvases]).to(device)
         keep = torch.stack([canvas.keep(schedule.latent_hw) for canvas in canvases])
-        return EditHook(given_tokens(self.vqvae, seen, keep, schedule, rule))
+        return edit_hook(self.vqvae, seen, keep, schedule, rule)
 
     def _pasted(self, f_hat_BCHW: torch.Tensor, canvases: Sequence[Canvas], output_type: str) -> Images:
         """The decoded images pasted into their pictures, whose size they have."""

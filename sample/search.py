@@ -145,10 +145,12 @@ class Search:
         return scales | set(self.also_score)
 
     def calls(self) -> dict[str, int]:
-        """Rows of an image given to the decoder, the reward and the features in one round, by name."""
+        """Rows of an image given to the decoder, the reward and the features in one round, by name.
+
+        The decoder's include the one that the image itself needs, if it was not looked at.
+        """
         if self.candidates == 1:
-            alone = int(self.enough is not None)
-            return {"decoder": alone, "reward": alone, "features": 0}
+            return {"decoder": 1, "reward": int(self.enough is not None), "features": 0}
         scored, described = self.scored, {s.scale for s in self.steps if s.how == "cluster" and self.features}
         found, width = dict.fromkeys(("decoder", "reward", "features"), 0), self.candidates
         for k in range(self.steps[-1].scale + 1):
@@ -156,8 +158,9 @@ class Search:
             found["reward"] += width * (k in scored and contested)
             found["features"] += width * (k in described and contested)
             found["decoder"] += width * (k in scored | described and contested)
+            looked = k in scored | described and contested
             width = self.step(k).keep if self.step(k) else width
-        return found
+        return found | {"decoder": found["decoder"] + (not looked)}
 
     def widths(self, num_scales: int) -> list[int]:
         """Candidates that run each scale: a step takes effect from the next scale on."""
@@ -202,6 +205,7 @@ class SearchHook(Hook):
 
     Attributes:
         choices: decisions of each image, in order.
+        decoded_BCHW: the final images as the decoder gave them, if they were looked at.
         scores: the last score of each image's candidates, by rows; None where none was needed.
     """
 
@@ -214,6 +218,7 @@ class SearchHook(Hook):
     ):
         self.search, self.prompts, self.decode, self.ledger = search, prompts, decode, ledger
         self.choices: list[list[Choice]] = [[] for _ in prompts]
+        self.decoded_BCHW: torch.Tensor | None = None
         self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
 
     @property
@@ -231,15 +236,18 @@ class SearchHook(Hook):
         final = step is not None and step is self.search.steps[-1]
         scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
         clustered = contested and step is not None and step.how == "cluster"
-        images = None
+        decoded = images = None
         pictured = self.search.pictures and step is not None
         if scored or pictured or (clustered and self.search.features is not None):
-            images = self.ledger.call("decoder", lambda f_hat: to_images(self.decode(f_hat)), state.f_hat_BCHW)
+            decoded = self.ledger.call("decoder", self.decode, state.f_hat_BCHW)
+            images = to_images(decoded)
         if scored:
             self.history.append(self._score(state, images))
         if step is not None and (contested or pictured):
             features = self._describe(state, images) if clustered else None
-            self._choose(state, step, features, images if pictured else None, scored)
+            rows = self._choose(state, step, features, images if pictured else None, scored)
+            decoded = decoded[rows] if decoded is not None else None
+        self.decoded_BCHW = decoded
 
     def _score(self, state: GenerationState, images_BCHW: torch.Tensor) -> torch.Tensor:
         prompts = [self.prompts[origin] for origin in state.origins]
@@ -258,7 +266,7 @@ class SearchHook(Hook):
         features_BTD: torch.Tensor | None,
         images_BCHW: torch.Tensor | None,
         scored: bool,
-    ) -> None:
+    ) -> list[int]:
         rows: list[int] = []
         for origin in dict.fromkeys(state.origins):
             own = [row for row, of in enumerate(state.origins) if of == origin]
@@ -271,6 +279,7 @@ class SearchHook(Hook):
             self.choices[origin].append(Choice(step.scale, step.how, kept, scores, clusters, pictures))
         state.select(rows)
         self.history = [scores[rows] for scores in self.history]
+        return rows
 
     def _pick(
         self, step: Step, own: list[int], features_BTD: torch.Tensor | None, generator: torch.Generator
@@ -301,6 +310,7 @@ class Found:
         scores: the reward's of each image; None where nothing had to be chosen.
         rounds: attempts each image took.
         choices: decisions of each image, in its best round.
+        decoded_BCHW: the images as the decoder gave them, about [-1, 1], where all were looked at; else None.
         ledger: what it cost.
     """
 
@@ -310,6 +320,7 @@ class Found:
     scores: list[float | None]
     rounds: list[int]
     choices: list[list[Choice]]
+    decoded_BCHW: torch.Tensor | None = None
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -374,4 +385,8 @@ def _gather(best: list[tuple], ledger: Ledger, seeds: list[int], attempts: list[
     num_scales = len(best[0][3].tokens)
     tokens = [torch.stack([state.tokens[k][place] for _, place, _, state, _ in best]) for k in range(num_scales)]
     choices = [hook.choices[place] for _, place, _, _, hook in best]
-    return Found(f_hat, tokens, seeds, [row[0] for row in best], attempts, choices, ledger)
+    seen = [hook.decoded_BCHW for _, _, _, _, hook in best]
+    decoded = None
+    if all(images is not None for images in seen):
+        decoded = torch.stack([images[place] for images, (_, place, _, _, _) in zip(seen, best)])
+    return Found(f_hat, tokens, seeds, [row[0] for row in best], attempts, choices, decoded, ledger)

@@ -65,7 +65,7 @@ class SearchCost:
         calls = search.calls()
         widths = search.widths(len(self.plan.schedule))
         networks = sum(calls[name] * getattr(self, name) for name in calls)
-        return plan_flops(self.plan, widths, text_tokens=self.text_tokens) + networks + self.decoder
+        return plan_flops(self.plan, widths, text_tokens=self.text_tokens) + networks
 
     def relative(self, search: Search) -> float:
         """That in plain images."""

@@ -106,6 +106,7 @@ def test_best_of_n_is_the_best_of_n_independent_images(run, tiny_class_model, ti
     scores = BRIGHT(((tiny_vqvae.decode(finals) / 2 + 0.5).clamp(0, 1) * 255).round().byte(), [0] * 8)
     assert found.scores == [pytest.approx(scores.max().item())]
     assert torch.equal(found.f_hat_BCHW[0], finals[scores.argmax()])
+    torch.testing.assert_close(found.decoded_BCHW, tiny_vqvae.decode(found.f_hat_BCHW), atol=1e-5, rtol=0)
 
 
 def test_more_candidates_score_higher(run):
@@ -179,6 +180,7 @@ def test_costs_are_counted_exactly(run, tiny_class_model):
     assert ledger.calls == {"decoder": 3 * (6 + 4 + 2), "features": 3 * 6, "reward": 3 * (4 + 2)}
     search = Search(candidates=6, steps=STEPS, reward=BRIGHT, features=PixelFeatures(2))
     assert {name: 3 * rows for name, rows in search.calls().items()} == ledger.calls
+    assert Search(candidates=6, steps=(Step(2, 1, "random"),)).calls()["decoder"] == 1  # the image itself
     assert ledger.model_flops == 3 * plan_flops(plain(tiny_class_model), widths)
     assert ledger.flops["decoder"] > 0 and ledger.seconds["total"] > ledger.seconds["decoder"] > 0
     assert ledger.per_image()["tokens"] == 54 and "54 tokens" in str(ledger)

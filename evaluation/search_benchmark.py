@@ -1,0 +1,118 @@
+"""The search benchmark: `python -m evaluation.search_benchmark --model scenes --out results/search.json`.
+
+Score against compute of every method at equal FLOPs, how well the reward foretells the judge's verdict at each scale,
+and what searching does as the reward gets worse. The same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.report import command_line, result, table, write_result
+from evaluation.scenes import TAGS, prompt_suite
+
+BUDGETS = (1, 2, 4, 8)
+COMPARED = ("best", "importance", "tts", "resample", "cluster", "random")
+NOISES = (2, 4, 8, 16)
+# TTS-VAR's own, Infinity-2B on GenEval: what our curve is read against.
+PAPER = {"plain": 0.695, "importance:8": 0.718, "best:8": 0.736, "tts:2": 0.740, "tts:8": 0.753}
+
+
+def default_rows() -> list[str]:
+    """Every method at every budget, the paper's settings, more rounds instead of more candidates, oracle and noise."""
+    rows = ["plain", *(f"{method}@{budget}" for method in COMPARED for budget in BUDGETS[1:])]
+    rows += ["best:8", "tts:2", "tts:8", "tts@4+draw=systematic", "tts@4+potential=max", "tts@4+features=scenes"]
+    rows += [f"best:1+rounds={rounds}+enough=0.9" for rounds in BUDGETS[1:]]
+    rows += ["best@8+oracle", "tts@8+oracle"]
+    return rows + [f"{method}@4+noise={noise}" for method in ("best", "tts") for noise in NOISES]
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.search_benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, a training run")
+    parser.add_argument("--reward", default="scenes", help="as of nextscale sample; must give probabilities for noise")
+    parser.add_argument("--rows", help="rows after commas, see evaluation.search_runs (the default: all of the issue)")
+    parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 prompts)")
+    parser.add_argument("--n", type=int, default=4, help="images of each prompt (4)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
+    parser.add_argument("--batch-size", type=int, default=256, help="candidates at once (256)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    parser.add_argument("--work", type=Path, help="where finished batches are kept (cache/search/...)")
+    parser.add_argument("--out", type=Path, default=Path("results/search.json"), help="result, table and picture")
+    return parser
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Run all rows; the result as `report.result` makes it, with the reward's accuracy under `reward_by_scale`."""
+    from evaluation.reward_accuracy import by_scale
+    from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, search_of
+    from sample.images import make_requests
+    from sample.load import load_pipeline, model_digest
+    from sample.reward_names import load_reward
+    from sample.scene_reward import SHIPPED
+
+    rows = [Row.of(text) for text in (options.rows.split(",") if options.rows else default_rows())]
+    pipeline = load_pipeline(options.model, dtype=options.dtype, device=options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    reward = load_reward(options.reward, device=pipeline.transformer.device)
+    metadatas = prompt_suite(options.per_tag, options.seed)
+    prompts = [metadata["prompt"] for metadata in metadatas]
+    requests = make_requests(prompts, per_prompt=options.n, seed=options.seed, metadata=metadatas)
+    plain = cost_of(pipeline, reward, None, metadatas).plain
+    searches = [search_of(row, pipeline, reward, metadatas) for row in rows]
+    settings = {"model_digest": model_digest(options.model), "reward": options.reward, "per_tag": options.per_tag}
+    settings |= {"images_per_prompt": options.n, "seed": options.seed, "dtype": str(pipeline.transformer.dtype)}
+    if options.reward == "scenes":
+        settings["reward_digest"] = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
+    folder = options.work or Path("cache/search") / digest(settings)
+    found = []
+    for row, search in zip(rows, searches):
+        batches = run_row(row, pipeline, requests, search, folder=folder, batch_size=options.batch_size)
+        found.append(row_of(row, search, batches, requests, plain, seed=options.seed))
+        print(f"{row.text}: score {found[-1]['score']:.4f} at {found[-1]['compute']:.2f} x plain", flush=True)
+    noisy = [NoisyReward(reward, noise) for noise in NOISES]
+    scales = folder / "reward_by_scale.json"
+    if not scales.exists():
+        made = json.dumps(by_scale(pipeline, requests, [reward, *noisy], batch_size=options.batch_size))
+        scales.write_text(made)
+    command = command_line("python -m evaluation.search_benchmark", vars(options), vars(parser_of().parse_args([])))
+    content = result(found, command=command, n=len(requests), seeds=options.seed, settings=settings)
+    return {**content, "prompts": len(prompts), "reward_by_scale": json.loads(scales.read_text()), "paper": PAPER}
+
+
+def digest(settings: dict) -> str:
+    """Eight digits that change with the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the result, its table and its picture."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    if min(options.per_tag, options.n, options.batch_size) < 1 or options.seed < 0:
+        parser.error("--per-tag, --n and --batch-size must be 1 or more, --seed 0 or more")
+    try:
+        content = measure(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues", file=sys.stderr)
+        return 130
+    from evaluation.search_picture import draw_search
+
+    print(table(content["rows"], ["row", "compute", "score", *TAGS]))
+    write_result(options.out, content)
+    draw_search(content, options.out.with_suffix(".png"))
+    print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

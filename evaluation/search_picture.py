@@ -1,0 +1,79 @@
+"""The picture of a search benchmark: score against compute, the reward's foresight by scale, weaker rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sample.images import atomically
+
+NAMES = {
+    "best": "best of N", "importance": "importance sampling", "tts": "TTS-VAR", "resample": "resampling only",
+    "cluster": "clustering only", "random": "random selection",
+}  # fmt: skip
+
+
+def draw_search(content: Mapping, path: Path) -> None:
+    """Draw a result of `evaluation.search_benchmark` to a PNG; panels without any row are left empty."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    curves, foresight, weaker = figure.subplots(1, 3)
+    _draw_curves(curves, content["rows"])
+    _draw_foresight(foresight, content["reward_by_scale"])
+    _draw_weaker(weaker, content["rows"], content["reward_by_scale"])
+    for axes in (curves, foresight, weaker):
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    atomically(Path(path), lambda partial: figure.savefig(partial, dpi=130, format="png"))
+
+
+def _draw_curves(axes: object, rows: Sequence[Mapping]) -> None:
+    plain = next((row for row in rows if row["method"] == "plain"), None)
+    for method, name in NAMES.items():
+        own = [row for row in rows if row["row"].startswith(f"{method}@") and "+" not in row["row"]]
+        own = sorted(([plain] if plain else []) + own, key=lambda row: row["compute"])
+        if len(own) > bool(plain):
+            scores = np.array([row["score"] for row in own])
+            bars = np.abs(np.array([row["score_ci95"] for row in own]).T - scores)
+            axes.errorbar([row["compute"] for row in own], scores, bars, marker="o", ms=4, capsize=2, label=name)
+    adaptive = [row for row in rows if "rounds=" in row["row"]]
+    if adaptive:
+        adaptive = sorted(adaptive, key=lambda row: row["compute"])
+        points = [row["compute"] for row in adaptive], [row["score"] for row in adaptive]
+        axes.plot(*points, "k--s", ms=4, label="rounds until it is enough")
+    axes.set(xscale="log", xlabel="FLOPs of an image, in plain images", ylabel="score (mean of six tags)")
+    axes.set_title("Score against compute, 95 % intervals over prompts", fontsize=10)
+    axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+
+
+def _draw_foresight(axes: object, rows: Sequence[Mapping]) -> None:
+    first = rows[0]["reward"] if rows else ""
+    own = [row for row in rows if row["reward"] == first]
+    scales = [row["scale"] for row in own]
+    for name, label in (
+        ("auc", "AUC against the judge"),
+        ("auc_within_prompts", "the same, within prompts"),
+        ("correlation", "correlation with the final reward"),
+    ):
+        axes.plot(scales, [np.nan if row[name] is None else row[name] for row in own], marker="o", ms=4, label=label)
+    axes.set(xlabel="after scale", xticks=scales, ylim=(None, 1.02))
+    axes.set_title(f"What the reward ({first}) foretells", fontsize=10)
+
+
+def _draw_weaker(axes: object, rows: Sequence[Mapping], accuracy: Sequence[Mapping]) -> None:
+    last = max((row["scale"] for row in accuracy), default=0)
+    final = {row["reward"]: row["auc"] for row in accuracy if row["scale"] == last}
+    for method in ("best", "tts"):
+        own = [row for row in rows if row["row"] == f"{method}@4" or row["row"].startswith(f"{method}@4+noise=")]
+        points = sorted((final[row["reward"]], row["score"]) for row in own if final.get(row["reward"]) is not None)
+        if points:
+            axes.plot(*zip(*points), marker="o", ms=4, label=f"{NAMES[method]} at 4 plain images")
+    plain = next((row["score"] for row in rows if row["method"] == "plain"), None)
+    if plain is not None:
+        axes.axhline(plain, color="grey", ls=":", label="no search")
+    axes.set(xlabel="AUC of the reward on finished pictures", ylabel="score")
+    axes.set_title("As the reward gets worse", fontsize=10)

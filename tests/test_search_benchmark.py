@@ -1,0 +1,90 @@
+"""The search benchmark on a tiny random model: rows read, run, resumed, written; the reward's accuracy measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import search_benchmark
+from evaluation.reward_accuracy import auc, auc_within
+from evaluation.scenes import prompt_suite, render, sample_scene
+from evaluation.search_runs import NoisyReward, Row, oracle_of
+from sample.rewards import Callback
+from sample.scene_reward import load_scene_reward
+
+
+def test_rows_are_read():
+    assert Row.of("plain") == Row("plain", "plain")
+    row = Row.of("tts@4+noise=2+draw=systematic+features=scenes")
+    assert (row.method, row.budget, row.n, row.oracle) == ("tts", 4.0, None, False)
+    assert row.marks == {"noise": 2.0, "draw": "systematic", "features": "scenes"}
+    assert Row.of("best:8+oracle").n == 8.0 and Row.of("best:8+oracle").oracle
+    assert Row.of("best:1+rounds=4+enough=0.9").marks == {"rounds": 4, "enough": 0.9}
+    for text in search_benchmark.default_rows():
+        assert Row.of(text).text == text
+    for text, named in (("tts", "METHOD@BUDGET"), ("vote@2", "vote"), ("tts@2+luck=3", "luck"), ("", "row")):
+        with pytest.raises(ValueError, match=named):
+            Row.of(text)
+
+
+def test_auc_counts_pairs():
+    scores, good = np.array([0.9, 0.2, 0.5, 0.5]), np.array([True, False, True, False])
+    assert auc(scores, good) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    assert np.isnan(auc(scores, good | True))
+    groups = np.array([0, 0, 1, 1])
+    assert auc_within(scores, good, groups) == pytest.approx((1 + 0.5) / 2)
+    assert np.isnan(auc_within(scores, good, np.arange(4)))
+
+
+def test_noise_is_the_picture_s_own_and_weakens():
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(80)]
+    images = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
+    captions = [scene.caption for scene in scenes]
+    captions[::2] = captions[1::2]
+    good = np.array([own == scene.caption for own, scene in zip(captions, scenes)])
+    reward = load_scene_reward()
+    areas = []
+    for noise in (0.0, 8.0, 50.0):
+        noisy = NoisyReward(reward, noise)
+        scores = noisy(images, captions)
+        torch.testing.assert_close(scores[3:5], noisy(images[3:5], captions[3:5]), atol=1e-4, rtol=0)
+        areas.append(auc(scores.numpy(), good))
+    assert areas[0] > areas[1] > areas[2] and areas[0] > 0.85 and areas[2] < 0.7
+
+
+def test_the_oracle_is_the_judge():
+    metadatas = prompt_suite(1)
+    scene = sample_scene(np.random.default_rng(0), tag="counting")
+    image = torch.from_numpy(render(scene)).permute(2, 0, 1)[None]
+    oracle = oracle_of([*metadatas, scene.metadata])
+    assert isinstance(oracle, Callback) and oracle(image, [scene.caption]).tolist() == [1.0]
+    assert oracle(image, [metadatas[1]["prompt"]]).tolist() == [0.0]
+
+
+def test_the_benchmark_runs_resumes_and_writes(text_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    rows = "plain,best@900,tts:2,best:2+oracle,best:2+noise=4,best:1+rounds=2+enough=0.99"
+    words = ["--model", str(text_folder), "--rows", rows, "--per-tag", "1", "--n", "2", "--batch-size", "8"]
+    words += ["--work", "work", "--out", "results/search.json"]
+    assert search_benchmark.main(words) == 0
+    assert "score" in capsys.readouterr().out
+    content = json.loads((tmp_path / "results/search.json").read_text())
+    assert [row["row"] for row in content["rows"]] == rows.split(",") and content["n"] == 12
+    plain, best, tts, oracle, _, rounds = content["rows"]
+    assert plain["compute"] == pytest.approx(1, abs=0.05) and plain["tokens_per_image"] == 21
+    assert best["candidates"] > 1 and 450 < best["compute"] <= 950 and tts["candidates"] == 16
+    assert oracle["reward"] == "oracle" and oracle["score"] >= plain["score"]
+    assert 1 < rounds["rounds"] <= 2 and rounds["candidates"] == 1
+    names = {row["reward"] for row in content["reward_by_scale"]}
+    assert len(content["reward_by_scale"]) == 3 * len(names) and "scenes" in names
+    assert content["paper"]["tts:2"] == 0.740
+    assert (tmp_path / "results/search.md").is_file() and (tmp_path / "results/search.png").stat().st_size > 10_000
+    monkeypatch.setattr("evaluation.search_runs._run_batch", None)  # nothing is made again
+    monkeypatch.setattr("evaluation.reward_accuracy.by_scale", None)
+    assert search_benchmark.main(words) == 0
+    assert json.loads((tmp_path / "results/search.json").read_text())["rows"] == content["rows"]
+    with pytest.raises(SystemExit, match="2"):
+        search_benchmark.main([*words, "--rows", "luck@2"])
