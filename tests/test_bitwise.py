@@ -15,6 +15,7 @@ from golden_infinity import load_infinity, text_prompt
 from golden_outputs import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -356,3 +357,29 @@ def test_published_sizes(name: str, millions: float) -> None:
     with torch.device("meta"):
         model = NextScaleTransformer(**PRESETS[f"infinity-{name}"], schedule=aspect_schedule("1:1"))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_commands(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Convert with a text encoder, then sample in another shape."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    import nextscale
+
+    tokenizer = ByT5Tokenizer()
+    sizes = {"d_model": 128, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    ours, pictures = tmp_path / "ours", tmp_path / "pictures"
+    given = ["--vae", files["vae"], "--transformer", files["transformer"], "--text-encoder", tmp_path / "t5"]
+    assert command(nextscale, "convert", "--from", "infinity", *given, "--out", ours) == 0
+    assert "sample --model" in capsys.readouterr().out
+    how = ["--aspect", "16:9", "--size", "0.06M", "--guidance-blocks", "-2", "--text-device", "cpu", "--device", "cpu"]
+    assert command(nextscale, "sample", "a fox", "a cat", "--model", ours, *how, "--out", pictures) == 0
+    made = sorted(pictures.glob("*.png"))
+    assert len(made) >= 2 and Image.open(made[0]).size == (21 * 4, 12 * 4)
+    assert command(nextscale, "sample", "a fox", "--model", ours, "--aspect", "9:1", "--out", tmp_path / "no") == 2
+    assert "aspect must be between 3:1 and 1:3" in capsys.readouterr().err
+
+
+def command(nextscale, *words: object) -> int:
+    return nextscale.main([str(word) for word in words])
