@@ -48,6 +48,7 @@ COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
+    "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "plan": ("sample.planner_cli", "choose plan, depth, cache and batch for this machine"),
     "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),

@@ -7,12 +7,16 @@ Shapes: N images, D features.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
+from evaluation.features import scene_reference
 from evaluation.frechet import Z95, Moments, frechet_distance, frechet_influence, moments
+from evaluation.shards import networks_in, read_column, read_described, shard_paths
+from evaluation.sources import stored_moments
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,44 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | list[float] | int]:
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / len(values) ** 0.5
     return {"mean": mean, "mean_ci95": [mean - half, mean + half], "sd_over_seeds": spread, "runs": len(values)}
+
+
+def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[str]]:
+    """All that two work folders of `evaluation.run` can be compared by: a row of figures, and what they say.
+
+    Inception features need `reference`, an npz with statistics; those of the scenes network are compared with fresh
+    renders. Images without a partner of the same seed and class are left out.
+    Raises ValueError if nothing can be compared, FileNotFoundError if a folder holds no features.
+    """
+    paths = [shard_paths(work) for work in (a, b)]
+    rows = common_rows(*(list(zip(read_column(p, "seeds"), read_column(p, "labels"), strict=True)) for p in paths))
+    row: dict = {"a": a.name, "b": b.name, "n": len(rows[0])}
+    sentences = []
+    for network in sorted(set(networks_in(paths[0])) & set(networks_in(paths[1]))):
+        real = scene_reference() if network == "scenes" else stored_moments(reference) if reference else None
+        if real is None:
+            continue
+        name = {"scenes": "fd_scenes", "inception": "fid", "dinov2": "fd_dinov2"}.get(network, f"fd_{network}")
+        one, other = (read_described(p, network).features[torch.tensor(r)] for p, r in zip(paths, rows, strict=True))
+        found = compare_frechet(one, other, real)
+        sentences.append(found.sentence(name, lower_is_better=True, names=(a.name, b.name)))
+        row |= {f"{name}_{key}": value for key, value in found.row().items()}
+        if len(one) < 3 * one.shape[1]:
+            sentences.append(f"caution: {len(one)} pairs are few for {one.shape[1]} features: intervals are rough")
+        if len(one) >= 50:
+            for side, features in (("a", one), ("b", other)):
+                extrapolated = frechet_infinity(features, real)
+                row |= {
+                    f"{name}_infinity_{side}": extrapolated.value,
+                    f"{name}_infinity_{side}_ci95": extrapolated.ci95,
+                }
+    if not sentences:
+        raise ValueError("nothing to compare: give --reference, statistics of the network that described them")
+    return row, sentences
+
+
+def common_rows(a: Sequence[tuple], b: Sequence[tuple]) -> tuple[list[int], list[int]]:
+    """Row numbers of what both sides hold, in the order of `a`."""
+    place = {key: row for row, key in enumerate(b)}
+    pairs = [(row, place[key]) for row, key in enumerate(a) if key in place]
+    return [first for first, _ in pairs], [second for _, second in pairs]

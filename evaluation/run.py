@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ValueError(
-            f"{launched} processes were launched but do not form a group: without GPUs launch with torchrun and --device cpu"
+            f"{launched} processes were launched but do not form a group: without GPUs, torchrun and --device cpu"
         )
     job = Generation.of(args)
     job.make(state.process_index, state.num_processes)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from training_toys import in_processes
 
+import nextscale
 from evaluation import run
 from evaluation.shards import networks_in, read_column, read_described, shard_paths
 
@@ -125,6 +126,19 @@ def test_damaged_shards_are_named(alone, tmp_path):
         read_column([path], "inception.features")
     with pytest.raises(FileNotFoundError, match="holds no features"):
         shard_paths(tmp_path / "nothing")
+
+
+def test_two_models_are_compared_under_common_seeds(alone, class_folder, tmp_path, capsys):
+    other = tmp_path / "sharp"
+    assert run.main(words(class_folder, other, "--temperature", "0.3")) == 0
+    assert nextscale.main(["compare", str(alone), str(other), "--out", str(tmp_path / "c.json")]) == 0
+    row = json.loads((tmp_path / "c.json").read_text())["rows"][0]
+    low, high = row["fd_scenes_difference_ci95"]
+    assert row["n"] == 10 and low < row["fd_scenes_a"] - row["fd_scenes_b"] < high
+    assert "fd_scenes differs by" in capsys.readouterr().out
+    assert nextscale.main(["compare", str(alone), str(alone)]) == 0
+    assert "no difference is shown" in capsys.readouterr().out
+    assert nextscale.main(["compare", str(alone), "nowhere"]) == 2
 
 
 @pytest.mark.slow
