@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help='classes: 3 or 0,3,7 or 0-9 or all, or ImageNet names: "golden retriever"',
     )
-    what.add_argument("--n", type=int, default=1, help="images of each (1)")
+    what.add_argument("--n", type=int, help="images of each (1); with --search, the N of the search (2)")
     what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
     what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
 

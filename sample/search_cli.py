@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 NEEDS_SEARCH = ("reward", "features", "potential", "sharpness", "draw", "rounds", "enough", "budget", "images")
 SETTINGS = ("search", *NEEDS_SEARCH[:-1])
+DEFAULT_N = 2  # TTS-VAR's setting that matches best-of-8 in its paper
 TEXTS = 24  # words or bytes of a prompt, about, where costs are planned
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
     """Declare --search and what goes with it; `--n` is then the N of the search."""
-    group = parser.add_argument_group("search (several candidates of an image; --n is its N)")
+    group = parser.add_argument_group("search (several candidates of an image; --n is its N, 2 unless given)")
     group.add_argument(
         "--search",
         metavar="METHOD",
@@ -54,7 +55,7 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
         if idle:
             raise ValueError(f"--{idle[0].replace('_', '-')} needs --search, e.g. --search tts")
         return {}
-    return given | ({} if args.budget is not None else {"search_n": args.n})
+    return given | ({} if args.budget is not None else {"search_n": args.n or DEFAULT_N})
 
 
 def images_of_each(args: argparse.Namespace) -> int:
@@ -63,10 +64,10 @@ def images_of_each(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if that is not 1 or more.
     """
-    count, name = (args.n, "n") if args.search is None else (1 if args.images is None else args.images, "images")
-    if count < 1 or args.n < 1:
-        raise ValueError(f"--{name if count < 1 else 'n'} must be 1 or more, got {min(count, args.n)}")
-    return count
+    for name in ("n", "images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    return (args.n if args.search is None else args.images) or 1
 
 
 def make_search(
@@ -97,7 +98,7 @@ def make_search(
     plan = pipeline.make_plan(**{n: v for n, v in call.items() if n not in ("negative_prompt", "smooth")})
     num_scales = len(plan.schedule)
     if args.budget is None:
-        candidates, steps = make_steps(args.search, args.n, num_scales)
+        candidates, steps = make_steps(args.search, args.n or DEFAULT_N, num_scales)
     else:
         costs = SearchCost.measure(pipeline, plan, options["reward"], options["features"], prompt, text_tokens=TEXTS)
 
