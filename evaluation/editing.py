@@ -222,7 +222,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--n", type=int, default=200, help="edits of each task and rule (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and the images (0)")
-    parser.add_argument("--rules", default="centre,whole", help=f"mask rules: some of {','.join(RULES)}")
+    parser.add_argument("--rules", default=",".join(RULES), help=f"mask rules: some of {','.join(RULES)}")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")

@@ -3,7 +3,8 @@
 The image's own tokens stand in for the drawn ones wherever the mask keeps the picture. The result is pasted back, so
 that kept pixels come out bit by bit as they went in.
 
-Shapes: B images, L all tokens, l tokens of one scale, H W the latent grid, h w pixels or the grid of one scale.
+Shapes: B images, L all tokens, l tokens of one scale, C latent channels, H W the latent grid, h w pixels or the grid of
+one scale, n bits of a token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sample.state import GenerationState, Hook
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 
-RULES = ("centre", "whole")
+RULES = ("corrected", "official", "whole")
 SMALLEST = 3  # a scale of so few tokens is the image's own wherever anything is kept (the official notebook)
 
 Picture = Image.Image | np.ndarray
@@ -30,17 +31,24 @@ Picture = Image.Image | np.ndarray
 class EditHook(Hook):
     """Replaces drawn tokens by given ones, which follow their image through every `state.select`.
 
+    A given token is what the picture lacks at its scale after the picture's own coarser tokens. Once other tokens were
+    drawn, here and there, the picture lacks something else: with latents, the kept tokens of the scales after them are
+    chosen anew, so that the kept part comes out as it was whatever was drawn around it (ours; the official code keeps
+    the picture's tokens).
+
     Args:
         given_BL: for each image of the request its own tokens, int64 (B, L), or (B, L, n) where they are bits; -1 where
-            one is to be drawn. See `given_tokens`.
+            one is to be drawn. See `edit_hook`.
+        latent_BCHW: of each image; None keeps the given tokens as they are.
     """
 
-    def __init__(self, given_BL: torch.Tensor):
-        self.given_BL = given_BL
+    def __init__(self, given_BL: torch.Tensor, latent_BCHW: torch.Tensor | None = None):
+        self.given_BL, self.latent_BCHW = given_BL, latent_BCHW
 
     def of_images(self, images: Sequence[int]) -> EditHook:
         """The hook for some of the images."""
-        return EditHook(self.given_BL[list(images)])
+        rows = list(images)
+        return EditHook(self.given_BL[rows], None if self.latent_BCHW is None else self.latent_BCHW[rows])
 
     def on_start(self, state: GenerationState) -> None:
         """Give the tokens to the rows of their images."""
@@ -48,23 +56,30 @@ class EditHook(Hook):
         if len(self.given_BL) <= max(state.origins):
             raise ValueError(f"given tokens are of {len(self.given_BL)} images, the batch has {max(state.origins) + 1}")
         state.extras["given"] = self.given_BL[origins].to(state.f_hat_BCHW.device)
+        if self.latent_BCHW is not None:
+            state.extras["latent"] = self.latent_BCHW[origins].to(state.f_hat_BCHW)
 
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
     ) -> torch.Tensor:
         """The image's own tokens where they are given, the drawn ones elsewhere."""
-        schedule = state.plan.schedule
-        given_Bl = state.extras["given"][:, schedule.begins[k] : schedule.ends[k]]
+        schedule, given_BL = state.plan.schedule, state.extras["given"]
+        before, given_Bl, after = given_BL.tensor_split((schedule.begins[k], schedule.ends[k]), dim=1)
+        if self.latent_BCHW is not None and k:
+            missing_Bl = state.quantizer.choose(state.extras["latent"] - state.f_hat_BCHW, k, schedule)
+            drawn_B = (before < 0).flatten(1).any(dim=1).view(-1, *[1] * (given_Bl.ndim - 1))
+            given_Bl = torch.where(drawn_B & (given_Bl >= 0), missing_Bl, given_Bl)
+            state.extras["given"] = torch.cat([before, given_Bl, after], dim=1)
         return torch.where(given_Bl >= 0, given_Bl, tokens_Bl)
 
 
-def kept_tokens(keep_BHW: torch.Tensor, schedule: ScaleSchedule, rule: str = "centre") -> torch.Tensor:
+def kept_tokens(keep_BHW: torch.Tensor, schedule: ScaleSchedule, rule: str = "corrected") -> torch.Tensor:
     """Which tokens of each scale the image keeps: bool (B, L), from the bool mask (B, H, W) of the finest scale.
 
     Args:
-        rule: "centre" resizes the mask bilinearly and keeps what is above a half, and keeps scales of up to 3 tokens
-            altogether (the official notebook). "whole" keeps only the cells in which nothing is repainted, so that
-            no coarse token still shows what was there. An image that keeps nothing has no kept token at all.
+        rule: "corrected" and "official" resize the mask bilinearly and keep what is above a half (the official
+            notebook). "whole" keeps the cells in which nothing is repainted, so that what was there has less say. All
+            keep scales of up to 3 tokens. An image that keeps nothing has no kept token at all.
 
     Raises:
         ValueError: on another rule, or a mask of another size.
@@ -81,18 +96,20 @@ def kept_tokens(keep_BHW: torch.Tensor, schedule: ScaleSchedule, rule: str = "ce
         else:
             keep_B1hw = F.interpolate(keep_B1HW, size=side, mode="bilinear")
         keep_Bl = rearrange(keep_B1hw > 0.5, "b 1 h w -> b (h w)")
-        kept.append(keep_Bl | (rule == "centre" and length <= SMALLEST))
+        kept.append(keep_Bl | (length <= SMALLEST))
     return torch.cat(kept, dim=1) & keep_BHW.flatten(1).any(dim=1, keepdim=True)
 
 
 @torch.no_grad()
-def given_tokens(
+def edit_hook(
     vqvae: MultiScaleVQ, image_B3hw: torch.Tensor, keep_BHW: torch.Tensor, schedule: ScaleSchedule, rule: str
-) -> torch.Tensor:
-    """The kept tokens of images (B, 3, h, w) in [-1, 1], -1 for those to be drawn: int64 (B, L) or (B, L, n)."""
-    ids = torch.cat(vqvae.image_to_tokens(image_B3hw, schedule), dim=1)
+) -> EditHook:
+    """The hook that keeps the cells where `keep_BHW` is true of images (B, 3, h, w) in [-1, 1], by one of `RULES`."""
+    latent_BCHW = vqvae.encode(image_B3hw.to(vqvae.dtype)).float()
+    ids = torch.cat(vqvae.quantizer.encode(latent_BCHW, schedule), dim=1)
     kept_BL = kept_tokens(keep_BHW.to(ids.device), schedule, rule)
-    return ids.masked_fill(~kept_BL.view(*kept_BL.shape, *[1] * (ids.ndim - 2)), -1)
+    given = ids.masked_fill(~kept_BL.view(*kept_BL.shape, *[1] * (ids.ndim - 2)), -1)
+    return EditHook(given, None if rule == "official" else latent_BCHW)
 
 
 # --- pictures in and out ---------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     edge.add_argument("--feather", type=float, default=0, metavar="PIXELS", help="blend so far into the kept part (0)")
     edge.add_argument(
         "--mask-rule",
-        choices=("centre", "whole"),
-        default="centre",
-        help="a coarse token is kept if its centre is (centre, official, the default) or if all it covers is (whole)",
+        choices=("corrected", "official", "whole"),
+        default="corrected",
+        help="which tokens are kept, see docs/editing.md (corrected)",
     )
     add_sampling(parser, out="a folder (pictures)")
 

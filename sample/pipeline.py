@@ -128,7 +128,7 @@ class NextScalePipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         image: Picture | Sequence[Picture] | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
-        mask_rule: str = "centre",
+        mask_rule: str = "corrected",
         num_images_per_prompt: int = 1,
         guidance_scale: float | Sequence[float] | None = None,
         top_k: int | Sequence[int] | None = None,
@@ -162,7 +162,7 @@ class NextScalePipeline(DiffusionPipeline):
                 without class_labels, which is the null class.
             mask_image: white where `image` is repainted, black where it stays bit by bit, grey where both are blended;
                 PIL or uint8 or bool (h, w), of any size; or one a prompt.
-            mask_rule: which coarse tokens stay: "centre" (official) or "whole", see `sample.edit.kept_tokens`.
+            mask_rule: which tokens stay: "corrected", "official" or "whole", see `sample.edit`.
             guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
                 from 0 at the first scale; a sequence gives it scale by scale. Infinity's cfg is 1 + t.
             guidance_ramp: "linear", or "constant" for the same on every scale; the model's own when None.

@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluation.editing import FIGURES, case_at, judge_edit, main
 from evaluation.scenes import COLOURS, SceneObject, render
+from sample.edit import RULES
 
 TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
 
@@ -72,13 +73,13 @@ def test_the_command_measures_and_writes(folder, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [(row["task"], row.get("mask_rule")) for row in result["rows"]] == [
         ("afresh", None),
-        *((task, rule) for task in ("replace", "add") for rule in ("centre", "whole")),
+        *((task, rule) for task in ("replace", "add") for rule in RULES),
     ]
     for row in result["rows"][1:]:
         assert row["unchanged_outside"] == 1.0 and row["right"] == 0.0 and row["n"] == 4
         assert all(name in row for name in FIGURES)
     assert "unchanged_outside" not in result["rows"][0]
-    assert Image.open(out.with_suffix(".png")).width == 6 * (128 + 8) + 8
+    assert Image.open(out.with_suffix(".png")).width == 8 * (128 + 8) + 8
     assert "unchanged_outside" in capsys.readouterr().out
 
 
@@ -86,7 +87,7 @@ def test_the_command_measures_and_writes(folder, tmp_path, capsys):
     ("argv", "message"),
     [
         (["--n", "0"], "--n and --batch-size must be 1 or more"),
-        (["--rules", "half"], "--rules of centre, whole"),
+        (["--rules", "half"], "--rules of corrected, official, whole"),
         (["--out", "x.txt"], "--out must be a .json file, got x.txt"),
     ],
 )

@@ -52,6 +52,11 @@ class BinarySphericalQuantizer(PyramidQuantizer):
         """Latents (B, C, H, W) to one (B, l, n) int64 tensor of bits per scale."""
         return self.corrected(f_BCHW, schedule)[0]
 
+    @torch.no_grad()
+    def choose(self, rest_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """The bits (B, l, n) of scale k for what is still missing of the latents, (B, C, H, W) float32."""
+        return self._to_tokens((self._shrink(rest_BCHW, k, schedule) > 0).long())
+
     def lookup(self, bits_Bln: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Bits (B, l, n) of scale k to their code map (B, C, p*h, p*w), entries +-1/sqrt(C), float32."""
         return self._to_map((bits_Bln * 2 - 1).float() / sqrt(self.bits), k, schedule)
@@ -103,7 +108,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
             f, labels, inputs = f_BCHW.float(), [], []
             f_hat = torch.zeros_like(f)
             for k in range(len(schedule)):
-                bits_Bln = self._to_tokens((self._shrink(f - f_hat, k, schedule) > 0).long())
+                bits_Bln = self.choose(f - f_hat, k, schedule)
                 labels.append(bits_Bln)
                 shown = bits_Bln if flips is None else bits_Bln ^ flips[k].long()
                 f_hat = self.accumulate(f_hat, self.lookup(shown, k, schedule), k, schedule)

@@ -146,9 +146,14 @@ class MultiScaleQuantizer(PyramidQuantizer):
         with torch.autocast(f_BCHW.device.type, enabled=False):
             rest, ids = f_BCHW.float(), []
             for k in range(len(schedule)):
-                ids.append(self._nearest(self._shrink(rest, k, schedule) / self.gain(k)))
+                ids.append(self.choose(rest, k, schedule))
                 rest = rest - self._spread(self.lookup(ids[k], k, schedule), k, schedule)
         return ids
+
+    @torch.no_grad()
+    def choose(self, rest_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """The tokens (B, l) of scale k for what is still missing of the latents, (B, C, H, W) float32."""
+        return self._nearest(self._shrink(rest_BCHW, k, schedule) / self.gain(k))
 
     def lookup(self, ids_Bl: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Tokens (B, l) of scale k to their code map (B, C, h, w), float32."""
