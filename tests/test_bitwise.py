@@ -295,18 +295,14 @@ def test_methods_work_on_bits(pipeline, words: dict) -> None:
     assert pipeline("a", seed=0, output_type="np", **words).images.shape == (1, 64, 64, 3)
 
 
-def test_edits_keep_bits_outside_the_mask(pipeline) -> None:
+def test_edits_keep_what_is_outside_the_mask(pipeline) -> None:
     image = np.random.default_rng(0).integers(0, 256, (36, 108, 3), dtype=np.uint8)
     mask = np.zeros((36, 108), dtype=bool)
     mask[:, 60:] = True
     given = {"image": image, "mask_image": mask, "seed": 0, "aspect": "3:1"}
     output = pipeline("a", **given, output_type="np")
     assert np.array_equal(np.rint(output.images[0] * 255).astype(np.uint8)[:, :60], image[:, :60])
-    schedule, pixels = pipeline.make_plan(aspect="3:1").schedule, torch.tensor(image).permute(2, 0, 1)[None]
-    own = pipeline.vqvae.image_to_tokens(pixels.float() / 127.5 - 1, schedule)[-1]
-    kept = torch.arange(27).repeat(9) < 15
-    assert torch.equal(output.tokens[-1][:, kept], own[:, kept])
-    assert not torch.equal(output.tokens[-1], own)
+    assert not np.array_equal(output.images[0][:, 60:], image[:, 60:] / 255)
 
 
 def test_shards_trainers_and_names_without_wrappers(files: dict[str, Path], tmp_path: Path) -> None:
