@@ -98,6 +98,7 @@ class Search:
         rounds: attempts at an image. Images whose best score reaches `enough` stop; the others start again.
         enough: in the reward's units; needed for several rounds.
         pictures: keep pictures of all decisions, for the family tree; costs decoder calls, which are counted.
+        decode_batch: candidates given to the decoder at once, which bounds its memory.
 
     Raises:
         ValueError: on settings that make no sense, naming them.
@@ -115,6 +116,7 @@ class Search:
     rounds: int = 1
     enough: float | None = None
     pictures: bool = False
+    decode_batch: int = 64
 
     def __post_init__(self) -> None:
         check_steps(self.candidates, self.steps)
@@ -123,6 +125,8 @@ class Search:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.sharpness >= 0:
             raise ValueError(f"sharpness must be 0 or more, got {self.sharpness}")
+        if self.decode_batch < 1:
+            raise ValueError(f"decode_batch must be 1 or more, got {self.decode_batch}")
         if self.rounds < 1 or (self.rounds > 1 and self.enough is None):
             raise ValueError(f"rounds must be 1, or more with a score that is `enough`; got {self.rounds}, enough None")
         needy = [step.how for step in self.steps if step.how in ("resample", "best")]
@@ -239,7 +243,7 @@ class SearchHook(Hook):
         decoded = images = None
         pictured = self.search.pictures and step is not None
         if scored or pictured or (clustered and self.search.features is not None):
-            decoded = self.ledger.call("decoder", self.decode, state.f_hat_BCHW)
+            decoded = self.ledger.call("decoder", self._decode, state.f_hat_BCHW)
             images = to_images(decoded)
         if scored:
             self.history.append(self._score(state, images))
@@ -248,6 +252,9 @@ class SearchHook(Hook):
             rows = self._choose(state, step, features, images if pictured else None, scored)
             decoded = decoded[rows] if decoded is not None else None
         self.decoded_BCHW = decoded
+
+    def _decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.decode(part) for part in f_hat_BCHW.split(self.search.decode_batch)])
 
     def _score(self, state: GenerationState, images_BCHW: torch.Tensor) -> torch.Tensor:
         prompts = [self.prompts[origin] for origin in state.origins]

@@ -158,6 +158,24 @@ def test_rounds_go_on_until_it_is_enough(run):
     assert lone.rounds == [3, 3, 3] and lone.ledger.calls["reward"] == 9
 
 
+WORDS = [{"plan": "supernet:1", "depth": 1}, {"plan": "self:2", "depth": 1}]
+WORDS += [{"cache": "snapkv:50%"}, {"cache": "window:50%"}]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_search_goes_with_elastic_decoding(run, class_pipeline, tiny_class_model, tiny_vqvae, words):
+    plan = class_pipeline.make_plan(**words)
+    together = tokens_of(run(plan=plan))
+    assert torch.equal(together, torch.cat([tokens_of(run([seed], plan=plan)) for seed in (5, 6, 7)]))
+    one = run(plan=plan, candidates=1, steps=(Step(2, 1, "best"),))
+    assert torch.equal(tokens_of(one), tokens_of(plainly(tiny_class_model, tiny_vqvae, plan=plan)))
+
+
+def test_candidates_can_be_decoded_in_parts(run):
+    whole, parts = run(), run(decode_batch=4)
+    assert torch.equal(tokens_of(whole), tokens_of(parts)) and whole.ledger.calls == parts.ledger.calls
+
+
 def test_search_goes_with_editing(run, tiny_class_model):
     schedule = tiny_class_model.schedule
     given = torch.full((3, schedule.total), -1)
@@ -361,6 +379,7 @@ def test_steps_can_be_written_out():
         ({"draw": "stratified"}, "draw"),
         ({"sharpness": -1.0}, "sharpness"),
         ({"rounds": 2}, "rounds"),
+        ({"decode_batch": 0}, "decode_batch"),
         ({"candidates": 0}, "candidates"),
         ({"steps": ()}, "last step"),
         ({"steps": (Step(2, 2, "best"),)}, "last step"),
