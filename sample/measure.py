@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Run:
         scales: seconds of every scale.
         decode: seconds of the decoder.
         total: seconds from prompts to images.
+        base_bytes: memory in use before the call.
         cache_bytes: peak of the key/value caches.
         drawing_bytes, peak_bytes: most memory in use while tokens were drawn, and over the whole call; of the process
             on a CPU, of the device otherwise.
@@ -56,6 +58,7 @@ class Run:
     scales: tuple[float, ...]
     decode: float
     total: float
+    base_bytes: int
     cache_bytes: int
     drawing_bytes: int
     peak_bytes: int
@@ -74,40 +77,48 @@ def now(device: torch.device) -> float:
 
 
 def measure(pipeline: NextScalePipeline, prompts: Prompts, plan: Plan, *, repeats: int = 3) -> Run:
-    """The fastest of some calls, stage by stage; other work on the machine only ever adds time.
+    """The fastest of some calls, part by part; other work on the machine only ever adds time.
 
     Args:
         prompts: one a picture of the batch.
     """
-    device, name = pipeline.transformer.device, "class_labels" if pipeline.by_class else "prompt"
-    runs = []
-    for _ in range(repeats):
-        watch = Stopwatch(device)
-        reset_peak(device)
-        started = now(device)
-        output = pipeline(**{name: list(prompts)}, seed=0, plan=plan, hooks=[watch], output_type="latent")
-        drawn, drawing = now(device), peak_memory(device)
-        reset_peak(device)
-        pipeline.decode(output.images, "pt")
-        ended = now(device)
-        peak = max(drawing, peak_memory(device))
-        runs.append(Run(tuple(watch.seconds), ended - drawn, ended - started, watch.cache_bytes, drawing, peak))
+    runs = [measure_once(pipeline, prompts, plan) for _ in range(repeats)]
     return Run(
         scales=tuple(map(min, zip(*(run.scales for run in runs)))),
         decode=min(run.decode for run in runs),
         total=min(run.total for run in runs),
+        base_bytes=runs[0].base_bytes,
         cache_bytes=runs[0].cache_bytes,
         drawing_bytes=max(run.drawing_bytes for run in runs),
         peak_bytes=max(run.peak_bytes for run in runs),
     )
 
 
-def reset_peak(device: torch.device) -> None:
-    """Let `peak_memory` count from now on."""
+def measure_once(pipeline: NextScalePipeline, prompts: Prompts, plan: Plan) -> Run:
+    """One call of the pipeline, seeds 0, 1, ..."""
+    device, name = pipeline.transformer.device, "class_labels" if pipeline.by_class else "prompt"
+    watch = Stopwatch(device)
+    base = reset_peak(device)
+    started = now(device)
+    output = pipeline(**{name: list(prompts)}, seed=0, plan=plan, hooks=[watch], output_type="latent")
+    drawn, drawing = now(device), peak_memory(device)
+    reset_peak(device)
+    pipeline.decode(output.images, "pt")
+    ended = now(device)
+    peak = max(drawing, peak_memory(device))
+    return Run(tuple(watch.seconds), ended - drawn, ended - started, base, watch.cache_bytes, drawing, peak)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Let `peak_memory` count from now on; returns the bytes in use now, memory that was freed given back first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,159 @@
+"""The table of elastic decoding: `python -m benchmarks.elastic --full RUN --supernet RUN --refiner RUN ...`.
+
+Quality against speed and memory of the full model, its subnets, collaborations, compressed caches and compositions,
+with common random numbers; or, with --official, speed and memory alone of the published sizes with random weights.
+The same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.report import command_line, figure, result, write_result
+
+MODELS = ("full", "supernet", "refiner", "drafter", "specialised")
+QUALITY = ("score", "fd_scenes", "fd", "correct_minus_full")
+COLUMNS = (
+    "row",
+    *QUALITY,
+    "tokens_images_per_s",
+    "images_per_s",
+    "speed",
+    "peak_cache_mib",
+    "cache_of_full",
+    "peak_memory_mib",
+)
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", metavar="MODEL", help="the full model, calibrated (nextscale calibrate)")
+    parser.add_argument("--supernet", metavar="MODEL", help="the same after supernet training, calibrated")
+    parser.add_argument("--refiner", metavar="MODEL", help="a smaller model of the same tokens and texts")
+    parser.add_argument("--drafter", metavar="MODEL", help="the full model specialised on its scales, calibrated")
+    parser.add_argument("--specialised", metavar="MODEL", help="the refiner specialised by distillation, calibrated")
+    parser.add_argument("--bridge", type=int, help="scales that subnets leave to all layers (about 3/5 of them)")
+    parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,composition")
+    parser.add_argument("--official", metavar="SIZE", help="a published size with random weights instead: d30")
+    parser.add_argument("--official-refiner", metavar="SIZE", default="d16", help="its refiner (d16)")
+    parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 images a row)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls that speed is measured over (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    parser.add_argument("--work", type=Path, help="where finished rows are kept (cache/elastic/...)")
+    parser.add_argument("--out", type=Path, default=Path("results/elastic.json"), help="result, table and picture")
+    return parser
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Every row; the result as `report.result` makes it."""
+    from benchmarks.elastic_rows import against_full, all_rows, measure_row
+    from evaluation.scenes import prompt_suite
+    from sample.load import load_pipeline, model_digest
+
+    folders = {name: getattr(options, name) for name in MODELS if getattr(options, name) is not None}
+    if "full" not in folders:
+        raise ValueError("--full must name the model that all others are compared with")
+    pipelines = {name: load_pipeline(m, dtype=options.dtype, device=options.device) for name, m in folders.items()}
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+    model = pipelines["full"].transformer
+    depth, scales = len(model.blocks), len(model.schedule)
+    bridge = options.bridge or max(1, round(0.6 * scales))
+    rows = all_rows(depth, scales, bridge, list(folders))
+    groups = options.groups.split(",") if options.groups else None
+    rows = [row for row in rows if groups is None or row.group in ("full", *groups)]
+    digests = {name: model_digest(folder) for name, folder in folders.items()}
+    settings = {"models": digests, "bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    work = options.work or Path("cache/elastic") / "-".join(digest[:6] for digest in digests.values())
+    common = {"seed": options.seed, "batch_size": options.batch_size, "repeats": options.repeats, "folder": work}
+    metadatas = prompt_suite(options.per_tag, options.seed)
+    found = []
+    for row in rows:
+        found.append(measure_row(row, pipelines, metadatas, **common))
+        print(f"{row.name}: {found[-1]['score']:.3f}, {found[-1]['images_per_s']:.1f} images/s", flush=True)
+    command = command_line("python -m benchmarks.elastic", vars(options), vars(parser_of().parse_args([])))
+    return result(against_full(found), command=command, n=len(metadatas), seeds=options.seed, settings=settings)
+
+
+def measure_official(options: argparse.Namespace) -> dict:
+    """Speed and memory of a published size, its subnets after 6 scales and its hand-overs to a smaller one."""
+    import torch
+
+    from benchmarks.elastic_rows import Row, against_full, speed
+    from sample.load import resolve_device, resolve_dtype
+    from sample.pipeline import NextScalePipeline
+    from tokenizer.model import MultiScaleVQ
+    from var.presets import PRESETS
+    from var.transformer import NextScaleTransformer
+
+    for size in (options.official, options.official_refiner):
+        if size not in PRESETS:
+            raise ValueError(f"--official must be one of {', '.join(PRESETS)}, got {size!r}")
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    torch.manual_seed(options.seed)
+    vqvae = MultiScaleVQ().eval()
+    schedule = vqvae.schedule.spec
+    models = [
+        NextScaleTransformer(**PRESETS[size], schedule=schedule).eval()
+        for size in (options.official, options.official_refiner)
+    ]
+    sampling = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
+    pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=sampling).to(device, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    depth, scales = len(models[0].blocks), len(vqvae.schedule)
+    subnets = [d for d in (depth // 2 + 1, depth // 4 + 1, 2) if d < depth]
+    rows = [Row("full", options.official, "full")]
+    rows += [Row("subnet", f"of {options.official}", "full", "supernet:6", d) for d in subnets]
+    rows += [Row("code", f"+ {options.official_refiner}", "full", f"code:{n}") for n in range(6, scales)]
+    found = []
+    for row in rows:
+        figures = speed(pipeline, row, [i % 1000 for i in range(options.batch_size)], options.repeats)
+        found.append({"row": row.name, "group": row.group, **figures})
+        print(f"{row.name}: {found[-1]['images_per_s']:.3g} images/s", flush=True)
+    settings = {"batch_size": options.batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+    command = command_line("python -m benchmarks.elastic", vars(options), vars(parser_of().parse_args([])))
+    return result(against_full(found), command=command, n=options.batch_size, seeds=options.seed, settings=settings)
+
+
+def as_table(rows: Sequence[dict]) -> str:
+    """A Markdown table, a line a configuration."""
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(figure(row, name) if name in row else "" for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result, its table and its picture."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    if min(options.per_tag, options.batch_size, options.repeats) < 1 or options.seed < 0:
+        parser.error("--per-tag, --batch-size and --repeats must be 1 or more, --seed 0 or more")
+    try:
+        content = measure_official(options) if options.official else measure(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues", file=sys.stderr)
+        return 130
+    from benchmarks.elastic_picture import draw
+    from sample.images import write_text
+
+    write_result(options.out, content)
+    write_text(options.out.with_suffix(".md"), as_table(content["rows"]) + "\n")
+    draw(content["rows"], options.out.with_suffix(".png"))
+    print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The rows of the elastic benchmark: which model with which plan, and what each of them measures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation.features import describe_all, load_scene_features, scene_reference
+from evaluation.frechet import frechet_distance, frechet_interval, moments
+from evaluation.judge import judge, score
+from sample.costs import weight_bytes
+from sample.images import image_stream, make_requests, write_text
+from sample.measure import measure_once
+from sample.pipeline import NextScalePipeline
+from sample.plan_text import PlanConfig
+
+SHARES = ("50%", "20%", "10%", "4%")
+BASELINES = ("window", "streaming", "snapkv")
+PARTS = {"1/2": 2, "1/4": 4, "1/8": 8}  # of the depth
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        group: what it is compared with: full, subnet, code, cache or composition.
+        label: how it is trained: "plain" models, "supernet", "specialised" or "self"; a cache policy.
+        model, refiner: keys of the models given to the benchmark.
+        plan, depth, cache: the plan in words.
+    """
+
+    group: str
+    label: str
+    model: str
+    plan: str = "var"
+    depth: int | None = None
+    cache: str = "100%"
+    refiner: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The row in a word, for the table."""
+        depth = "" if self.depth is None else f" depth {self.depth}"
+        cache = "" if self.cache == "100%" else f" {self.cache}"
+        label = "" if self.group == "cache" else f" ({self.label})"
+        return f"{self.plan}{depth}{cache}{label}"
+
+    @property
+    def words(self) -> PlanConfig:
+        """The plan."""
+        return PlanConfig(plan=self.plan, depth=self.depth, cache=self.cache)
+
+
+def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str]) -> list[Row]:
+    """Every row of the table that the given models allow.
+
+    Args:
+        depth, scales: of the full model.
+        bridge: scales that subnets leave to all layers.
+        models: of full, supernet, refiner, drafter (specialised) and specialised (the refiner).
+    """
+    half = max(1, depth // 2)
+    rows = [Row("full", "plain", "full"), Row("full", "supernet", "supernet")]
+    for part in PARTS.values():
+        for label, model in (("plain", "full"), ("supernet", "supernet")):
+            rows.append(Row("subnet", label, model, f"supernet:{bridge}", max(1, depth // part)))
+    for border in range(1, scales):
+        rows.append(Row("code", "plain", "full", f"code:{border}", refiner="refiner"))
+        rows.append(Row("code", "specialised", "drafter", f"code:{border}", refiner="specialised"))
+        rows.append(Row("code", "self", "supernet", f"self:{border}", half))
+    for share in SHARES:
+        rows += [Row("cache", policy, "full", cache=f"{policy}:{share}") for policy in ("scalekv", *BASELINES)]
+    for share in SHARES[:3]:
+        cache = f"scalekv:{share}"
+        rows.append(Row("composition", "supernet", "supernet", f"supernet:{bridge}", half, cache))
+        rows.append(Row("composition", "self", "supernet", f"self:{bridge}", half, cache))
+        rows.append(Row("composition", "specialised", "drafter", f"code:{bridge}", cache=cache, refiner="specialised"))
+    return [row for row in rows if row.model in models and row.refiner in (None, *models)]
+
+
+def measure_row(
+    row: Row,
+    pipelines: Mapping[str, NextScalePipeline],
+    metadatas: Sequence[dict],
+    *,
+    seed: int,
+    batch_size: int,
+    repeats: int,
+    folder: Path,
+) -> dict:
+    """The figures of a row, kept in `folder`: found there they are not measured again.
+
+    Quality is of one image a prompt, image i named seed + i in every row (common random numbers). Speed and memory are
+    of `repeats` calls of `batch_size` prompts.
+    """
+    key = hashlib.sha256(json.dumps([asdict(row), len(metadatas), seed, batch_size, repeats]).encode()).hexdigest()[:16]
+    kept = folder / f"{key}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    pipeline = pipelines[row.model]
+    pipeline.register_modules(refiner=pipelines[row.refiner].transformer if row.refiner else None)
+    found = {
+        "row": row.name,
+        **asdict(row),
+        **quality(pipeline, row, metadatas, seed, batch_size),
+        **speed(pipeline, row, [metadata["prompt"] for metadata in metadatas[:batch_size]], repeats),
+    }
+    write_text(kept, json.dumps(found))
+    return found
+
+
+def quality(pipeline: NextScalePipeline, row: Row, metadatas: Sequence[dict], seed: int, batch_size: int) -> dict:
+    """Scene score and FD-scenes with intervals, and which images are right."""
+    prompts = [metadata["prompt"] for metadata in metadatas]
+    requests = make_requests(prompts, seed=seed, metadata=list(metadatas))
+    stream = image_stream(pipeline, requests, batch_size=batch_size, plan=row.words)
+    images = [image for _, image in tqdm(stream, total=len(requests), desc=row.name, leave=False, disable=None)]
+    correct = [judge(image, metadata).correct for image, metadata in zip(images, metadatas)]
+    scores = score(correct, metadatas)
+    features, reference = describe_all(load_scene_features(), images).features, scene_reference()
+    distance = frechet_distance(moments(features), reference)
+    return {
+        "score": scores["overall"],
+        "score_ci95": scores["overall_ci95"],
+        "fd_scenes": distance,
+        "fd_scenes_ci95": frechet_interval(features, reference, distance, resamples=200, seed=seed),
+        "correct": "".join("01"[good] for good in correct),
+    }
+
+
+def speed(pipeline: NextScalePipeline, row: Row, prompts: Sequence[str] | Sequence[int], repeats: int) -> dict:
+    """Images a second without and with the decoder, with intervals over calls; peak cache and memory, MiB.
+
+    The peak memory is the weights of the plan's models, the decoder and the text encoder, and what a call adds.
+    """
+    plan = pipeline.make_plan(row.words)
+    measure_once(pipeline, prompts, plan)
+    runs = [measure_once(pipeline, prompts, plan) for _ in range(repeats)]
+    figures: dict = {}
+    for name, rates in (
+        ("tokens_images_per_s", [len(prompts) / sum(run.scales) for run in runs]),
+        ("images_per_s", [len(prompts) / run.total for run in runs]),
+    ):
+        figures[name] = fmean(rates)
+        half = 1.96 * stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
+        figures[f"{name}_ci95"] = [fmean(rates) - half, fmean(rates) + half]
+    figures["peak_cache_mib"] = runs[0].cache_bytes / 2**20
+    models = {stage.model for stage in plan.stages}
+    weights = weight_bytes(*models, pipeline.vqvae, pipeline.text_encoder)
+    figures["peak_memory_mib"] = (weights + max(run.peak_bytes - run.base_bytes for run in runs)) / 2**20
+    return figures
+
+
+def against_full(rows: Sequence[dict]) -> list[dict]:
+    """The rows with what they gain and lose against the first: ratios, and the paired difference of scores."""
+    full = rows[0]
+    base = np.array([int(bit) for bit in full.get("correct", "")])
+    compared = []
+    for row in rows:
+        ratios = {
+            "speed": row["tokens_images_per_s"] / full["tokens_images_per_s"],
+            "cache_of_full": row["peak_cache_mib"] / full["peak_cache_mib"],
+        }
+        if "correct" in row:
+            difference = np.array([int(bit) for bit in row["correct"]]) - base
+            mean, half = float(difference.mean()), 1.96 * float(difference.std()) / len(difference) ** 0.5
+            ratios["fd"] = row["fd_scenes"] / full["fd_scenes"]
+            ratios |= {"correct_minus_full": mean, "correct_minus_full_ci95": [mean - half, mean + half]}
+        compared.append({name: value for name, value in row.items() if name != "correct"} | ratios)
+    return compared
