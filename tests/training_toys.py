@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -110,10 +111,11 @@ def kill_self() -> None:
 
 
 def start_child(work: Callable, *arguments, **settings) -> multiprocessing.Process:
-    """`work` in a forked child with one thread."""
+    """`work` in a forked child with one thread, which does not know what accelerate found out for its parent."""
 
     def body() -> None:
         torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
         work(*arguments, **settings)
 
     child = multiprocessing.get_context("fork").Process(target=body)
