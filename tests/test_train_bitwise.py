@@ -81,8 +81,8 @@ def test_self_correction_prepares_noisy_inputs_beside_clean_ones(trained: Path) 
     image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = {"image": image, "label": torch.zeros(2, dtype=torch.int64), "counter": range(2)}
     with torch.no_grad():
-        made = preparer(vqvae, None, None, 8, flips=0.3, seed=0)(batch)
-        plain = preparer(vqvae, None, None, 8)(batch)
+        made = preparer(vqvae, None, flips=0.3, seed=0)(batch)
+        plain = preparer(vqvae, None)(batch)
     assert torch.equal(made["ids"], plain["ids"]) and torch.equal(made["inputs"], plain["inputs"])
     assert made["noisy_ids"].shape == (2, 21, 24) and not torch.equal(made["noisy_inputs"], made["inputs"])
 

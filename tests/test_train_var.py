@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from training_toys import in_child
+from accelerate import Accelerator
+from training_toys import curve, in_child
 
-from train import train_var
+from train import cache_text, train_var
 from train.config import exit_code
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
@@ -94,3 +96,140 @@ def test_a_cache_with_unlabelled_images_trains_no_class_model(tiny_vqvae, tmp_pa
     assert len(TokenCache(tmp_path, "train", tiny_vqvae)) == 2
     with pytest.raises(ValueError, match=r"an image of cache .* has no label"):
         TokenCache(tmp_path, "train", tiny_vqvae, labelled=True)
+
+
+# --- cached text states ----------------------------------------------------------------------------------------------
+
+TEXT = ["--transformer.conditioning=text", "--transformer.text_length=32", "--text.train=false"]
+
+
+def t5():
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    tokenizer = ByT5Tokenizer()
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes, is_encoder_decoder=False, use_cache=False))
+    return encoder, tokenizer
+
+
+def clip(whole: bool = False):
+    """A random CLIP text encoder with a tokenizer of single letters; `whole`: as a part of a CLIP model."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    config = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=32, **sizes, **ends)
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    if not whole:
+        return CLIPTextModel(config), tokenizer
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=config.to_dict(), vision_config=vision)), tokenizer
+
+
+@pytest.fixture(scope="module", params=[t5, clip, partial(clip, whole=True)], ids=["t5", "clip", "whole clip"])
+def encoder_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(5)
+    for component in request.param():
+        component.save_pretrained(folder)
+    return folder
+
+
+def text_run(vqvae_folder, folder, *arguments: str) -> int:
+    given = [*TINY, *TEXT, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={folder}", *arguments]
+    return stage(train_var.main, *given)
+
+
+def encode_texts(vqvae_folder, encoder_folder, cache, *arguments: str) -> int:
+    given = [*TINY, *TEXT, f"--tokens.tokenizer={vqvae_folder}", f"--text.pretrained={encoder_folder}"]
+    return stage(cache_text.main, *given, f"--text.cache={cache}", "--encode.file_size=7", *arguments)
+
+
+def test_cached_texts_train_as_the_encoder_does(vqvae_folder, encoder_folder, tmp_path):
+    """With float32 states up to rounding (texts are encoded in other batches), with float16 up to its rounding."""
+    from sample.load import load_pipeline
+
+    assert text_run(vqvae_folder, tmp_path / "plain", f"--text.pretrained={encoder_folder}") == 0
+    plain = [row["loss"] for row in curve(tmp_path / "plain")]
+    for dtype, rel in (("float32", 1e-5), ("float16", 1e-3)):
+        cache, folder = tmp_path / f"cache-{dtype}", tmp_path / dtype
+        assert encode_texts(vqvae_folder, encoder_folder, cache, f"--encode.dtype={dtype}") == 0
+        assert text_run(vqvae_folder, folder, f"--text.cache={cache}") == 0
+        assert [row["loss"] for row in curve(folder)] == pytest.approx(plain, rel=rel)
+    one, other = (load_pipeline(tmp_path / name, device="cpu") for name in ("plain", "float32"))
+    a, b = (pipeline.encode_prompt(["a red ring", "a star"]) for pipeline in (one, other))
+    assert torch.equal(a.states_BTE, b.states_BTE) and torch.equal(a.mask_BT, b.mask_BT)
+
+
+def test_text_cache_goes_on_adds_and_refuses(vqvae_folder, tmp_path, capfd):
+    """A deleted file is made again and nothing else is; new captions add files; others are refused."""
+    from train.text_cache import TextCache
+
+    for name in ("encoder", "other"):
+        for component in t5():
+            component.save_pretrained(tmp_path / name)
+    cache = tmp_path / "cache"
+    assert encode_texts(vqvae_folder, tmp_path / "encoder", cache) == 0
+    files = sorted(cache.glob("0*.safetensors"))
+    before, count = [file.stat().st_mtime_ns for file in files], len(TextCache(cache))
+    assert len(files) == -(-count // 7)
+    files[0].unlink()
+    assert text_run(vqvae_folder, tmp_path / "run", f"--text.cache={cache}") == 2
+    assert "lacks the caption 'a " in capfd.readouterr().err
+    assert encode_texts(vqvae_folder, tmp_path / "encoder", cache) == 0
+    assert [file.stat().st_mtime_ns for file in files[1:]] == before[1:] and len(TextCache(cache)) == count
+    assert encode_texts(vqvae_folder, tmp_path / "encoder", cache, "--data.num_scenes=60") == 0
+    assert len(TextCache(cache)) > count
+    assert encode_texts(vqvae_folder, tmp_path / "other", cache) == 2
+    assert "was made with another encoder" in capfd.readouterr().err
+    for argument, words in (
+        (f"--text.pretrained={tmp_path}/other", "was made with another encoder"),
+        ("--transformer.text_length=48", "was made with another text_length (32, not 48)"),
+        ("--text.train=true", "text.cache holds the states of a frozen encoder"),
+    ):
+        assert text_run(vqvae_folder, tmp_path / "run", f"--text.cache={cache}", argument) == 2
+        assert words in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_encoders_that_cannot_be_are_one_line(vqvae_folder, tmp_path, capfd):
+    from transformers import ViTConfig, ViTModel
+
+    for component in clip():
+        component.save_pretrained(tmp_path / "clip")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    clip()[1].save_pretrained(tmp_path / "vit")
+    for folder, words, more in (
+        ("nowhere", "could not be read", ()),
+        ("vit", "is no text encoder but a vit model", ()),
+        ("clip", "transformer.text_length must be at most 32", ("--transformer.text_length=64",)),
+    ):
+        assert text_run(vqvae_folder, tmp_path / "run", f"--text.pretrained={tmp_path / folder}", *more) == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and words in lines[0]
+
+
+def test_captions_are_listed_without_images(tmp_path):
+    from test_data import config, picture, write_parquet
+
+    from train.data import build_dataset
+
+    path = write_parquet(tmp_path / "some.parquet", 3, text=[["a", "b"], ["c"], []])
+    table = build_dataset(config("parquet", path, tmp_path))
+    assert [table.captions(i) for i in range(3)] == [("a", "b"), ("c",), ("",)]
+    (tmp_path / "big_dog").mkdir()
+    picture(0).save(tmp_path / "big_dog" / "0.png")
+    assert build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0) == ("big dog",)
+
+
+def test_states_that_do_not_fit_the_dtype_are_refused():
+    def read(captions, device):
+        return {"states": torch.full((1, 3, 4), 1e6), "mask": torch.tensor([[True, True, False]])}
+
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r"float16 cannot hold the states of 'a ring'"):
+        cache_text.encode(accelerator, read, ["a ring"], cache_text.EncodeConfig())
+    (states,) = cache_text.encode(accelerator, read, ["a ring"], cache_text.EncodeConfig(dtype="bfloat16"))
+    assert states.shape == (2, 4) and states.dtype == torch.bfloat16

@@ -138,6 +138,10 @@ class HeldImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.items[index]
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The caption of an item."""
+        return (self.items[index]["caption"],)
+
 
 class SceneImages(Dataset):
     """Drawn scenes (DESIGN 4); `classes` are the six tags. Rendered at the wanted size, so nothing is cropped."""
@@ -153,6 +157,12 @@ class SceneImages(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.scenes[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The caption of an item, which is not rendered for it."""
+        from evaluation.scenes import scene_at
+
+        return (scene_at(index, self.scenes.seed, self.scenes.split).caption,)
 
 
 def hash_split(names: Iterable[str], fraction: float) -> np.ndarray:

@@ -136,6 +136,11 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.at(index, 0)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Every caption that item `index` may come with."""
+        caption = self.source.caption(int(self.indices[index]))
+        return caption if isinstance(caption, tuple) else (caption,)
+
 
 @dataclass(frozen=True)
 class RowReader:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.utils.data import Dataset
 
-from train.config import RunConfig
 from train.optimizers import Branch
 from train.stream import StreamLoader
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
 
 Batch = dict[str, Any]
 Metrics = dict[str, torch.Tensor]

@@ -1,8 +1,8 @@
 """Where labelled, captioned images come from: folders, and tables read with Hugging Face `datasets`.
 
-A source answers `len(source)`, `source.record(i)` and `source.name(i)` (stable, for the hash split), and carries
-`classes` (names in the order of the labels, or None), `num_classes` and `unlabelled` (whether any label is -1).
-Nothing is decoded here.
+A source answers `len(source)`, `source.record(i)`, `source.caption(i)` and `source.name(i)` (stable, for the hash
+split), and carries `classes` (names in the order of the labels, or None), `num_classes` and `unlabelled` (whether any
+label is -1). Nothing is decoded here.
 """
 
 import csv
@@ -134,6 +134,10 @@ class FolderSource:
             caption = sidecar.read_text("utf-8").strip() if sidecar.is_file() else None
         return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
 
+    def caption(self, index: int) -> str | tuple[str, ...]:
+        """The record's caption or captions."""
+        return self.record(index).caption
+
 
 def _images(folder: Path):
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -259,6 +263,12 @@ class TableSource:
 
     def record(self, index: int) -> Record:
         return read_row(self.table[index], self.columns, self.classes, self.name(index))
+
+    def caption(self, index: int) -> str | tuple[str, ...]:
+        """The record's caption or captions, read without the image."""
+        heads = {name.partition(".")[0] for name in (self.columns.label, self.columns.caption) if name is not None}
+        row = self.table.select_columns(sorted(heads))[index] if heads else {}
+        return read_row(row, self.columns, self.classes, self.name(index)).caption
 
 
 def _distinct(table: Any, column: str) -> list:

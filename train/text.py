@@ -1,12 +1,19 @@
-"""The text encoder that trains along: a small byte-level T5 (no vocabulary to learn or ship)."""
+"""What a text model reads captions with: a new byte-level T5 that trains along, or any text encoder of transformers."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+from train.session import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT_STEP = 16  # text lengths are rounded up to a multiple of this
 
@@ -18,35 +25,36 @@ class TextConfig:
     Args:
         pretrained: folder or Hub name of an encoder with its tokenizer; a new byte-level T5 when null.
         train: whether its weights train along; a new encoder must.
+        cache: folder that `train.cache_text` wrote, of a frozen encoder's states; the encoder is not run then, and with
+            `pretrained` null not even loaded.
         d_model, layers, heads, d_ff: size of a new encoder.
     """
 
     pretrained: str | None = None
     train: bool = True
+    cache: str | None = None
     d_model: int = 256
     layers: int = 4
     heads: int = 4
     d_ff: int = 1024
 
     def __post_init__(self) -> None:
-        if self.pretrained is None and not self.train:
+        if self.cache is not None and self.train:
+            raise ValueError("text.cache holds the states of a frozen encoder: it needs text.train=false")
+        if self.pretrained is None and self.cache is None and not self.train:
             raise ValueError("text.train must be true for a new encoder: give text.pretrained to keep one frozen")
         if self.d_model % self.heads:
             raise ValueError(f"text.d_model must be a multiple of text.heads, got {self.d_model} and {self.heads}")
 
 
-def build_text_encoder(config: TextConfig) -> tuple[nn.Module, object]:
-    """(encoder, tokenizer): transformers' own classes. A folder may hold both in `text_encoder/` and `tokenizer/`."""
-    from transformers import AutoModelForTextEncoding, AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # every checkpoint would draw one over the run's own
+def build_text_encoder(config: TextConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(encoder, tokenizer): transformers' own classes."""
     if config.pretrained is not None:
-        root = Path(config.pretrained)
-        nested = (root / "text_encoder").is_dir()
-        encoder = AutoModelForTextEncoding.from_pretrained(root / "text_encoder" if nested else config.pretrained)
-        tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer" if nested else config.pretrained)
+        encoder, tokenizer = load_text_encoder(config.pretrained, torch.float32 if config.train else "auto")
         return encoder.requires_grad_(config.train), tokenizer
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    disable_progress_bars()
     tokenizer = ByT5Tokenizer()
     sizes = T5Config(
         vocab_size=len(tokenizer),
@@ -64,11 +72,89 @@ def build_text_encoder(config: TextConfig) -> tuple[nn.Module, object]:
     return T5EncoderModel(sizes), tokenizer
 
 
-def tokenize(tokenizer: object, captions: list[str], max_length: int) -> dict[str, torch.Tensor]:
-    """{"input_ids": (B, T) int64, "mask": (B, T) bool}, cut at `max_length`.
+def disable_progress_bars() -> None:
+    """No bars of transformers: every checkpoint would draw one over the run's own."""
+    from transformers.utils.logging import disable_progress_bar
 
-    T is a multiple of `TEXT_STEP` where that divides `max_length`, else always `max_length`: few shapes to compile.
+    disable_progress_bar()
+
+
+def load_text_encoder(
+    pretrained: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The text encoder of a folder or Hub name, be it alone (T5, CLIP, ...) or a part of a model (CLIP), in eval mode.
+
+    A folder may hold the two in `text_encoder/` and `tokenizer/`, as our exports do.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the model is no text encoder, or lacks weights.
     """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING as ENCODERS
+
+    nested = (Path(pretrained) / "text_encoder").is_dir()
+    source, words = (Path(pretrained) / part if nested else pretrained for part in ("text_encoder", "tokenizer"))
+    with _only_errors():
+        try:
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(words)
+        except (OSError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FileNotFoundError(f"text.pretrained {str(pretrained)!r} could not be read: {reason}") from None
+        kinds = [type(c) for c in (config, getattr(config, "text_config", None)) if type(c) in ENCODERS]
+        if not kinds:
+            raise ValueError(f"text.pretrained {str(pretrained)!r} is no text encoder but a {config.model_type} model")
+        load = ENCODERS[kinds[0]].from_pretrained
+        encoder, info = load(source, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"text.pretrained {str(pretrained)!r} lacks weights: {', '.join(missing[:3])}, ...")
+    return encoder.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silence for transformers' bars and its list of weights that a text encoder has no use for."""
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def text_reader(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, *, frozen: bool
+) -> Callable[[list[str], torch.device], Batch]:
+    """What turns captions into a batch's "input_ids", "mask" and, of a frozen encoder, "states".
+
+    Raises:
+        ValueError: if the encoder has no positions for texts of `max_length` tokens.
+    """
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(f"transformer.text_length must be at most {longest} for this text encoder, got {max_length}")
+
+    def read(captions: list[str], device: torch.device) -> Batch:
+        text = {name: value.to(device) for name, value in tokenize(tokenizer, captions, max_length).items()}
+        if frozen:
+            encoded = encoder.to(device)(input_ids=text["input_ids"], attention_mask=text["mask"])
+            text["states"] = encoded.last_hidden_state
+        return text
+
+    return read
+
+
+def padded_length(longest: int, max_length: int) -> int:
+    """The next multiple of `TEXT_STEP` where that divides `max_length`, else `max_length`: few shapes to compile."""
+    return max_length if max_length % TEXT_STEP else -(-longest // TEXT_STEP) * TEXT_STEP
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> dict[str, torch.Tensor]:
+    """{"input_ids": (B, T) int64, "mask": (B, T) bool}, cut at `max_length`; T is a `padded_length`."""
     fits = max_length % TEXT_STEP == 0
     made = tokenizer(
         captions,

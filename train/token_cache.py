@@ -86,3 +86,7 @@ class TokenCache(Dataset):
         shard, row = divmod(index, self.shard_size)
         label, caption = self.rows[index]
         return {"ids": torch.from_numpy(self.tokens[shard][row].astype(np.int64)), "label": label, "caption": caption}
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The caption of an item."""
+        return (self.rows[index][1],)

@@ -31,7 +31,8 @@ from train.order import uniforms
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
-from train.text import TextConfig, build_text_encoder, tokenize
+from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
+from train.text_cache import TextCache, check_manifest, encoder_hash
 from train.token_cache import TokenCache
 from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
@@ -86,6 +87,55 @@ def parser():
     return made
 
 
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What a text model reads captions with; a class model has only a width, that nothing uses.
+
+    Attributes:
+        width: of the states.
+        tokenizer: of the encoder that is here, which is either `trained` along or `frozen`.
+        cache: states in the place of an encoder.
+    """
+
+    width: int
+    tokenizer: object | None = None
+    trained: nn.Module | None = None
+    frozen: nn.Module | None = None
+    cache: TextCache | None = None
+
+    def reader(self, max_length: int, data: Sequence[Dataset]) -> Callable[[list[str], torch.device], Batch] | None:
+        """What makes the text entries of a batch; None for a class model.
+
+        Raises:
+            ValueError: if the encoder or the cache is not for texts of `max_length`, or the cache lacks captions.
+        """
+        if self.cache is None:
+            frozen = self.frozen is not None
+            encoder = self.frozen if frozen else self.trained
+            return None if encoder is None else text_reader(encoder, self.tokenizer, max_length, frozen=frozen)
+        check_manifest(self.cache.folder, {"text_length": max_length})
+        for cached in (split for split in data if isinstance(split, TokenCache)):
+            self.cache.require(sorted({caption for _, caption in cached.rows}))
+        return self.cache
+
+
+def open_texts(config: TextConfig) -> Texts:
+    """The text encoder of a configuration, or the cache of its states.
+
+    Raises:
+        ValueError: if another encoder than `config.pretrained` made the cache.
+    """
+    if config.cache is None:
+        encoder, tokenizer = build_text_encoder(config)
+        role = "trained" if config.train else "frozen"
+        return Texts(width=encoder.config.hidden_size, tokenizer=tokenizer, **{role: encoder})
+    wanted = {}
+    if config.pretrained is not None:
+        wanted["encoder_hash"] = encoder_hash(*load_text_encoder(config.pretrained))
+    cache = TextCache(config.cache, **wanted)
+    return Texts(width=cache.width, cache=cache)
+
+
 def open_tokenizer(config) -> MultiScaleVQ:
     """The frozen tokenizer, with the scales this training is for: those given, or the square of `aspects.size`."""
     vqvae = load_tokenizer(config.tokens.tokenizer)
@@ -102,16 +152,19 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     """A new transformer for the tokenizer's tokens, or the one of `start_from`; a rotary one takes any schedule.
 
     Raises:
-        ValueError: if the transformer to start from is for other tokens.
+        ValueError: if the transformer to start from is for other tokens or prompts.
     """
+    conditioning = config.transformer.conditioning
     tokens = {
         "vocab_size": vqvae.config.vocab_size,
         "latent_channels": vqvae.quantizer.channels,
         "schedule": vqvae.schedule.spec,
         "bitwise": vqvae.config.bitwise,
+        "conditioning": conditioning,
+        **({"text_width": text_width} if conditioning == "text" else {}),
     }
     if config.start_from is None:
-        sizes = {**vars(config.transformer), **tokens, "num_classes": num_classes, "text_width": text_width}
+        sizes = {**vars(config.transformer), "num_classes": num_classes, "text_width": text_width, **tokens}
         if config.aspects.folder is not None and sizes["rope_grid"] is None:  # positions mean the same at all shapes
             sizes["rope_grid"] = list(schedule_of(*vqvae.schedule.latent_hw).grid_hw)
         model = NextScaleTransformer(**sizes)
@@ -123,6 +176,8 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     for name, wanted in tokens.items():
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
+    if conditioning == "class" and model.config.num_classes < num_classes:
+        raise ValueError(f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes")
     return model
 
 
@@ -151,16 +206,15 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
 
 def preparer(
     vqvae: MultiScaleVQ,
-    tokenizer: object | None,
-    frozen: nn.Module | None,
-    max_length: int,
+    read: Callable[[list[str], torch.device], Batch] | None,
     *,
     flips: float = 0.0,
     seed: int = 0,
 ) -> Callable[[Batch], Batch]:
     """What turns a batch of images or cached tokens into an objective's batch, with frozen models.
 
-    With `flips` the batch has "noisy_ids" and "noisy_inputs" too, for training (bitwise self-correction).
+    `read` makes the text entries of captions (`train.text.text_reader` or a `TextCache`); None without text. With
+    `flips` the batch has "noisy_ids" and "noisy_inputs" too, for training (bitwise self-correction).
     """
 
     def prepare(batch: Batch) -> Batch:
@@ -180,13 +234,7 @@ def preparer(
                 made["noisy_ids"] = torch.cat(noisy, dim=1)
         made["ids"] = torch.cat(ids, dim=1)
         made["inputs"] = quantizer.teacher_inputs(ids, schedule)
-        if tokenizer is not None:
-            text = {k: v.to(device) for k, v in tokenize(tokenizer, list(batch["caption"]), max_length).items()}
-            made |= text
-            if frozen is not None:
-                encoded = frozen.to(device)(input_ids=text["input_ids"], attention_mask=text["mask"])
-                made["states"] = encoded.last_hidden_state
-        return made
+        return made if read is None else made | read(list(batch["caption"]), device)
 
     return prepare
 
@@ -218,9 +266,7 @@ def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def exporter(
-    vqvae: MultiScaleVQ, tokenizer: object | None, frozen: nn.Module | None
-) -> Callable[[Path, VarObjective, dict | None], None]:
+def exporter(vqvae: MultiScaleVQ, texts: Texts) -> Callable[[Path, VarObjective, dict | None], None]:
     """Writes the whole pipeline: `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`."""
 
     from sample.pipeline import NextScalePipeline
@@ -233,8 +279,11 @@ def exporter(
             if encoder is not None:
                 encoder = type(encoder)(encoder.config)
                 encoder.load_state_dict(part(weights, "text_encoder."), strict=False)  # tied tables are saved once
-        pipeline = NextScalePipeline(transformer, vqvae, tokenizer=tokenizer, text_encoder=encoder or frozen)
+        text = {"tokenizer": texts.tokenizer, "text_encoder": encoder or texts.frozen}
+        pipeline = NextScalePipeline(transformer, vqvae, **text)
         pipeline.save_pretrained(folder)
+        if texts.cache is not None:
+            texts.cache.complete(pipeline, folder)
 
     return export
 
@@ -295,23 +344,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if built.tokens.flips and not vqvae.config.bitwise:
         raise ValueError(f"tokens.flips is for bitwise tokens, and those of {built.tokens.tokenizer!r} are codes")
     train_data, val_data = datasets(built, vqvae)
-    encoder = tokenizer = None
-    if built.transformer.conditioning == "text":
-        encoder, tokenizer = build_text_encoder(built.text)
-    text_width = encoder.config.d_model if encoder is not None else built.text.d_model
-    transformer = build_transformer(built, vqvae, train_data.num_classes, text_width)
-    trained, frozen = (encoder, None) if built.text.train else (None, encoder)
-    objective = build_objective(built, transformer, trained)
+    texts = open_texts(built.text) if built.transformer.conditioning == "text" else Texts(width=built.text.d_model)
+    transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width)
+    objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
-    correction = {"flips": built.tokens.flips, "seed": run_config.seed}
-    prepare = preparer(vqvae, tokenizer, frozen, transformer.config.text_length, **correction)
+    read = texts.reader(transformer.config.text_length, (train_data, val_data))
+    prepare = preparer(vqvae, read, flips=built.tokens.flips, seed=run_config.seed)
     save_config(made, config, run_config.run_dir)
     task = Task(
         objective=objective,
         train_data=train_data,
         val_data=val_data,
         prepare=prepare,
-        export=exporter(vqvae, tokenizer, frozen),
+        export=exporter(vqvae, texts),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
     )
     run(task, run_config)
