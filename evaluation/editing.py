@@ -26,7 +26,10 @@ from evaluation.sheet import RIGHT, WRONG
 from sample.edit import RULES
 from sample.images import write_png
 from sample.load import load_pipeline
+from sample.methods import Step
 from sample.pipeline import NextScalePipeline
+from sample.reward_names import load_reward
+from sample.search import Search
 
 TASKS = ("replace", "add")
 MARGIN = 5  # pixels around the old object that are repainted, where the kept one leaves room
@@ -136,53 +139,54 @@ def _within(point: np.ndarray, box: tuple[int, int, int, int]) -> bool:
 # --- the measurement -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Job:
+    """One row of the result.
+
+    Attributes:
+        task: one of `TASKS`; None draws the text alone.
+        fields: what the row says of it.
+        call: arguments of the pipeline's call.
+    """
+
+    task: str | None
+    fields: dict
+    call: dict
+
+    @property
+    def label(self) -> str:
+        """A few words for a bar and the picture."""
+        best = f", best of {self.fields['candidates']}" if self.fields.get("candidates", 1) > 1 else ""
+        return f"{self.task}, {self.fields['mask_rule']}{best}" if self.task else f"afresh{best}"
+
+
 def edits(
-    pipeline: NextScalePipeline,
-    cases: Sequence[Case],
-    task: str | None,
-    *,
-    batch_size: int,
-    seed: int,
-    **settings: object,
+    pipeline: NextScalePipeline, cases: Sequence[Case], job: Job, *, batch_size: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """The edited picture of every case, (64, 64, 3) uint8; without a task the text alone is drawn."""
+    """The edited picture of every case, (64, 64, 3) uint8."""
     for start in range(0, len(cases), batch_size):
         batch = cases[start : start + batch_size]
         given = {}
-        if task is not None:
-            given = {"image": [case.image(task) for case in batch], "mask_image": [case.mask for case in batch]}
+        if job.task is not None:
+            given = {"image": [case.image(job.task) for case in batch], "mask_image": [case.mask for case in batch]}
         prompts = [case.metadata["prompt"] for case in batch]
         seeds = [seed + start + i for i in range(len(batch))]
-        yield from map(np.asarray, pipeline(prompts, seed=seeds, **given, **settings).images)
+        yield from map(np.asarray, pipeline(prompts, seed=seeds, **given, **job.call).images)
 
 
 def measure(
-    pipeline: NextScalePipeline,
-    cases: Sequence[Case],
-    task: str | None,
-    *,
-    batch_size: int,
-    seed: int,
-    **settings: object,
+    pipeline: NextScalePipeline, cases: Sequence[Case], job: Job, *, batch_size: int, seed: int
 ) -> tuple[dict, list[np.ndarray], list[bool]]:
     """One row of the result: shares with their 95 % intervals; the pictures, and which of them are right."""
-    label = " ".join([task or "afresh", *map(str, settings.values())])
     started = time.perf_counter()
-    made = list(
-        tqdm(
-            edits(pipeline, cases, task, batch_size=batch_size, seed=seed, **settings),
-            desc=label,
-            total=len(cases),
-            unit="image",
-            disable=None,
-        )
-    )
+    stream = edits(pipeline, cases, job, batch_size=batch_size, seed=seed)
+    made = list(tqdm(stream, desc=job.label, total=len(cases), unit="image", disable=None))
     seconds = time.perf_counter() - started
-    before = [case.image(task) if task is not None else None for case in cases]
+    before = [case.image(job.task) if job.task is not None else None for case in cases]
     judged = [judge_edit(*each) for each in zip(cases, before, made, strict=True)]
-    row: dict = {"task": task or "afresh", **settings, "n": len(cases)}
+    row: dict = {"task": job.task or "afresh", **job.fields, "n": len(cases)}
     for name in judged[0]:
-        if task is None and name in ("unchanged_outside", "old_object_gone"):
+        if job.task is None and name in ("unchanged_outside", "old_object_gone"):
             continue
         row[name] = float(np.mean([verdict[name] for verdict in judged]))
         row[f"{name}_ci95"] = wilson(sum(verdict[name] for verdict in judged), len(judged))
@@ -191,6 +195,26 @@ def measure(
         if chosen:
             row[name], row[f"{name}_ci95"] = float(np.mean(chosen)), wilson(sum(chosen), len(chosen))
     return row | {"images_per_s": len(cases) / seconds}, made, [verdict["right"] for verdict in judged]
+
+
+def jobs(pipeline: NextScalePipeline, rules: Sequence[str], best_of: int, call: dict) -> list[Job]:
+    """The rows to measure: the text alone, then every task by every rule; with `best_of` > 1 again with a search.
+
+    The search takes the candidate that the scenes reward likes best; it edits by the first rule.
+    """
+    rows = [Job(None, {"candidates": 1}, call)]
+    for task in TASKS:
+        for rule in rules:
+            rows.append(Job(task, {"mask_rule": rule, "candidates": 1}, {**call, "mask_rule": rule}))
+    if best_of > 1:
+        last = len(pipeline.transformer.schedule) - 1
+        reward = load_reward("scenes", device=pipeline.transformer.device)
+        searched = {**call, "search": Search(candidates=best_of, steps=(Step(last, 1, "best"),), reward=reward)}
+        rows.append(Job(None, {"candidates": best_of}, searched))
+        for task in TASKS:
+            fields = {"mask_rule": rules[0], "candidates": best_of}
+            rows.append(Job(task, fields, {**searched, "mask_rule": rules[0]}))
+    return rows
 
 
 def sheet(cases: Sequence[Case], columns: dict[str, tuple[list[np.ndarray], list[bool]]]) -> Image.Image:
@@ -223,6 +247,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=200, help="edits of each task and rule (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and the images (0)")
     parser.add_argument("--rules", default=",".join(RULES), help=f"mask rules: some of {','.join(RULES)}")
+    parser.add_argument("--best-of", type=int, default=4, help="candidates of the searched edits; 1 searches none (4)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
@@ -237,11 +262,11 @@ def run(args: argparse.Namespace) -> list[dict]:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     rules = args.rules.split(",")
-    if args.n < 1 or args.batch_size < 1 or args.seed < 0 or not set(rules) <= set(RULES):
-        raise ValueError(
-            f"--n and --batch-size must be 1 or more, --seed 0 or more and --rules of {', '.join(RULES)}; "
-            f"got {args.n}, {args.batch_size}, {args.seed} and {args.rules}"
-        )
+    for name, low in (("n", 1), ("seed", 0), ("best_of", 1), ("batch_size", 1)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {getattr(args, name)}")
+    if not set(rules) <= set(RULES):
+        raise ValueError(f"--rules must be of {', '.join(RULES)}, got {args.rules!r}")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
     pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device)
@@ -249,15 +274,13 @@ def run(args: argparse.Namespace) -> list[dict]:
     if pipeline.by_class or pipeline.vqvae.image_hw != (int(CANVAS), int(CANVAS)):
         raise ValueError(f"--model {args.model} must be a text model of {CANVAS:.0f}x{CANVAS:.0f} pixels")
     cases = [case_at(i, args.seed) for i in range(args.n)]
-    how = {"batch_size": args.batch_size, "seed": args.seed}
-    given = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    call = {} if args.guidance is None else {"guidance_scale": args.guidance}
     rows, columns = [], {}
-    for task, rule in [(None, None), *((task, rule) for task in TASKS for rule in rules)]:
-        settings = given if task is None else {"mask_rule": rule, **given}
-        row, images, right = measure(pipeline, cases, task, **how, **settings)
-        rows.append({"model": model_name(args.model), **row})
-        columns[f"{task}, {rule}" if task else "afresh"] = images, right
-    print(table(rows, ["task", "mask_rule", *FIGURES]))
+    for job in jobs(pipeline, rules, args.best_of, call):
+        row, images, right = measure(pipeline, cases, job, batch_size=args.batch_size, seed=args.seed)
+        rows.append({"model": model_name(args.model), **call, **row})
+        columns[job.label] = images, right
+    print(table(rows, ["task", "mask_rule", "candidates", *FIGURES]))
     if args.out is not None:
         write_png(args.out.with_suffix(".png"), sheet(cases[:10], columns))
         content = result(rows, command=command(args), n=args.n, seeds=args.seed, settings={"margin_px": MARGIN})

@@ -69,25 +69,30 @@ def folder(tmp_path_factory, tiny_text_model, tiny_text_encoder):
 
 def test_the_command_measures_and_writes(folder, tmp_path, capsys):
     out = tmp_path / "editing.json"
-    assert main(["--model", str(folder), "--n", "4", "--device", "cpu", "--out", str(out)]) == 0
+    words = ["--model", folder, "--n", 4, "--best-of", 2, "--device", "cpu", "--out", out]
+    assert main([*map(str, words)]) == 0
     result = json.loads(out.read_text())
-    assert [(row["task"], row.get("mask_rule")) for row in result["rows"]] == [
-        ("afresh", None),
-        *((task, rule) for task in ("replace", "add") for rule in RULES),
+    made = [(row["task"], row.get("mask_rule"), row["candidates"]) for row in result["rows"]]
+    assert made == [
+        ("afresh", None, 1),
+        *((task, rule, 1) for task in ("replace", "add") for rule in RULES),
+        ("afresh", None, 2),
+        ("replace", "corrected", 2),
+        ("add", "corrected", 2),
     ]
-    for row in result["rows"][1:]:
+    for row in (row for row in result["rows"] if row["task"] != "afresh"):
         assert row["unchanged_outside"] == 1.0 and row["right"] == 0.0 and row["n"] == 4
         assert all(name in row for name in FIGURES)
     assert "unchanged_outside" not in result["rows"][0]
-    assert Image.open(out.with_suffix(".png")).width == 8 * (128 + 8) + 8
+    assert Image.open(out.with_suffix(".png")).width == 11 * (128 + 8) + 8
     assert "unchanged_outside" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n", "0"], "--n and --batch-size must be 1 or more"),
-        (["--rules", "half"], "--rules of corrected, official, whole"),
+        (["--n", "0"], "--n must be 1 or more, got 0"),
+        (["--rules", "half"], "--rules must be of corrected, official, whole, got 'half'"),
         (["--out", "x.txt"], "--out must be a .json file, got x.txt"),
     ],
 )
