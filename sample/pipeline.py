@@ -205,28 +205,19 @@ class NextScalePipeline(DiffusionPipeline):
         edit = [self._edit(canvases, plan, mask_rule)] if canvases else []
 
         seeds = image_seeds(len(condition), seed=seed, generator=generator)
-        if search is not None and smooth:
-            raise ValueError("search compares images as they are drawn: leave out smooth")
-
         with self.progress_bar(total=len(plan.schedule)) as bar:
             call = {"negative": negative, "hooks": (*hooks, *edit, *callback, ProgressHook(bar))}
             if search is None:
                 made = generate(plan, self.vqvae.quantizer, condition, seeds, smooth=smooth, **call)
+            elif smooth:
+                raise ValueError("search compares images as they are drawn: leave out smooth")
             else:
                 names = condition.classes_B.tolist() if self.by_class else _texts(prompt, num_images_per_prompt)
                 call |= {"search": search, "prompts": names, "decode": self.vqvae.decode}
                 made = search_images(plan, self.vqvae.quantizer, condition, seeds, **call)
-        images, found = made.f_hat_BCHW, made if search is not None else None
-        if output_type != "latent":
-            rows = [canvases[row] for row in made.origins] if canvases else []
-            if rows:
-                images = self._pasted(images, rows, output_type)
-            elif found is not None and found.decoded_BCHW is not None:
-                images = self.image_processor.postprocess(found.decoded_BCHW.float(), output_type=output_type)
-            else:
-                images = self.decode(images, output_type)
+        images = made.f_hat_BCHW if output_type == "latent" else self._images(made, canvases, output_type)
         self.maybe_free_model_hooks()
-        output = NextScaleOutput(images, list(made.seeds), made.tokens, found)
+        output = NextScaleOutput(images, list(made.seeds), made.tokens, made if search is not None else None)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -248,6 +239,15 @@ class NextScalePipeline(DiffusionPipeline):
         seen = torch.stack([canvas.seen(self._image_hw(plan)) for canvas in canvases]).to(device)
         keep = torch.stack([canvas.keep(schedule.latent_hw) for canvas in canvases])
         return edit_hook(self.vqvae, seen, keep, schedule, rule)
+
+    def _images(self, made: GenerationState | Found, canvases: Sequence[Canvas], output_type: str) -> Images:
+        """The images of a result: pasted into their pictures, as a search saw them, or decoded."""
+        if canvases:
+            return self._pasted(made.f_hat_BCHW, [canvases[row] for row in made.origins], output_type)
+        seen_BCHW = made.decoded_BCHW if isinstance(made, Found) else None
+        if seen_BCHW is None:
+            return self.decode(made.f_hat_BCHW, output_type)
+        return self.image_processor.postprocess(seen_BCHW.float(), output_type=output_type)
 
     def _pasted(self, f_hat_BCHW: torch.Tensor, canvases: Sequence[Canvas], output_type: str) -> Images:
         """The decoded images pasted into their pictures, whose size they have."""

@@ -406,6 +406,21 @@ def test_unknown_methods_are_named(text):
 # --- the family tree and the command -------------------------------------------------------------------------------
 
 
+def test_the_pipeline_searches(class_pipeline):
+    search = Search(candidates=4, steps=(Step(2, 1, "best"),), reward=BRIGHT)
+    ledger = Ledger()
+    output = class_pipeline(class_labels=[1, 2], seed=3, search=search, hooks=[ledger], output_type="pt")
+    assert output.seeds == [3, 4] and output.images.shape == (2, 3, 8, 8)
+    assert ledger.images == 2 and ledger.calls["decoder"] == 8  # the winners are not decoded again
+    torch.testing.assert_close(output.images.mean((1, 2, 3)), torch.tensor(output.search.scores), atol=2e-3, rtol=0)
+    alone = class_pipeline(class_labels=2, seed=4, search=search, output_type="pt")
+    torch.testing.assert_close(alone.images, output.images[1:], atol=1e-5, rtol=0)
+    plain = class_pipeline(class_labels=[1, 2], seed=3, output_type="pt")
+    assert plain.search is None and (output.images.mean((1, 2, 3)) >= plain.images.mean((1, 2, 3)) - 1e-6).all()
+    with pytest.raises(ValueError, match="smooth"):
+        class_pipeline(class_labels=1, search=search, smooth=True)
+
+
 def test_the_family_tree_shows_every_candidate(run):
     found = run([5], pictures=True)
     tree = family_tree(found.choices[0], "class 0")
