@@ -48,6 +48,7 @@ def _draw_curves(axes: object, rows: Sequence[Mapping]) -> None:
     axes.set(xscale="log", xlabel="FLOPs of an image, in plain images", ylabel="score (mean of six tags)")
     axes.set_title("Score against compute, 95 % intervals over prompts", fontsize=10)
     axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_xticks([], minor=True)
 
 
 def _draw_foresight(axes: object, rows: Sequence[Mapping]) -> None:

@@ -1,9 +1,9 @@
 """One row of the search benchmark: a search named in a few words, run on a suite of prompts, resumed where it stopped.
 
 A row is a text: plain; METHOD@B, with as many candidates as a budget of B plain images allows, within 5 % and with all
-networks; or METHOD:N, with the N of the method. Marks may follow: +oracle (the judge itself is the reward), +noise=S
-(the reward's log-odds get Gaussian noise of that size), +rounds=R+enough=P, +potential=max, +draw=systematic,
-+features=NAME, +sharpness=L.
+networks; METHOD:N, with the N of the method; or steps, as 12/cluster@1:8/resample@4:3/best. Marks may follow: +oracle
+(the judge itself is the reward), +noise=S (the reward's log-odds get Gaussian noise of that size), +rounds=R+enough=P,
++potential=max, +draw=systematic, +features=NAME, +sharpness=L.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MARKS: dict[str, Callable] = {
     "noise": float, "rounds": int, "enough": float, "sharpness": float, "potential": str, "draw": str, "features": str
 }  # fmt: skip
 SLACK = 1.05  # a row may cost so many times its budget: best-of-N has N rewards to pay besides N images
-_TEXT = re.compile(r"(\w+)(?:([@:])([\d.]+))?((?:\+\w+(?:=[\w.:/-]+)?)*)")
+_TEXT = re.compile(r"(\d+(?:/[\w@:]+)+|\w+)(?:([@:])([\d.]+))?((?:\+\w+(?:=[\w.:/-]+)?)*)")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Row:
     """A row's text, read.
 
     Attributes:
-        method: of `sample.methods.METHODS`, or plain.
-        budget, n: what decides the number of candidates; one of them, none for plain.
+        method: of `sample.methods.METHODS`, or plain, or the steps themselves.
+        budget, n: what decides the number of candidates; one of them, none for plain and steps.
         oracle: the judge is the reward.
         marks: the others.
     """
@@ -60,9 +60,10 @@ class Row:
     def of(cls, text: str) -> Row:
         """Read a row. Raises ValueError if that cannot be done."""
         match = _TEXT.fullmatch(text)
-        if not match or (match[1] != "plain" and (match[1] not in METHODS or match[2] is None)):
+        alone = match is not None and (match[1] == "plain" or "/" in match[1])
+        if not alone and not (match and match[1] in METHODS and match[2]):
             methods = ", ".join(METHODS)
-            raise ValueError(f"a row is plain, METHOD@BUDGET or METHOD:N ({methods}) and +marks; got {text!r}")
+            raise ValueError(f"a row is plain, METHOD@BUDGET or METHOD:N ({methods}), or steps; got {text!r}")
         words = [word.partition("=") for word in match[4].split("+")[1:]]
         unknown = [name for name, _, _ in words if name not in (*MARKS, "oracle")]
         if unknown:
@@ -113,7 +114,7 @@ def search_of(row: Row, pipeline: NextScalePipeline, reward: Reward, metadatas: 
     chosen = oracle_of(metadatas) if row.oracle else NoisyReward(reward, noise) if noise else reward
     options = {"reward": chosen, "features": features, **marks}
     if row.budget is None:
-        candidates, steps = make_steps(row.method, row.n, len(plan.schedule))
+        candidates, steps = make_steps(row.method.replace("/", " "), row.n or 1, len(plan.schedule))
     else:
         cost = cost_of(pipeline, chosen, features, metadatas)
         candidates, steps = fit_budget(

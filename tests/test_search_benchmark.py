@@ -21,6 +21,7 @@ def test_rows_are_read():
     assert row.marks == {"noise": 2.0, "draw": "systematic", "features": "scenes"}
     assert Row.of("best:8+oracle").n == 8.0 and Row.of("best:8+oracle").oracle
     assert Row.of("best:1+rounds=4+enough=0.9").marks == {"rounds": 4, "enough": 0.9}
+    assert Row.of("12/cluster@1:8/resample@4:3/best+draw=systematic").method == "12/cluster@1:8/resample@4:3/best"
     for text in search_benchmark.default_rows():
         assert Row.of(text).text == text
     for text, named in (("tts", "METHOD@BUDGET"), ("vote@2", "vote"), ("tts@2+luck=3", "luck"), ("", "row")):
@@ -66,7 +67,7 @@ def test_the_oracle_is_the_judge():
 def test_the_benchmark_runs_resumes_and_writes(text_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    rows = "plain,best@900,tts:2,best:2+oracle,best:2+noise=4,best:1+rounds=2+enough=0.99"
+    rows = "plain,best@900,tts:2,best:2+oracle,4/resample@1:2/best+noise=4,best:1+rounds=2+enough=0.99"
     words = ["--model", str(text_folder), "--rows", rows, "--per-tag", "1", "--n", "2", "--batch-size", "8"]
     words += ["--work", "work", "--out", "results/search.json"]
     assert search_benchmark.main(words) == 0
