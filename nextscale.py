@@ -49,6 +49,8 @@ COMMANDS = {
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
+    "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),
+    "report": ("evaluation.report_cli", "one page about runs and results"),
     "plan": ("sample.planner_cli", "choose plan, depth, cache and batch for this machine"),
     "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),

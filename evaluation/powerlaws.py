@@ -14,16 +14,25 @@ from scipy.optimize import least_squares
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = (scale x)^exponent + floor; pearson: of log x and log (y - floor) over the points it was fitted to."""
+    """y = (scale x)^exponent + floor; pearson: of log x and log (y - floor) over the points it was fitted to.
 
-    scale: float
+    The logarithm of the scale is kept: exponents near 0 have scales no float holds.
+    """
+
+    log_scale: float
     exponent: float
     floor: float
     pearson: float
 
     def __call__(self, x: float | np.ndarray) -> float | np.ndarray:
         """y at x."""
-        return (self.scale * np.asarray(x, float)) ** self.exponent + self.floor
+        return np.exp(self.exponent * (self.log_scale + np.log(np.asarray(x, float)))) + self.floor
+
+    @property
+    def scale(self) -> float:
+        """The factor of x; 0 or infinite where a float cannot hold it."""
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.exp(self.log_scale))
 
     @property
     def text(self) -> str:
@@ -48,8 +57,8 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     """y = (scale x)^exponent: the straight line in log-log. Raises ValueError as `check_points`."""
     xs, ys = check_points(x, y)
     exponent, intercept = np.polyfit(np.log(xs), np.log(ys), 1)
-    scale = float(np.exp(intercept / exponent)) if abs(exponent) > 1e-12 else 1.0
-    return PowerLaw(scale, float(exponent), 0.0, float(np.corrcoef(np.log(xs), np.log(ys))[0, 1]))
+    log_scale = float(intercept / exponent) if exponent else 0.0
+    return PowerLaw(log_scale, float(exponent), 0.0, float(np.corrcoef(np.log(xs), np.log(ys))[0, 1]))
 
 
 def fit_with_floor(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
@@ -78,7 +87,7 @@ def fit_with_floor(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     height, exponent, floor = unpack(min(fits, key=lambda fit: fit.cost).x)
     above = ys - floor
     pearson = float(np.corrcoef(log_x, np.log(np.maximum(above, 1e-300)))[0, 1])
-    return PowerLaw(float(np.exp(height / exponent - centre)), float(exponent), float(floor), pearson)
+    return PowerLaw(float(height / exponent - centre), float(exponent), float(floor), pearson)
 
 
 Fit = Callable[[Sequence[float], Sequence[float]], PowerLaw]
@@ -100,8 +109,8 @@ def bootstrap_law(
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(resamples):
         made = FITS[form](xs, law(xs) * np.exp(rng.choice(residuals, len(xs))))
-        drawn.append((made.scale, made.exponent, made.floor))
-    low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0).tolist()
+        drawn.append((made.scale, made.exponent, made.floor))  # an infinite scale is still in its order
+    low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0, method="nearest").tolist()
     return {name: [low[i], high[i]] for i, name in enumerate(("scale", "exponent", "floor"))}
 
 

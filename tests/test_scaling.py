@@ -1,11 +1,28 @@
 """Scaling laws: the fits recover what is known, VAR's published laws among it."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nextscale
 from evaluation.powerlaws import bootstrap_law, fit_power_law, fit_with_floor, frontier, held_out
+from evaluation.scaling import (
+    averaged,
+    check,
+    laws_in_compute,
+    laws_in_size,
+    picture,
+    points_of_run,
+    read_points,
+    weights_of,
+    write_points,
+)
+from train.scaling import Ladder
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
@@ -83,3 +100,153 @@ def test_the_frontier_is_what_nothing_cheaper_beats():
 def test_mistakes_are_named(x, y, said):
     with pytest.raises(ValueError, match=said):
         fit_power_law(x, y)
+
+
+# ------------------------------------------------------------------------------------------------------------- ladders
+
+
+def ladder_points(noise: float = 0.0) -> list[dict]:
+    """Seven sizes on a known law in size, each on a known curve in compute; two seeds of the smallest."""
+    rng, points = np.random.default_rng(0), []
+    for size, seed in [(1e5 * 3**i, 0) for i in range(7)] + [(1e5, 1)]:
+        for images in (2000, 8000, 32000):
+            loss = (2.0 * size / 1e9) ** -0.2 * (1 + 500 / images) * np.exp(noise * rng.normal())
+            point = {"run": f"n{size:.0f}-{seed}", "parameters": size, "images": images, "final": int(images == 32000)}
+            point |= {"seed": seed, "compute": 6 * size * images * 155, "loss": loss, "loss_last": loss * 0.8}
+            points.append(point)
+    return points
+
+
+def test_the_laws_of_a_ladder_come_back():
+    rows = laws_in_size(ladder_points(), resamples=0)
+    assert [(row["figure"], row["form"]) for row in rows[:2]] == [("loss", "power"), ("loss", "floor")]
+    assert rows[0]["exponent"] == pytest.approx(-0.2) and rows[0]["points"] == 7
+    assert rows[0]["pearson"] == pytest.approx(-1) and abs(rows[0]["largest_error"]) < 1e-6
+    assert abs(rows[1]["largest_error"]) < 0.01
+    optimal = laws_in_compute(ladder_points(), resamples=0)
+    assert {row["figure"] for row in optimal} >= {"loss", "loss_last", "optimal parameters for loss"}
+    assert all(-0.3 < row["exponent"] < 0 for row in optimal if row["form"] == "power" and row["figure"] == "loss")
+
+
+def test_points_go_out_and_come_in(tmp_path):
+    points = ladder_points()
+    write_points(tmp_path / "p.csv", points)
+    assert read_points(tmp_path / "p.csv") == points
+    sizes, values = averaged(points, "loss")
+    assert len(sizes) == 7 and values[0] == pytest.approx(points[2]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run,images,final\na,1,1\n", "lacks parameters"),
+        ("run,parameters,images,final\na,many,1,1\n", "line 2: parameters must be a number, got 'many'"),
+        ("run,parameters,images,final\na,,1,1\n", "line 2 has no parameters"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, text, said):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_points(tmp_path / "p.csv")
+
+
+def test_short_and_unconverged_ladders_are_noticed():
+    points = ladder_points()
+    assert [line for line in check(points) if "not annealed" not in line] == []
+    few = [point for point in points if point["parameters"] <= 3e6]
+    assert "4 sizes over a factor of 27" in " ".join(check(few))
+    points[-4]["loss"] = 99.0
+    assert "higher loss than a smaller one" in " ".join(check(points))
+    with pytest.raises(ValueError, match="4 different x or more, got 2"):
+        check([point for point in points if point["parameters"] < 5e5])
+
+
+def test_points_are_read_from_a_run(tmp_path):
+    rows = [{"kind": "train", "step": 1, "images": 8, "loss": 9}]
+    for step, loss in ((1, 4.0), (2, 3.5), (2, 3.0)):
+        figures = {"loss": loss, "accuracy": 0.25, "loss_1x1": 1.0, "loss_4x4": 2.0, "accuracy_1x1": 0.5}
+        rows.append({"kind": "validation", "step": step, "images": 8 * step, **figures, "accuracy_4x4": 0.125})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    points = points_of_run(tmp_path, tokens_per_image=21, parameters=100, seed=3)
+    assert [(p["images"], p["loss"], p["final"]) for p in points] == [(8, 4.0, 0), (16, 3.0, 1)]
+    assert points[1] | {"run": ""} == {
+        **{"run": "", "parameters": 100, "images": 16, "final": 1, "seed": 3, "compute": 6 * 100 * 16 * 21},
+        **{"loss": 3.0, "loss_last": 2.0, "error": 0.75, "error_last": 0.875},
+    }
+    with pytest.raises(FileNotFoundError, match="no validation"):
+        points_of_run(tmp_path / "none", tokens_per_image=1, parameters=1)
+
+
+def test_weights_are_counted_from_headers(tiny_class_model, tmp_path):
+    tiny_class_model.save_pretrained(tmp_path)
+    assert weights_of(tmp_path) == sum(p.numel() for p in tiny_class_model.parameters())
+
+
+def test_the_shipped_ladder_is_long_enough():
+    ladder = Ladder.read(Path(nextscale.__file__).parent / "configs/scaling/scenes.yaml")
+    sizes = {(r.flags["transformer.depth"], r.flags["transformer.width"]) for r in ladder.rungs}
+    weights = [depth * width**2 for depth, width in sizes]
+    assert len(sizes) >= 6 and max(weights) / min(weights) >= 30
+    assert len({r.name for r in ladder.rungs}) == len(ladder.rungs) > len(sizes)
+    first = ladder.training(ladder.rungs[1])
+    assert "--run.seed=1" in first and "--transformer.width=32" in first and "train.train_var" in first
+
+
+def test_points_made_elsewhere_are_fitted(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    write_points("p.csv", ladder_points(0.01))
+    assert nextscale.main(["scaling", "--csv", "p.csv", "--bootstrap", "20", "--out", "r/s.json"]) == 0
+    content = json.loads(Path("r/s.json").read_text())
+    row = content["rows"][0]
+    assert row["exponent_ci95"][0] < row["exponent"] < row["exponent_ci95"][1] and content["n"] == 8
+    assert "not annealed" in capsys.readouterr().err and Path("r/s.png").is_file() and Path("r/s.csv").is_file()
+    picture(ladder_points(), "again.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "give one of --config"),
+        ("--csv nowhere.csv", "nowhere.csv does not exist"),
+        ("--config nowhere.yaml", "nowhere.yaml does not exist"),
+        ("--csv x --out x.png", "--out must be a .json file"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(words, said, capsys):
+    assert nextscale.main(["scaling", *words.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and said in error[0]
+
+
+@pytest.mark.slow
+def test_a_toy_ladder_is_trained_and_fitted(tmp_path, monkeypatch):
+    from tokenizer.model import MultiScaleVQ
+
+    shape = {"channels": [8, 8], "layers_per_block": 1, "attention": False, "norm_groups": 4}
+    MultiScaleVQ(**shape, latent_channels=4, vocab_size=16, schedule="1,2,4").save_pretrained(tmp_path / "vqvae")
+    run = {"total_images": 64, "batch_size": 16, "validate_every": 2, "validation_images": 16, "previews": 0}
+    base = {
+        "run": {**run, "workers": 0, "cpu": True},
+        "data": {"source": "scenes", "size": 8, "num_scenes": 400},
+        "tokens": {"tokenizer": str(tmp_path / "vqvae")},
+        "transformer": {"heads": 1},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.dump(base))
+    models = [{"depth": 1, "width": 8 * 2**i} for i in range(4)]
+    ladder = {"base": str(tmp_path / "base.yaml"), "folder": str(tmp_path / "runs"), "models": models}
+    (tmp_path / "ladder.yaml").write_text(yaml.dump(ladder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [
+        "scaling",
+        "--config",
+        str(tmp_path / "ladder.yaml"),
+        "--bootstrap",
+        "5",
+        "--out",
+        str(tmp_path / "s.json"),
+    ]
+    assert nextscale.main(words) == 0
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert content["n"] == 4 and content["settings"]["points"] == 8
+    assert nextscale.main([*words, "--fit-only"]) == 0

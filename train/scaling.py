@@ -1,0 +1,229 @@
+"""`nextscale scaling`: train a ladder of sizes, evaluate each, fit power laws; or fit points measured elsewhere.
+
+Every size is a training run of its own (`train.train_var`) and an evaluation of its own (`nextscale evaluate`), so the
+same command again goes on where it stopped. Torch is imported when the work starts, not to parse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  nextscale scaling --config configs/scaling/scenes.yaml --dry-run       the commands, and how large the models are
+  nextscale scaling --config configs/scaling/scenes.yaml --out results/scaling_scenes.json
+  nextscale scaling --csv points.csv --out results/scaling.json          points of runs made elsewhere
+
+The same command again goes on with the runs that are not finished."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run of the ladder: a name, a seed, flags over the base configuration."""
+
+    name: str
+    seed: int
+    flags: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a scaling configuration says.
+
+    base: configuration of train.train_var.  folder: where the runs go.  launch: the words before `-m`.
+    flags: over the base, for all sizes.  rungs: the runs, smallest first.  per_tag: prompts a tag of the evaluation, 0
+    for none.
+    """
+
+    base: Path
+    folder: Path
+    launch: list[str]
+    flags: dict[str, Any]
+    rungs: list[Rung]
+    per_tag: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Ladder:
+        """From YAML. Raises FileNotFoundError without the file, ValueError on unknown or missing keys."""
+        import yaml
+
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path} does not exist")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {"base", "folder", "launch", "flags", "models", "per_tag"}
+        wrong = sorted(set(content) - known) + sorted({"base", "folder", "models"} - set(content))
+        if wrong:
+            raise ValueError(
+                f"--config {path} must hold base, folder, models, maybe launch, flags, per_tag: {wrong[0]}"
+            )
+        rungs = []
+        for model in content["models"]:
+            seeds = model.get("seeds", [0])
+            size = {f"transformer.{name}": value for name, value in model.items() if name not in ("seeds", "flags")}
+            stem = "-".join(f"{name[0]}{value}" for name, value in model.items() if name in ("depth", "width"))
+            rungs += [Rung(f"{stem}-s{seed}", seed, {**size, **model.get("flags", {})}) for seed in seeds]
+        return cls(
+            Path(content["base"]),
+            Path(content["folder"]),
+            shlex.split(content.get("launch", "")) or [sys.executable],
+            content.get("flags", {}),
+            rungs,
+            content.get("per_tag", 0),
+        )
+
+    def run_folder(self, rung: Rung) -> Path:
+        """Where a run goes."""
+        return self.folder / rung.name
+
+    def training(self, rung: Rung) -> list[str]:
+        """The command that trains a rung, and resumes it."""
+        flags = {**self.flags, **rung.flags, "run.run_dir": self.run_folder(rung), "run.seed": rung.seed}
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        return [*self.launch, "-m", "train.train_var", "--config", str(self.base), *words]
+
+    def evaluation(self, rung: Rung) -> list[str]:
+        """The command that measures a trained rung."""
+        run = self.run_folder(rung)
+        words = ["--model", run, "--suite", "scenes", "--per-tag", self.per_tag, "--work", run / "evaluation"]
+        return [sys.executable, "-m", "nextscale", "evaluate", *map(str, words), "--out", str(run / "evaluation.json")]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale scaling`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = "Scaling laws with error bars.", EXAMPLES
+    parser.add_argument("--config", type=Path, metavar="FILE", help="train, evaluate and fit the ladder in this YAML")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="fit these points; columns as in evaluation/scaling.py"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands and sizes of the ladder")
+    parser.add_argument("--fit-only", action="store_true", help="fit the runs that are there; train nothing")
+    parser.add_argument("--bootstrap", type=int, default=400, help="resamples behind intervals (400; 0: none)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; table, points and picture beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options say; 0; the exit code of a training or evaluation that failed.
+
+    Raises ValueError and FileNotFoundError on options or points that make no sense.
+    """
+    if (args.config is None) == (args.csv is None):
+        raise ValueError("give one of --config (a ladder to train) and --csv (points to fit)")
+    if args.out is not None and args.out.suffix != ".json":
+        raise ValueError(f"--out must be a .json file, got {args.out}")
+    if args.bootstrap < 0:
+        raise ValueError(f"--bootstrap must be 0 or more, got {args.bootstrap}")
+    if args.csv is not None:
+        from evaluation.scaling import read_points
+
+        return report(args, read_points(args.csv))
+    ladder = Ladder.read(args.config)
+    if args.dry_run:
+        return show(ladder)
+    if not args.fit_only:
+        for rung in ladder.rungs:
+            code = climb(ladder, rung)
+            if code:
+                return code
+    return report(args, ladder_points(ladder))
+
+
+def show(ladder: Ladder) -> int:
+    """Print every command with the size of its model; 0."""
+    for rung in ladder.rungs:
+        print(f"# {rung.name}: {rung_size(ladder, rung) / 1e6:.3g} M parameters")
+        for words in (ladder.training(rung), ladder.evaluation(rung) if ladder.per_tag else None):
+            if words is not None:
+                print(shlex.join("python" if word == sys.executable else str(word) for word in words))
+    return 0
+
+
+def rung_size(ladder: Ladder, rung: Rung) -> int:
+    """Parameters of a rung's transformer, counted without allocating it."""
+    import torch
+    import yaml
+
+    from tokenizer.model import MultiScaleVQ
+    from var.transformer import NextScaleTransformer
+
+    base = yaml.safe_load(ladder.base.read_text(encoding="utf-8"))
+    config = MultiScaleVQ.load_config(base["tokens"]["tokenizer"])
+    sizes = {name.removeprefix("transformer."): value for name, value in {**ladder.flags, **rung.flags}.items()}
+    sizes = {**base["transformer"], **{name: value for name, value in sizes.items() if "." not in name}}
+    tokens = {name: config[name] for name in ("vocab_size", "latent_channels", "schedule")}
+    text = {"text_width": base.get("text", {}).get("d_model", 0)} if sizes.get("conditioning") == "text" else {}
+    with torch.device("meta"):
+        return sum(p.numel() for p in NextScaleTransformer(**sizes, **tokens, **text).parameters())
+
+
+def climb(ladder: Ladder, rung: Rung) -> int:
+    """Train a rung and evaluate it, unless that is done; the exit code of what failed, else 0."""
+    folder = ladder.run_folder(rung)
+    if not (folder / "done").exists():
+        print(f"{rung.name}: {folder}", flush=True)
+        code = subprocess.run(ladder.training(rung)).returncode
+        if code:
+            return code
+        (folder / "done").touch()
+    if ladder.per_tag and not (folder / "evaluation.json").exists():
+        return subprocess.run(ladder.evaluation(rung)).returncode
+    return 0
+
+
+def ladder_points(ladder: Ladder) -> list[dict]:
+    """The points of all rungs that have trained.
+
+    Raises FileNotFoundError if none has.
+    """
+    from evaluation.scaling import points_of_run, weights_of
+    from tokenizer.schedule import ScaleSchedule
+
+    points = []
+    for rung in ladder.rungs:
+        folder = ladder.run_folder(rung)
+        transformer = folder / "latest" / "transformer"
+        if not (folder / "done").exists():
+            continue
+        config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+        tokens = ScaleSchedule.of(config["schedule"]).total
+        found = points_of_run(folder, tokens_per_image=tokens, parameters=weights_of(transformer), seed=rung.seed)
+        if (folder / "evaluation.json").exists():
+            row = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"][0]
+            found[-1] |= {name: row[name] for name in ("fd_scenes", "is_scenes") if name in row}
+            found[-1] |= {"score": row["overall"], "score_error": 1 - row["overall"]}
+        points += found
+    if not points:
+        raise FileNotFoundError(f"{ladder.folder} holds no finished run: give the command without --fit-only first")
+    return points
+
+
+def report(args: argparse.Namespace, points: list[dict]) -> int:
+    """Fit, print and write the laws; 0."""
+    from evaluation.report import command_line, result, table, write_result
+    from evaluation.scaling import check, laws_in_compute, laws_in_size, picture, write_points
+
+    cautions = check(points)
+    rows = laws_in_size(points, resamples=args.bootstrap) + laws_in_compute(points, resamples=args.bootstrap)
+    for row in rows:
+        print(table([row], [name for name in row if not name.endswith("_ci95")]), end="\n\n")
+    for caution in cautions:
+        print(f"caution: {caution}", file=sys.stderr)
+    if args.out is None:
+        return 0
+    write_points(args.out.with_suffix(".csv"), points)
+    picture(points, args.out.with_suffix(".png"))
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    command = command_line("nextscale scaling", vars(args), vars(parser.parse_args([])))
+    runs = len({point["run"] for point in points})
+    seeds = sorted({int(point.get("seed", 0)) for point in points})
+    settings = {"bootstrap_resamples": args.bootstrap, "points": len(points), "cautions": cautions}
+    write_result(args.out, result(rows, command=command, n=runs, seeds=seeds, settings=settings))
+    print(f"written: {args.out}")
+    return 0
