@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 NAMES = {
     "ScaleSchedule": "tokenizer.schedule",
+    "BinarySphericalQuantizer": "tokenizer.bitwise",
     "MultiScaleQuantizer": "tokenizer.quantizer",
     "MultiScaleVQ": "tokenizer.model",
     "NextScaleTransformer": "var.transformer",
