@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from evaluation.report import command_line, figure, result, write_result
@@ -37,6 +38,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--drafter", metavar="MODEL", help="the full model specialised on its scales, calibrated")
     parser.add_argument("--specialised", metavar="MODEL", help="the refiner specialised by distillation, calibrated")
     parser.add_argument("--bridge", type=int, help="scales that subnets leave to all layers (about 3/5 of them)")
+    parser.add_argument("--shares", default="50%,20%,10%,4%", help="of the cache (50%%,20%%,10%%,4%%)")
     parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,composition")
     parser.add_argument("--official", metavar="SIZE", help="a published size with random weights instead: d30")
     parser.add_argument("--official-refiner", metavar="SIZE", default="d16", help="its refiner (d16)")
@@ -66,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict:
     model = pipelines["full"].transformer
     depth, scales = len(model.blocks), len(model.schedule)
     bridge = options.bridge or max(1, round(0.6 * scales))
-    rows = all_rows(depth, scales, bridge, list(folders))
+    rows = all_rows(depth, scales, bridge, list(folders), options.shares.split(","))
     groups = options.groups.split(",") if options.groups else None
     rows = [row for row in rows if groups is None or row.group in ("full", *groups)]
     digests = {name: model_digest(folder) for name, folder in folders.items()}
@@ -87,7 +89,7 @@ def measure_official(options: argparse.Namespace) -> dict:
     """Speed and memory of a published size, its subnets after 6 scales and its hand-overs to a smaller one."""
     import torch
 
-    from benchmarks.elastic_rows import Row, against_full, speed
+    from benchmarks.elastic_rows import Row, against_full, once, speed
     from sample.load import resolve_device, resolve_dtype
     from sample.pipeline import NextScalePipeline
     from tokenizer.model import MultiScaleVQ
@@ -110,13 +112,18 @@ def measure_official(options: argparse.Namespace) -> dict:
     pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=sampling).to(device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     depth, scales = len(models[0].blocks), len(vqvae.schedule)
-    subnets = [d for d in (depth // 2 + 1, depth // 4 + 1, 2) if d < depth]
+    subnets = sorted({d for d in (depth // 2 + 1, depth // 4 + 1, 2) if d < depth}, reverse=True)
     rows = [Row("full", options.official, "full")]
     rows += [Row("subnet", f"of {options.official}", "full", "supernet:6", d) for d in subnets]
     rows += [Row("code", f"+ {options.official_refiner}", "full", f"code:{n}") for n in range(6, scales)]
-    found = []
+    common = [options.official, options.official_refiner, str(dtype), str(device), options.batch_size, options.repeats]
+    classes, found = [i % 1000 for i in range(options.batch_size)], []
     for row in rows:
-        figures = speed(pipeline, row, [i % 1000 for i in range(options.batch_size)], options.repeats)
+        figures = once(
+            options.work or Path("cache/elastic/official"),
+            [row.name, *common],
+            partial(speed, pipeline, row, classes, options.repeats),
+        )
         found.append({"row": row.name, "group": row.group, **figures})
         print(f"{row.name}: {found[-1]['images_per_s']:.3g} images/s", flush=True)
     settings = {"batch_size": options.batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -59,13 +59,14 @@ class Row:
         return PlanConfig(plan=self.plan, depth=self.depth, cache=self.cache)
 
 
-def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str]) -> list[Row]:
+def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares: Sequence[str] = SHARES) -> list[Row]:
     """Every row of the table that the given models allow.
 
     Args:
         depth, scales: of the full model.
         bridge: scales that subnets leave to all layers.
         models: of full, supernet, refiner, drafter (specialised) and specialised (the refiner).
+        shares: of the cache; the smallest is not composed.
     """
     half = max(1, depth // 2)
     rows = [Row("full", "plain", "full"), Row("full", "supernet", "supernet")]
@@ -76,14 +77,15 @@ def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str]) -> lis
         rows.append(Row("code", "plain", "full", f"code:{border}", refiner="refiner"))
         rows.append(Row("code", "specialised", "drafter", f"code:{border}", refiner="specialised"))
         rows.append(Row("code", "self", "supernet", f"self:{border}", half))
-    for share in SHARES:
+    for share in shares:
         rows += [Row("cache", policy, "full", cache=f"{policy}:{share}") for policy in ("scalekv", *BASELINES)]
-    for share in SHARES[:3]:
+    for share in shares[:-1]:
         cache = f"scalekv:{share}"
         rows.append(Row("composition", "supernet", "supernet", f"supernet:{bridge}", half, cache))
         rows.append(Row("composition", "self", "supernet", f"self:{bridge}", half, cache))
         rows.append(Row("composition", "specialised", "drafter", f"code:{bridge}", cache=cache, refiner="specialised"))
-    return [row for row in rows if row.model in models and row.refiner in (None, *models)]
+    allowed = (row for row in rows if row.model in models and row.refiner in (None, *models))
+    return list(dict.fromkeys(allowed))
 
 
 def measure_row(
@@ -101,20 +103,23 @@ def measure_row(
     Quality is of one image a prompt, image i named seed + i in every row (common random numbers). Speed and memory are
     of `repeats` calls of `batch_size` prompts.
     """
-    key = hashlib.sha256(json.dumps([asdict(row), len(metadatas), seed, batch_size, repeats]).encode()).hexdigest()[:16]
-    kept = folder / f"{key}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    pipeline = pipelines[row.model]
-    pipeline.register_modules(refiner=pipelines[row.refiner].transformer if row.refiner else None)
-    found = {
-        "row": row.name,
-        **asdict(row),
-        **quality(pipeline, row, metadatas, seed, batch_size),
-        **speed(pipeline, row, [metadata["prompt"] for metadata in metadatas[:batch_size]], repeats),
-    }
-    write_text(kept, json.dumps(found))
-    return found
+    settings = [asdict(row), len(metadatas), seed, batch_size, repeats]
+
+    def figures() -> dict:
+        pipeline = pipelines[row.model]
+        pipeline.register_modules(refiner=pipelines[row.refiner].transformer if row.refiner else None)
+        prompts = [metadata["prompt"] for metadata in metadatas[:batch_size]]
+        return quality(pipeline, row, metadatas, seed, batch_size) | speed(pipeline, row, prompts, repeats)
+
+    return {"row": row.name, **asdict(row), **once(folder, settings, figures)}
+
+
+def once(folder: Path, settings: list, figures: Callable[[], dict]) -> dict:
+    """What `figures` gives; kept in `folder` under `settings`, and not asked again."""
+    kept = folder / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
+    if not kept.is_file():
+        write_text(kept, json.dumps(figures()))
+    return json.loads(kept.read_text())
 
 
 def quality(pipeline: NextScalePipeline, row: Row, metadatas: Sequence[dict], seed: int, batch_size: int) -> dict:

@@ -1,0 +1,63 @@
+"""The elastic benchmark on tiny random models: every row, resumed, with its table and picture."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import elastic
+from benchmarks.elastic_rows import against_full, all_rows, once
+
+
+@pytest.fixture(scope="module")
+def calibrated(text_folder, tmp_path_factory):
+    """The tiny text model as if calibrated."""
+    from sample.load import load_pipeline
+
+    folder = tmp_path_factory.mktemp("calibrated")
+    pipeline = load_pipeline(text_folder, dtype=torch.float32, device="cpu")
+    pipeline.transformer.register_to_config(selectivity=[[0.0, 0.1, 0.2], [0.0, 0.3, 0.1]])
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_rows_are_those_that_the_models_allow():
+    rows = all_rows(8, 7, 4, elastic.MODELS)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert [row.depth for row in rows if row.group == "subnet" and row.label == "plain"] == [4, 2, 1]
+    assert sum(row.group == "code" for row in rows) == 3 * 6 and sum(row.group == "cache" for row in rows) == 16
+    assert {row.model for row in all_rows(8, 7, 4, ["full"])} == {"full"}
+    assert not any(row.refiner for row in all_rows(8, 7, 4, ["full", "supernet"]))
+
+
+def test_rows_are_compared_with_the_first():
+    full = {"tokens_images_per_s": 2.0, "peak_cache_mib": 4.0, "fd_scenes": 2.0, "correct": "1100"}
+    half = {"tokens_images_per_s": 4.0, "peak_cache_mib": 1.0, "fd_scenes": 3.0, "correct": "1000"}
+    one, other = against_full([full, half])
+    assert (one["speed"], one["fd"], one["correct_minus_full"]) == (1, 1, 0)
+    assert (other["speed"], other["cache_of_full"], other["fd"]) == (2, 0.25, 1.5)
+    assert other["correct_minus_full"] == -0.25 and "correct" not in other
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path):
+    calls = []
+    for _ in range(2):
+        assert once(tmp_path, ["a", 1], lambda: calls.append(1) or {"x": 0.1}) == {"x": 0.1}
+    assert len(calls) == 1
+
+
+def test_the_command(calibrated, tmp_path):
+    argv = ["--full", str(calibrated), "--supernet", str(calibrated), "--per-tag", "1", "--batch-size", "3"]
+    argv += ["--shares", "60%,40%", "--groups", "subnet,cache"]
+    argv += ["--repeats", "2", "--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "e.json")]
+    assert elastic.main(argv) == 0
+    content = json.loads((tmp_path / "e.json").read_text())
+    rows = {row["row"]: row for row in content["rows"]}
+    assert rows["var (plain)"]["speed"] == 1 and content["n"] == 6
+    assert rows["var (plain)"]["correct_minus_full_ci95"] == [0, 0] == rows["var (supernet)"]["correct_minus_full_ci95"]
+    assert rows["var window:40%"]["peak_cache_mib"] < rows["var (plain)"]["peak_cache_mib"]
+    assert (tmp_path / "e.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "e.png").stat().st_size > 10_000
+    assert elastic.main([*argv, "--groups", "cache"]) == 0  # resumed: nothing is measured twice
+    with pytest.raises(SystemExit):
+        elastic.main(["--supernet", str(calibrated)])
