@@ -1,11 +1,13 @@
 """Subnets and collaborations in training: which layers run when, what learns from what, through the command line."""
 
 import json
+import os
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training_toys import in_processes
 
 from tokenizer.schedule import ScaleSchedule
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
@@ -228,3 +230,20 @@ def test_every_training_of_elastic_decoding_starts_from_a_checkpoint(vqvae_folde
     capfd.readouterr()
     assert train(tmp_path / "both", vqvae_folder, *teacher, "--supernet.depths=[1]") == 2
     assert "leave one out" in capfd.readouterr().err
+
+
+def trained(folder, vqvae_folder, *arguments):
+    torch.manual_seed(0)
+    if code := train(folder, vqvae_folder, *arguments):
+        os._exit(code)
+
+
+@pytest.mark.parametrize("bridge", [0, 1])
+def test_two_processes_train_the_same_subnets(vqvae_folder, tmp_path, bridge):
+    """The same draw in all processes; without a bridge, skipped layers get no gradient in any of them."""
+    settings = ["--supernet.depths=[1,2]", f"--supernet.bridge={bridge}", "--supernet.joint=1", "--run.micro_batch=2"]
+    assert in_processes(1, trained, tmp_path / "one", vqvae_folder, *settings) == [0]
+    assert in_processes(2, trained, tmp_path / "two", vqvae_folder, *settings) == [0, 0]
+    one, two = (last_validation(tmp_path / name) for name in ("one", "two"))
+    for name in ("loss", "loss_depth1", "loss_depth2"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
