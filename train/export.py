@@ -6,6 +6,7 @@ them. Loading brings them back to the dtype asked for.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -64,8 +65,17 @@ def export(config: ExportConfig) -> float:
     shutil.rmtree(partial, ignore_errors=True)
     with silent_loading():
         pipeline.save_pretrained(partial)
+    forget_origin(partial)
     replace_parts(partial, out)
     return sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the paths of this machine out of the configurations."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def same_tokens(own: torch.nn.Module, folder: str) -> torch.nn.Module:
