@@ -168,13 +168,13 @@ def make_pool(
     cells, captions, labels = [], [], []
     for begin in tqdm(range(0, n, 64), desc="drawing", unit="batch", disable=None):
         images, texts, goods = zip(*(example(rng) for _ in range(min(64, n - begin))))
-        x_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
+        x_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").to(network.out.weight.device)
         if vqvae is not None:
             some = len(x_BCHW) if scale is not None else round(UNFINISHED * len(x_BCHW))
             after = scale if scale is not None else int(rng.integers(1, len(vqvae.schedule)))
             x_BCHW = torch.cat([unfinished(vqvae, x_BCHW[:some], after), x_BCHW[some:]])
         with torch.no_grad():
-            cells.append(network.cells(x_BCHW).half())
+            cells.append(network.cells(x_BCHW).half().cpu())
         captions += [word_ids(row) for row in texts]
         labels += goods
     return torch.cat(cells), torch.stack(captions), torch.tensor(labels, dtype=torch.float32)
@@ -197,6 +197,7 @@ def train(
 ) -> None:
     """Fit the attention part in place; true and false captions weigh alike. `batch` is in pictures."""
     cells_NMF, words_NPT, labels_NP = pool
+    device = network.out.weight.device
     own = [p for name, p in network.named_parameters() if not name.startswith(("levels.", "head."))]
     optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
@@ -205,9 +206,9 @@ def train(
     with tqdm(range(steps), desc="training", disable=None) as bar:
         for step in bar:
             rows = torch.randint(len(cells_NMF), (batch,), generator=generator)
-            cells = repeat(cells_NMF[rows].float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
-            words, labels = words_NPT[rows].flatten(0, 1), labels_NP[rows].flatten()
-            with torch.autocast("cpu", torch.bfloat16):
+            cells = repeat(cells_NMF[rows].to(device).float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
+            words, labels = words_NPT[rows].flatten(0, 1).to(device), labels_NP[rows].flatten().to(device)
+            with torch.autocast(device.type, torch.bfloat16):
                 logits = network.logits(cells, words)
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weight)
             optimizer.zero_grad(set_to_none=True)
@@ -223,11 +224,11 @@ def train(
 def check(network: SceneReward, pool: tuple[torch.Tensor, ...]) -> dict[str, float]:
     """`accuracy` with true and false captions weighing alike, and `auc`: how often a true one beats a false one."""
     cells_NMF, words_NPT, labels_NP = pool
-    found = []
+    found, device = [], network.out.weight.device
     for begin in range(0, len(cells_NMF), 32):
         rows = slice(begin, begin + 32)
-        cells = repeat(cells_NMF[rows].float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
-        found.append(network.logits(cells, words_NPT[rows].flatten(0, 1)))
+        cells = repeat(cells_NMF[rows].to(device).float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
+        found.append(network.logits(cells, words_NPT[rows].flatten(0, 1).to(device)).cpu())
     scores, good = torch.cat(found), labels_NP.flatten() > 0.5
     above = torch.searchsorted(scores[~good].sort().values, scores[good])
     accuracy = ((scores[good] > 0).double().mean() + (scores[~good] < 0).double().mean()) / 2
@@ -236,7 +237,7 @@ def check(network: SceneReward, pool: tuple[torch.Tensor, ...]) -> dict[str, flo
 
 def save(network: SceneReward, path: Path, facts: dict) -> None:
     """Write float16 weights and `facts` (as metadata) to one safetensors file, atomically."""
-    weights = {name: w.half() if w.is_floating_point() else w for name, w in network.state_dict().items()}
+    weights = {name: (w.half() if w.is_floating_point() else w).cpu() for name, w in network.state_dict().items()}
     partial = path.with_name(f".{path.name}.part")
     save_file(weights, partial, metadata={"facts": json.dumps(facts)})
     os.replace(partial, path)
@@ -250,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pool", type=int, default=8000, help="pictures to train on (default 8000)")
     parser.add_argument("--check", type=int, default=500, help="fresh pictures to check on (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and weights (default 0)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="file to write (default: the shipped one)")
     options = parser.parse_args(argv)
     if min(options.steps, options.pool, options.check) < 2 or options.seed < 0:
@@ -258,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--tokenizer {options.tokenizer} has no config.json")
     start = time.perf_counter()
     vqvae = MultiScaleVQ.from_pretrained(options.tokenizer).eval() if options.tokenizer is not None else None
-    network = new_network(options.seed)
+    vqvae = vqvae.to(options.device) if vqvae is not None else None
+    network = new_network(options.seed).to(options.device)
     try:
         train(
             network,
@@ -272,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {name: getattr(options, name) for name in ("steps", "pool", "seed")}
     facts |= {"tokenizer": vqvae is not None, "right": {}}
     save(network, options.out, facts)
-    rounded = load_scene_reward(options.out)
+    rounded = load_scene_reward(options.out, device=options.device)
     scales = [None] if vqvae is None else [*range(len(vqvae.schedule)), None]
     for scale in scales:
         used = vqvae if scale is not None else None
