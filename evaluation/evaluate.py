@@ -33,6 +33,7 @@ from sample.images import (
     write_text,
 )
 from sample.load import load_pipeline, model_digest, model_folder
+from sample.plans_cli import call_settings, how_options
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`
 PICTURES = 48  # in the picture beside a result
@@ -147,14 +148,15 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     from accelerate import PartialState
 
     model = model_folder(args.model)  # once: a training run may export a newer one while we work
-    pipeline = load_pipeline(model, dtype=args.dtype, device=args.device)
+    refiner = how_options(args).get("refiner")
+    pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.by_class:
         raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
-    call = {"guidance_scale": args.guidance, "top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
-    call = {name: value for name, value in call.items() if value is not None}
+    call = call_settings(args)
     settings = {
         "model_digest": model_digest(model),
+        **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         **(pipeline.config.sampling or {}),
         **call,

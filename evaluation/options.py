@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from sample.plans_cli import add_plan_options, by_scale
+
 EXAMPLES = """examples:
   nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json
   nextscale evaluate --suite scenes --images geneval/            judge a GenEval tree somebody else made
@@ -48,10 +50,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--bootstrap", type=int, help="resamples behind intervals (200; 20 on Inception's; 0: none)")
 
     sampling = parser.add_argument_group("sampling (the model's own settings unless given)")
-    sampling.add_argument("--guidance", type=float, help="strength of guidance; 0 is none")
-    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens; 0 is all")
-    sampling.add_argument("--top-p", type=float, help="then from the likeliest that make up this probability")
-    sampling.add_argument("--temperature", type=float, help="below 1 draws likelier tokens")
+    sampling.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
+    sampling.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
+    sampling.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
+    sampling.add_argument("--temperature", type=by_scale(float), help="below 1 draws likelier tokens")
+    add_plan_options(sampling)
 
     where = parser.add_argument_group("with what, to where")
     where.add_argument("--batch-size", type=int, default=32, help="images at once (32)")

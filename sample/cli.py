@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.plans_cli import add_plan_options, by_scale, how_options
+from sample.plans_cli import add_plan_options, by_scale, call_settings, how_options
 from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
@@ -194,11 +194,7 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that go into the pipeline's call, without those left to the model."""
-    how = how_options(args)
-    how.pop("refiner", None)  # is loaded with the model
-    if "guidance" in how:
-        how["guidance_scale"] = how.pop("guidance")
-    options = {**how, "negative_prompt": args.negative, "smooth": args.smooth or None}
+    options = {**call_settings(args), "negative_prompt": args.negative, "smooth": args.smooth or None}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -58,6 +58,15 @@ def how_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def call_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """`how_options` as the pipeline's call names them; without the refiner, which is loaded with the model."""
+    how = how_options(args)
+    how.pop("refiner", None)
+    if "guidance" in how:
+        how["guidance_scale"] = how.pop("guidance")
+    return how
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; see `how_options`."""
     import yaml
