@@ -207,12 +207,15 @@ def load_network(name: str, args: argparse.Namespace, device: torch.device, *, s
     return DinoFeatures(args.dino, device) if name == "dinov2" else ClipFeatures(args.clip, device)
 
 
-def chosen_metrics(text: str | None, suite: str | None) -> tuple[str, ...]:
-    """The metrics of a comma-separated list; those of the scenes by default for the scenes suite, none otherwise."""
+def chosen_metrics(text: str | None, suite: str | None, known: Sequence[str] = METRICS) -> tuple[str, ...]:
+    """The metrics of a comma-separated list; those of the scenes by default for the scenes suite, none otherwise.
+
+    Raises ValueError if one is not of the `known` ones.
+    """
     if text is None:
         return ("fd-scenes", "is-scenes") if suite == "scenes" else ()
     chosen = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
-    unknown = [metric for metric in chosen if metric not in METRICS]
+    unknown = [metric for metric in chosen if metric not in known]
     if unknown:
-        raise ValueError(f"--metrics must be of {', '.join(METRICS)}, got {', '.join(unknown)}")
+        raise ValueError(f"--metrics must be of {', '.join(known)}, got {', '.join(unknown)}")
     return chosen

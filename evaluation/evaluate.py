@@ -15,6 +15,7 @@ from tqdm import tqdm
 from evaluation.distributions import Measure
 from evaluation.geneval import read_results, read_suite, suite, summarize
 from evaluation.options import defaults
+from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
@@ -45,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> int:
     Raises ValueError and FileNotFoundError as its parts do, before images are made where that is possible.
     """
     if args.tokenizer is not None:
-        report_options(args)
+        report_options(args) if args.reference is None else report_reconstructions(args)
         return 0
     if args.geneval_results is not None:
         report_geneval(args)

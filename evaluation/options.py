@@ -13,12 +13,14 @@ EXAMPLES = """examples:
   nextscale evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,is
   nextscale evaluate --images pictures/ --metrics fd-scenes,is-scenes
   nextscale evaluate --tokenizer runs/scenes-tokenizer/latest/vqvae --n 1200
+  nextscale evaluate --tokenizer T --reference photos/ --metrics fid,lpips        rFID, LPIPS, PSNR, SSIM of photos
   accelerate launch -m nextscale evaluate --model scenes --suite scenes      the same images, by several processes
 
 FID, IS and KID use Inception features; distances on the scenes network are called fd-scenes and is-scenes.
 The same command again goes on where it stopped; finished images are kept."""
 
 METRICS = ("fid", "sfid", "is", "kid", "prdc", "fd-dinov2", "cmmd", "clip-score", "fd-scenes", "is-scenes")
+TOKENIZER_METRICS = ("fid", "fd-scenes", "fd-dinov2", "lpips")  # of reconstructions against their originals
 SUITES = ("scenes", "scenes-unseen", "geneval")
 
 
@@ -43,7 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--usage-n", type=int, default=2000, help="with --tokenizer, scenes to count codes on (2000)")
     how.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
     how.add_argument("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; fd-scenes,is-scenes for scenes")
-    how.add_argument("--reference", type=Path, metavar="PATH", help="real images, or an npz with mu and sigma")
+    how.add_argument(
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="real images, or an npz with mu and sigma; with --tokenizer, images to reconstruct",
+    )
     how.add_argument("--inception-weights", type=Path, metavar="FILE", help="local Inception weights of torch-fidelity")
     how.add_argument("--dino", default="facebook/dinov2-large", metavar="MODEL", help="of fd-dinov2: Hub id or folder")
     how.add_argument("--clip", default="openai/clip-vit-large-patch14-336", metavar="MODEL", help="of cmmd, clip-score")
@@ -91,8 +98,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
-    if args.tokenizer is not None and (args.suite or args.metrics):
-        raise ValueError("--tokenizer measures reconstructions of scenes; it takes neither --suite nor --metrics")
+    if args.tokenizer is not None and (args.suite or (args.metrics and args.reference is None)):
+        raise ValueError("--tokenizer takes no --suite, and --metrics only with the images to reconstruct: --reference")
     if args.model is not None and args.suite is None:
         raise ValueError("--model needs --suite scenes: the prompts to make images of")
     if args.images is not None and not args.suite and not args.metrics:

@@ -107,10 +107,20 @@ def image_stream(
         if on_output is not None:
             on_output(list(batch), output)
         if history is None:
+            check_finite(batch, output.images)
             yield from zip(batch, to_uint8(output.images))
         else:
             scales = [to_uint8(pipeline.decode(f_hat, "np")) for f_hat in history.f_hats]
             yield from zip(batch, np.stack(scales, axis=1))
+
+
+def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:
+    """Raise ValueError, naming the first image, if one holds NaN or infinity: its PNG would look like any other."""
+    for request, image in zip(requests, images):
+        if not np.isfinite(image).all():
+            raise ValueError(
+                f"the image of {request.prompt!r}, seed {request.seed}, is not finite: try another dtype (float32)"
+            )
 
 
 class History(Hook):

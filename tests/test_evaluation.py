@@ -302,6 +302,32 @@ def test_a_tokenizer_is_measured():
         measure(model, n=5, usage_n=8)
 
 
+def test_a_tokenizer_is_measured_on_images(tiny_vqvae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_vqvae.save_pretrained("vqvae")
+    images = np.random.default_rng(0).integers(0, 256, (7, 20, 33, 3), np.uint8)
+    np.savez("photos.npz", images)
+    words = ["evaluate", "--tokenizer", "vqvae", "--reference", "photos.npz", "--metrics", "fd-scenes", "--n", "6"]
+    assert nextscale.main([*words, "--batch-size", "4", "--out", "r/x.json"]) == 0
+    content = json.loads(Path("r/x.json").read_text())
+    row = content["rows"][0]
+    assert (
+        row["n"] == 6 and row["rfd_scenes"] > 0 and -1 <= row["ssim"] <= 1 and row["psnr_db_ci95"][0] < row["psnr_db"]
+    )
+    assert "biased upwards" in content["settings"]["cautions"][0] and Path("r/x.png").is_file()
+    assert nextscale.main([*words[:5], "--metrics", "clip-score"]) == 2
+
+
+def test_photographs_are_cropped_as_adm_does():
+    from evaluation.reconstruction import centre_crop
+
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 40:60] = 200
+    assert np.array_equal(centre_crop(image, (40, 100)), image)
+    small = centre_crop(image, (8, 8))
+    assert small.shape == (8, 8, 3) and small[4, 4, 0] >= 195 and small[4, 0, 0] <= 5
+
+
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
@@ -336,7 +362,8 @@ def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
         ("--images x --metrics is --inception-weights nowhere.pth", "nowhere.pth does not exist"),
         ("--model nowhere --suite scenes", "nowhere"),
         ("--tokenizer nowhere", "nowhere has no config.json"),
-        ("--tokenizer x --suite scenes", "neither --suite nor --metrics"),
+        ("--tokenizer x --suite scenes", "--tokenizer takes no --suite"),
+        ("--tokenizer x --metrics fid", "with the images to reconstruct: --reference"),
         ("--model scenes --suite scenes --per-tag 0", "--per-tag must be 1 or more, got 0"),
         ("--model scenes --suite bench", "invalid choice"),
         ("--images x --metrics is-scenes --out x.txt", "--out must be a .json file"),

@@ -356,6 +356,21 @@ def test_features_that_are_not_finite_name_their_image():
         describe_all(Poisoned(), images, batch_size=2)
 
 
+def test_an_image_that_is_not_finite_is_named_as_it_is_drawn(class_pipeline, monkeypatch):
+    from sample.images import image_stream, make_requests
+
+    call = type(class_pipeline).__call__
+
+    def poisoned(self, *args, **settings):
+        output = call(self, *args, **settings)
+        output.images[1, 0, 0, 0] = np.nan
+        return output
+
+    monkeypatch.setattr(type(class_pipeline), "__call__", poisoned)
+    with pytest.raises(ValueError, match="image of 3, seed 8, is not finite"):
+        list(image_stream(class_pipeline, make_requests([2, 3, 4], seed=7)))
+
+
 def test_parquet_is_read_like_a_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
     images = pictures(5)
