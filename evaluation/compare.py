@@ -15,7 +15,7 @@ from scipy import stats
 
 from evaluation.features import scene_reference
 from evaluation.frechet import Z95, Moments, frechet_distance, frechet_influence, moments
-from evaluation.shards import networks_in, read_column, read_described, shard_paths
+from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 from evaluation.sources import stored_moments
 
 
@@ -162,6 +162,11 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
                     f"{name}_infinity_{side}": extrapolated.value,
                     f"{name}_infinity_{side}_ci95": extrapolated.ci95,
                 }
+    if all(has_column(p, "correct") for p in paths):
+        sides = [read_column(p, "correct").astype(float)[r] for p, r in zip(paths, rows, strict=True)]
+        found = compare_means(*sides)
+        sentences.append(found.sentence("score", lower_is_better=False, names=(a.name, b.name)))
+        row |= {f"score_{key}": value for key, value in found.row().items()}
     if not sentences:
         raise ValueError("nothing to compare: give --reference, statistics of the network that described them")
     return row, sentences

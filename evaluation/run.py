@@ -1,4 +1,4 @@
-"""Images of a class model, described and reduced in one pass: `accelerate launch -m evaluation.run --model M ...`.
+"""Images of a model, described and reduced in one pass: `accelerate launch -m evaluation.run --model M ...`.
 
 Every process makes whole shards (of 256 images) and describes them; the main process reads the shards in order and
 takes the figures, so they are the same for any number of processes. A shard that exists is never made again. Images
@@ -33,10 +33,11 @@ The same command again goes on where it stopped, with any number of processes.""
 class Suite:
     """What a published figure is taken over.
 
-    classes: of the data set; None: all the model knows.  side: of the images in pixels; None: the model's.
+    classes: of the data set; None: all the model knows; "scenes": captions of drawn scenes, judged, where a tag is a
+    class.  side: of the images in pixels; None: the model's.
     """
 
-    classes: int | None
+    classes: int | str | None
     per_class: int
     side: int | None = None
     metrics: str = "fid,sfid,is,prdc"
@@ -49,6 +50,7 @@ SUITES = {
     "imagenet512": Suite(1000, 50, 512, sampling=VAR_SAMPLING),
     "cifar10": Suite(10, 5000, 32, metrics="fid,is"),
     "classes": Suite(None, 50, metrics="is-scenes"),
+    "scenes": Suite("scenes", 1000, metrics="fd-scenes,is-scenes"),
 }
 SETTINGS = {"guidance": "guidance_scale", "top_k": "top_k", "top_p": "top_p", "temperature": "temperature"}
 
@@ -56,10 +58,10 @@ SETTINGS = {"guidance": "guidance_scale", "top_k": "top_k", "top_p": "top_p", "t
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description, parser.epilog = "Measure a class model by the images it makes.", EXAMPLES
+    parser.description, parser.epilog = "Measure a model by the images it makes.", EXAMPLES
     parser.add_argument("--model", required=True, help="a model folder, a training run, or a Hub id")
     parser.add_argument("--suite", required=True, choices=SUITES, help="classes, images a class, and sampling")
-    parser.add_argument("--per-class", type=int, help="images a class (the suite's)")
+    parser.add_argument("--per-class", type=int, help="images a class, or prompts a tag (the suite's)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i of them all is seed + i (0)")
     for name in ("guidance", "temperature", "top_p"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the suite's")
@@ -128,6 +130,7 @@ class Generation:
         """Load everything a command line names, check it, and check the work folder for other settings."""
         from evaluation.adm import shuffled_order
         from evaluation.distributions import Measure
+        from evaluation.scenes import prompt_suite
         from sample.images import Job, make_requests, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
 
@@ -138,7 +141,12 @@ class Generation:
         classes = check_model(args, suite, pipeline)
         args = argparse.Namespace(**{**vars(args), "metrics": args.metrics or suite.metrics})
         measure = Measure.of(args)
-        in_order = make_requests(range(classes), per_prompt=args.per_class or suite.per_class, seed=args.seed)
+        per_class, metadata = args.per_class or suite.per_class, None
+        if suite.classes == "scenes":
+            metadata = prompt_suite(per_class, args.seed)
+            in_order = make_requests([m["prompt"] for m in metadata], seed=args.seed, metadata=metadata)
+        else:
+            in_order = make_requests(range(classes), per_prompt=per_class, seed=args.seed)
         requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
         given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
         call = {**suite.sampling, **given}
@@ -146,7 +154,7 @@ class Generation:
             "suite": args.suite,
             "model_digest": model_digest(model),
             "images": requests_digest(requests),
-            "per_class": args.per_class or suite.per_class,
+            "per_class": per_class,
             "seed": args.seed,
             "shard": args.shard,
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
@@ -163,6 +171,11 @@ class Generation:
     def shard(self, number: int) -> list:
         """The requests of a shard."""
         return self.requests[number * self.args.shard : (number + 1) * self.args.shard]
+
+    @property
+    def judged(self) -> bool:
+        """Whether each image is judged by its caption."""
+        return SUITES[self.args.suite].classes == "scenes"
 
     def missing(self) -> list[int]:
         """The shards that are not finished, images included where they are kept."""
@@ -195,6 +208,7 @@ class Generation:
     def make_shard(self, number: int, sink) -> None:
         """Draw the images of a shard, describe them with every network, write the shard."""
         from evaluation.features import describe_all
+        from evaluation.judge import judge
         from evaluation.shards import shard_path, write_shard
         from sample.images import image_stream
 
@@ -208,7 +222,10 @@ class Generation:
             for name, network in self.measure.networks.items()
         }
         digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=12).hexdigest() for image in images]
-        write_shard(shard_path(self.work, number), requests, digests, described)
+        correct = None
+        if self.judged:
+            correct = [judge(image, r.metadata).correct for image, r in zip(images, requests, strict=True)]
+        write_shard(shard_path(self.work, number), requests, digests, described, correct)
         self.made += len(images)
 
     def finished(self) -> int:
@@ -235,12 +252,15 @@ class Generation:
         copies = sum(count - 1 for count in Counter(digests).values())
         if copies:
             lines.append(f"{copies} of {len(digests)} samples are exact copies of others: correlated seeds?")
-        classes = suite.classes or self.pipeline.transformer.config.num_classes
-        lines += guards.count_cautions(labels, classes, suite.per_class)
-        return [*lines, *guards.seed_cautions(seeds), *self.measure.cautions(len(labels), None)]
+        tags = [request.metadata["tag"] for request in self.requests] if self.judged else None
+        if not self.judged:
+            classes = suite.classes or self.pipeline.transformer.config.num_classes
+            lines += guards.count_cautions(labels, classes, suite.per_class)
+        return [*lines, *guards.seed_cautions(seeds), *self.measure.cautions(len(labels), tags)]
 
     def reduce(self, processes: int) -> None:
         """Take the figures from all shards, print them, write the result of a run of `processes`."""
+        from evaluation.judge import score
         from evaluation.report import command_line, portable, result, table, write_result
         from evaluation.shards import read_column, read_described, shard_path
 
@@ -249,8 +269,12 @@ class Generation:
         columns = [read_column(paths, name).tolist() for name in ("labels", "seeds", "digests")]
         row: dict = {"model": portable(self.args.model), "suite": self.args.suite, "n": len(columns[0])}
         cautions = self.cautions(*columns)
+        prompts = None
+        if self.judged:
+            prompts = [request.prompt for request in self.requests]
+            row |= score(read_column(paths, "correct").tolist(), [request.metadata for request in self.requests])
         for name in self.measure.networks:
-            figures, said = self.measure.figures_of(name, read_described(paths, name))
+            figures, said = self.measure.figures_of(name, read_described(paths, name), prompts)
             row |= figures
             cautions += said
         sink = self.sink()
@@ -271,9 +295,12 @@ class Generation:
 
 
 def check_model(args: argparse.Namespace, suite: Suite, pipeline) -> int:
-    """The number of classes to draw. Raises ValueError unless the model makes what the suite measures."""
-    if not pipeline.by_class:
-        raise ValueError(f"--suite {args.suite} needs a class model, and {args.model} knows texts: nextscale evaluate")
+    """The number of classes to draw, 0 for texts. Raises ValueError unless the model makes what the suite measures."""
+    if pipeline.by_class == (suite.classes == "scenes"):
+        wanted, known = ("text", "classes") if pipeline.by_class else ("class", "texts")
+        raise ValueError(f"--suite {args.suite} needs a {wanted} model, and {args.model} knows {known}")
+    if suite.classes == "scenes":
+        return 0
     classes = pipeline.transformer.config.num_classes
     if suite.classes not in (None, classes):
         raise ValueError(f"--suite {args.suite} has {suite.classes} classes, and {args.model} knows {classes}")

@@ -21,14 +21,22 @@ def shard_path(work: Path, number: int) -> Path:
 
 
 def write_shard(
-    path: Path, requests: Sequence[Request], digests: Sequence[str], described: dict[str, Described]
+    path: Path,
+    requests: Sequence[Request],
+    digests: Sequence[str],
+    described: dict[str, Described],
+    correct: Sequence[bool] | None = None,
 ) -> None:
-    """Write one shard: labels, seeds, digests; float32 `NETWORK.features`, `.log_posterior` and maybe `.spatial`."""
+    """Write one shard: labels (-1 for texts), seeds, digests; float32 `NETWORK.features`, `.log_posterior` and maybe
+    `.spatial`; `correct`, whether each image shows its caption, where that is judged.
+    """
     arrays = {
         "labels": np.array([request.prompt if isinstance(request.prompt, int) else -1 for request in requests]),
         "seeds": np.array([request.seed for request in requests], np.int64),
         "digests": np.array(digests),
     }
+    if correct is not None:
+        arrays["correct"] = np.array(correct)
     for network, found in described.items():
         for name in FIELDS:
             tensor = getattr(found, name)
@@ -62,6 +70,12 @@ def read_column(paths: Sequence[Path], name: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def has_column(paths: Sequence[Path], name: str) -> bool:
+    """Whether the shards hold an array of this name."""
+    with np.load(paths[0]) as archive:
+        return name in archive.files
+
+
 def networks_in(paths: Sequence[Path]) -> list[str]:
     """The networks that described the images."""
     with np.load(paths[0]) as archive:
@@ -71,7 +85,7 @@ def networks_in(paths: Sequence[Path]) -> list[str]:
 def read_described(paths: Sequence[Path], network: str) -> Described:
     """What one network says about all images, in order; float64 but for spatial features."""
     features, posterior = (torch.from_numpy(read_column(paths, f"{network}.{name}")) for name in FIELDS[:2])
-    with np.load(paths[0]) as archive:
-        has_spatial = f"{network}.spatial" in archive.files
-    spatial = torch.from_numpy(read_column(paths, f"{network}.spatial")) if has_spatial else None
+    spatial = None
+    if has_column(paths, f"{network}.spatial"):
+        spatial = torch.from_numpy(read_column(paths, f"{network}.spatial"))
     return Described(features.double(), posterior.double(), spatial)

@@ -188,6 +188,8 @@ def _is_sample(path: Path) -> bool:
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder of images or an .npz")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no folder and cannot be read as npz: it is not one, or cut off")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if name in names}

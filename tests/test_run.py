@@ -141,6 +141,18 @@ def test_two_models_are_compared_under_common_seeds(alone, class_folder, tmp_pat
     assert nextscale.main(["compare", str(alone), "nowhere"]) == 2
 
 
+def test_a_text_model_is_judged_and_compared_by_its_score(text_folder, tmp_path, capsys):
+    for name, more in (("a", []), ("b", ["--temperature", "0.4"])):
+        chosen = words(text_folder, tmp_path / name, "--suite", "scenes", "--metrics", "is-scenes", *more)
+        assert run.main(chosen) == 0
+    content = measured(tmp_path / "a")
+    assert content["n"] == 12 and 0 <= content["rows"][0]["overall"] <= 1
+    assert read_column(shard_paths(tmp_path / "a"), "correct").shape == (12,)
+    capsys.readouterr()
+    assert nextscale.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "score differs by" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_torchrun_launches_it_on_cpus(alone, class_folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "evaluation.run"]
