@@ -11,7 +11,7 @@ from evaluation.scenes import COLOURS, SHAPES, prompt_suite, render, sample_scen
 from sample.reward_names import load_features, load_reward
 from sample.rewards import Aesthetic, Callback, ClipScore, PixelFeatures, VisionFeatures, to_images
 from sample.scene_reward import SHIPPED, SceneReward, SceneRewardFeatures, load_scene_reward, word_ids
-from train.train_reward import another, example, main, make_metadata, read_caption, spoil, wider
+from train.train_reward import another, example, main, make_metadata, read_caption, wider, wipe
 
 IMAGES = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -199,16 +199,16 @@ def test_captions_are_read_and_written_back():
 def test_examples_are_labelled_by_what_was_drawn():
     rng = np.random.default_rng(1)
     labels = np.array([example(rng)[2] for _ in range(200)])
-    assert 0.6 < labels[:, 0].mean() < 0.8  # its own caption, but for objects that were spoilt
-    assert labels[:, 1].mean() > 0.6  # a wider caption
+    assert 0.8 < labels[:, 0].mean() < 0.95  # its own caption, but for objects that were wiped
+    assert labels[:, 1].mean() > 0.8  # a wider caption
     assert labels[:, 2:5].mean() < 0.2 and labels[:, 5].mean() < 0.3
 
 
-def test_spoiling_touches_one_object_only():
+def test_wiping_touches_one_object_only():
     rng = np.random.default_rng(2)
     for _ in range(20):
         scene = sample_scene(rng)
-        image, rest = spoil(rng, scene)
+        image, rest = wipe(rng, scene)
         assert len(rest.objects) == len(scene.objects) - 1
         gone = next(item for item in scene.objects if item not in rest.objects)
         changed = (image != render(scene)).any(-1)
