@@ -48,14 +48,15 @@ def run(args: argparse.Namespace) -> int:
     """
     prompts, _ = read_prompts(args)
 
-    from sample.load import load_pipeline, model_folder
+    from sample.load import load_pipeline, model_folder, silent_loading
 
     folder = model_folder(args.model)
     pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
     if args.out is not None:
-        load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(args.out)
+        with silent_loading():
+            load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(args.out)
         folder = args.out
     for name in ["transformer"] + ["refiner"] * (pipeline.refiner is not None):
         index = measure_selectivity(pipeline, prompts, model=getattr(pipeline, name), per_prompt=args.n, seed=args.seed)
