@@ -1,8 +1,8 @@
 """Editing, measured: an object of a drawn scene is repainted after a new text, and the judge says whether it is right.
 
-A case is a scene of two objects. One of them is masked, and the text names the other one and a new object, of another
-shape and colour. Two tasks: "replace" gives the model the scene as it is, "add" the scene without the masked object.
-The baseline draws the text afresh, without a picture.
+A case is a scene of one or two objects. One of them is masked, and the text names a new object, of another shape and
+colour, and the other one if there is one. Two tasks: "replace" gives the model the scene as it is, "add" the scene
+without the masked object. The baseline draws the text afresh, without a picture.
 
     python -m evaluation.editing --model scenes --n 200 --out results/editing.json
 """
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.evaluate import model_name
-from evaluation.judge import apply_rules, detect, wilson
+from evaluation.judge import Detection, apply_rules, detect, wilson
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
 from evaluation.sheet import RIGHT, WRONG
@@ -32,7 +32,7 @@ from sample.reward_names import load_reward
 from sample.search import Search
 
 TASKS = ("replace", "add")
-MARGIN = 5  # pixels around the old object that are repainted, where the kept one leaves room
+MARGIN = 8  # pixels around the old object that are repainted, where the kept one leaves room
 CLEARANCE = 1  # pixels between the mask and the kept object
 FIGURES = ("right", "new_object", "kept_object", "old_object_gone", "nothing_else", "unchanged_outside", "images_per_s")
 
@@ -42,8 +42,8 @@ class Case:
     """One edit to make.
 
     Attributes:
-        scene: both objects, of 64x64 pixels.
-        old, kept: the object that is masked, and the one that stays.
+        scene: one or two objects, 64x64 pixels.
+        old, kept: the object that is masked, and the one that stays, if any.
         box: (x0, y0, x1, y1) in pixels, what is repainted.
         new: (shape, colour) that the text asks for in its place.
         metadata: the text in GenEval's format.
@@ -51,14 +51,14 @@ class Case:
 
     scene: Scene
     old: SceneObject
-    kept: SceneObject
+    kept: SceneObject | None
     box: tuple[int, int, int, int]
     new: tuple[str, str]
     metadata: dict
 
     def image(self, task: str) -> np.ndarray:
         """What the model is given: (64, 64, 3) uint8, with the old object ("replace") or without it ("add")."""
-        objects = self.scene.objects if task == "replace" else (self.kept,)
+        objects = self.scene.objects if task == "replace" else tuple(filter(None, [self.kept]))
         return render(replace(self.scene, objects=objects))
 
     @property
@@ -70,32 +70,36 @@ class Case:
         return mask
 
 
-def case_at(index: int, seed: int) -> Case:
-    """Case `index` of the benchmark named by `seed`; independent of every other one.
+def case_at(index: int, seed: int, objects: int = 2) -> Case:
+    """Case `index` of the benchmark named by `seed`, with 1 or 2 `objects`; independent of every other one.
 
-    The kept object, the new one and the background are as in training; pairs of shape and colour that training held
-    out may be asked for, and `metadata["unseen"]` says where.
+    The scene is one of training; the new object may be a pair of shape and colour that training held out, and
+    `metadata["unseen"]` says where it is.
     """
-    rng = np.random.default_rng((seed, index))
-    scene = sample_scene(rng, tag="color_attr")
-    place = int(rng.integers(2))
-    old, kept = scene.objects[place], scene.objects[1 - place]
-    shape = rng.choice([shape for shape in SHAPES if shape not in (old.shape, kept.shape)])
-    colour = rng.choice([colour for colour in COLOURS if colour not in (old.colour, kept.colour)])
+    rng = np.random.default_rng((seed, index, objects))
+    tag = {1: "colors", 2: "color_attr"}[objects]
+    scene = sample_scene(rng, tag=tag)
+    place = int(rng.integers(objects))
+    old, kept = scene.objects[place], scene.objects[1 - place] if objects == 2 else None
+    shape = rng.choice([shape for shape in SHAPES if shape not in {item.shape for item in scene.objects}])
+    colour = rng.choice([colour for colour in COLOURS if colour not in {item.colour for item in scene.objects}])
     new = str(shape), str(colour)
-    pair = [(kept.shape, kept.colour), new]
-    shapes, colours = zip(*(pair if rng.random() < 0.5 else pair[::-1]))
-    return Case(scene, old, kept, repaint_box(old.box, kept.box), new, scene_metadata("color_attr", shapes, colours))
+    named = [new] if kept is None else [new, (kept.shape, kept.colour)]
+    shapes, colours = zip(*(named if rng.random() < 0.5 else named[::-1]))
+    box = repaint_box(old.box, kept.box if kept is not None else None)
+    return Case(scene, old, kept, box, new, scene_metadata(tag, shapes, colours))
 
 
 def repaint_box(
-    old: tuple[float, float, float, float], kept: tuple[float, float, float, float]
+    old: tuple[float, float, float, float], kept: tuple[float, float, float, float] | None
 ) -> tuple[int, int, int, int]:
     """The old object's box and `MARGIN` pixels around it, inside the canvas and `CLEARANCE` pixels off the kept one.
 
     Where both boxes would meet, the sides that face the kept object give way along the axis on which they are apart.
     """
     box = [max(old[0] - MARGIN, 0), max(old[1] - MARGIN, 0), min(old[2] + MARGIN, CANVAS), min(old[3] + MARGIN, CANVAS)]
+    if kept is None:
+        kept = (4 * CANVAS,) * 4  # far away
     gaps = [max(kept[axis] - old[axis + 2], old[axis] - kept[axis + 2]) for axis in (0, 1)]
     axis = int(np.argmax(gaps))
     if kept[axis] >= old[axis + 2]:
@@ -114,18 +118,21 @@ def judge_edit(case: Case, before: np.ndarray | None, after: np.ndarray) -> dict
     """
     found = detect(after)
     inside = [d for d in found if before is None or _within(_centre(d.box), case.box)]
-    kept = [d for d in found if (d.shape, d.colour) == (case.kept.shape, case.kept.colour)]
-    if before is not None:
-        kept = [d for d in kept if np.abs(_centre(d.box) - _centre(case.kept.box)).max() < 2]
     old = (case.old.shape, case.old.colour)
     parts = {
         "new_object": any((d.shape, d.colour) == case.new for d in inside),
-        "kept_object": bool(kept),
+        "kept_object": case.kept is None or any(_is_kept(d, case.kept, before is not None) for d in found),
         "old_object_gone": all((d.shape, d.colour) != old for d in found),
-        "nothing_else": len(found) == 2,
+        "nothing_else": len(found) == len(case.scene.objects),
         "unchanged_outside": before is None or bool((after == before)[~case.mask].all()),
     }
     return {"right": all(parts.values()) and apply_rules(found, case.metadata).correct, **parts}
+
+
+def _is_kept(detection: Detection, kept: SceneObject, in_place: bool) -> bool:
+    if (detection.shape, detection.colour) != (kept.shape, kept.colour):
+        return False
+    return not in_place or np.abs(_centre(detection.box) - _centre(kept.box)).max() < 2
 
 
 def _centre(box: tuple[float, float, float, float]) -> np.ndarray:
@@ -245,9 +252,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--n", type=int, default=200, help="edits of each task and rule (200)")
+    parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects of a scene and its text (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and the images (0)")
     parser.add_argument("--rules", default=",".join(RULES), help=f"mask rules: some of {','.join(RULES)}")
-    parser.add_argument("--best-of", type=int, default=4, help="candidates of the searched edits; 1 searches none (4)")
+    parser.add_argument("--best-of", type=int, default=8, help="candidates of the searched edits; 1 searches none (8)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
@@ -273,7 +281,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.by_class or pipeline.vqvae.image_hw != (int(CANVAS), int(CANVAS)):
         raise ValueError(f"--model {args.model} must be a text model of {CANVAS:.0f}x{CANVAS:.0f} pixels")
-    cases = [case_at(i, args.seed) for i in range(args.n)]
+    cases = [case_at(i, args.seed, args.objects) for i in range(args.n)]
     call = {} if args.guidance is None else {"guidance_scale": args.guidance}
     rows, columns = [], {}
     for job in jobs(pipeline, rules, args.best_of, call):
@@ -283,7 +291,13 @@ def run(args: argparse.Namespace) -> list[dict]:
     print(table(rows, ["task", "mask_rule", "candidates", *FIGURES]))
     if args.out is not None:
         write_png(args.out.with_suffix(".png"), sheet(cases[:10], columns))
-        content = result(rows, command=command(args), n=args.n, seeds=args.seed, settings={"margin_px": MARGIN})
+        content = result(
+            rows,
+            command=command(args),
+            n=args.n,
+            seeds=args.seed,
+            settings={"objects": args.objects, "margin_px": MARGIN, **(pipeline.config.sampling or {})},
+        )
         write_result(args.out, content)
         print(f"written: {args.out}")
     return rows
