@@ -5,10 +5,14 @@ Images are 8x8 pixels; the token pyramid is 1x1, 2x2, 4x4 with 16 codes of 4 cha
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, above all on a busy machine
 
 TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
 
