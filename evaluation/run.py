@@ -16,9 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from evaluation.distributions import Measure
+    from sample.images import NpzFile, Request
+    from sample.pipeline import NextScalePipeline
 
 EXAMPLES = """examples:
   accelerate launch -m evaluation.run --model models/var-d16 --suite imagenet256 \\
@@ -115,15 +121,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass
 class Generation:
-    """A job: its requests in shards, what draws and describes them, and where the shards lie."""
+    """A job: its requests, what draws and describes them, and where the shards lie.
 
-    def __init__(self, args, pipeline, measure, requests, settings, call, work):
-        self.args, self.pipeline, self.measure, self.requests = args, pipeline, measure, requests
-        self.settings, self.call, self.work = settings, call, work
-        self.count = ceil(len(requests) / args.shard)
-        self.started = time.perf_counter()
-        self.made = 0
+    args: the command line.  requests: of all processes, in the order of the shards.  settings: what the shards depend
+    on.  call: of the pipeline's call.  made: images made by this process.
+    """
+
+    args: argparse.Namespace
+    pipeline: "NextScalePipeline"
+    measure: "Measure"
+    requests: list["Request"]
+    settings: dict
+    call: dict
+    work: Path
+    made: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def count(self) -> int:
+        """The number of shards."""
+        return ceil(len(self.requests) / self.args.shard)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Generation":
@@ -148,7 +167,7 @@ class Generation:
         else:
             in_order = make_requests(range(classes), per_prompt=per_class, seed=args.seed)
         requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
-        given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
+        given = {key: getattr(args, name) for name, key in SETTINGS.items() if getattr(args, name) is not None}
         call = {**suite.sampling, **given}
         settings = {
             "suite": args.suite,
@@ -168,7 +187,7 @@ class Generation:
         job.save()
         return cls(args, pipeline, measure, requests, settings, call, work)
 
-    def shard(self, number: int) -> list:
+    def shard(self, number: int) -> list["Request"]:
         """The requests of a shard."""
         return self.requests[number * self.args.shard : (number + 1) * self.args.shard]
 
@@ -188,7 +207,7 @@ class Generation:
             if not shard_path(self.work, number).exists() or (sink and sink.missing(self.shard(number)))
         ]
 
-    def sink(self):
+    def sink(self) -> "NpzFile | None":
         """Where images are kept, or None."""
         from sample.images import NpzFile
 
@@ -205,7 +224,7 @@ class Generation:
                 self.make_shard(number, sink)
                 bar.update(self.finished() - bar.n)
 
-    def make_shard(self, number: int, sink) -> None:
+    def make_shard(self, number: int, sink: "NpzFile | None") -> None:
         """Draw the images of a shard, describe them with every network, write the shard."""
         from evaluation.features import describe_all
         from evaluation.judge import judge
@@ -294,7 +313,7 @@ class Generation:
         print(f"written: {self.args.out}")
 
 
-def check_model(args: argparse.Namespace, suite: Suite, pipeline) -> int:
+def check_model(args: argparse.Namespace, suite: Suite, pipeline: "NextScalePipeline") -> int:
     """The number of classes to draw, 0 for texts. Raises ValueError unless the model makes what the suite measures."""
     if pipeline.by_class == (suite.classes == "scenes"):
         wanted, known = ("text", "classes") if pipeline.by_class else ("class", "texts")
