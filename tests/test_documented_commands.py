@@ -1,0 +1,39 @@
+"""Commands in the docs of evaluation parse, and their options make sense."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import nextscale
+from evaluation import options, run
+
+DOCS = Path(nextscale.__file__).parent / "docs"
+
+
+def commands() -> list[list[str]]:
+    """Every shell line of the pages, as words, continued lines joined."""
+    found = []
+    for page in ("reproducing-fid.md", "scaling.md"):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
+            lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+            found += [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [words for words in found if words]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_documented_commands_parse(words):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    if "evaluation.run" in words:
+        run.configure(parser)
+        run.check(parser.parse_args(words[words.index("evaluation.run") + 1 :]))
+        return
+    assert words[0] == "nextscale"
+    importlib.import_module(nextscale.COMMANDS[words[1]][0]).configure(parser)
+    args = parser.parse_intermixed_args(words[2:])
+    if words[1] == "evaluate":
+        options.check(args)
