@@ -380,8 +380,13 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def grid(images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size side by side on white, `gap` pixels apart; about square unless `columns` are given."""
+def grid(images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 2, least: int = 192) -> Image.Image:
+    """Pictures of one size side by side on white, `gap` pixels apart; about square unless `columns` are given.
+
+    Pictures less than `least` pixels high are enlarged by a whole number, so that small ones can be seen.
+    """
+    factor = max(1, round(least / images[0].height))
+    images = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
     columns = columns or ceil(sqrt(len(images)))
     rows = ceil(len(images) / columns)
     w, h = images[0].size

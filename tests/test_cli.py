@@ -55,7 +55,10 @@ def test_pictures_with_their_origin(sample, text_pipeline, tmp_path):
         assert np.array_equal(np.asarray(made), np.asarray(image))
         assert (made.text["prompt"], made.text["seed"]) == ("a red star", str(seed))
         assert json.loads(made.text["settings"])["guidance_scale"] == 2.0
-    assert Image.open(tmp_path / "a-red-star_grid.png").size == (18, 18)  # two by two of 8 pixels, 2 apart
+    assert Image.open(tmp_path / "a-red-star_grid.png").size == (
+        386,
+        386,
+    )  # two by two of 8 pixels, 24 times enlarged, 2 apart
 
 
 def test_the_same_command_goes_on(sample, tmp_path):
@@ -91,7 +94,7 @@ def test_coarse_to_fine(sample, tmp_path):
     row, image = pixels(tmp_path / "scales" / "two-rings_seed0.png"), pixels(tmp_path / "two-rings_seed0.png")
     assert row.shape == (8, 24, 3)  # three scales
     assert np.array_equal(row[:, 16:], image) and not np.array_equal(row[:, :8], image)
-    assert Image.open(tmp_path / "two-rings_scales.png").size == (24, 18)
+    assert Image.open(tmp_path / "two-rings_scales.png").size == (576, 386)
 
 
 def test_geneval_tree(sample, tmp_path):
@@ -240,7 +243,7 @@ def test_file_names():
 
 
 def test_grid_places_pictures_in_reading_order():
-    sheet = np.asarray(grid([Image.new("RGB", (2, 2), (i, i, i)) for i in range(5)], gap=1))
+    sheet = np.asarray(grid([Image.new("RGB", (2, 2), (i, i, i)) for i in range(5)], gap=1, least=2))
     assert sheet.shape == (5, 8, 3)
     assert [sheet[0, 0, 0], sheet[0, 3, 0], sheet[0, 6, 0], sheet[3, 0, 0], sheet[3, 3, 0]] == [0, 1, 2, 3, 4]
     assert sheet[3, 6, 0] == 255 and sheet[2, 0, 0] == 255
