@@ -395,7 +395,7 @@ def test_edits_on_the_command_line(edit, text_pipeline, tmp_path):
     wanted = text_pipeline("a red star", num_images_per_prompt=3, seed=4, **what).images
     for i in range(3):
         assert np.array_equal(levels_of(tmp_path / "out" / f"a-red-star_seed{4 + i}.png"), np.asarray(wanted[i]))
-    assert Image.open(tmp_path / "out" / "a-red-star_grid.png").size == (5 * 10 - 2, 8)
+    assert Image.open(tmp_path / "out" / "a-red-star_grid.png").size == (5 * (8 * 24 + 2) - 2, 8 * 24)
     assert "4 edits (3 were there already)" in edit(*words, "--box", "2,2,6,6", "--n", 4)[1]
     code, _, message = edit(*words, "--box", "2,2,7,6")
     assert code == 2 and "mask" in message and "choose another --out" in message
