@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--goldens", metavar="DIR", help="golden folders to compare with (default: tests/goldens)")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: object, request: object) -> None:
+    """Every fixture is made from the same random state, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 def liven(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """`module` in eval mode with noise on its weights: fresh gates are almost closed, and nothing would matter much."""
     generator = torch.Generator().manual_seed(seed)
