@@ -228,12 +228,13 @@ def sheet(cases: Sequence[Case], columns: dict[str, tuple[list[np.ndarray], list
     """A row a case: its text, the scene with the mask's outline, and what each column made of it, framed by verdict."""
     from PIL import ImageDraw, ImageFont
 
-    side, gap, head = 128, 8, 22
+    side, gap, head = 128, 8, 34
     width = (side + gap) * (len(columns) + 1) + gap
     picture = Image.new("RGB", (width, head + len(cases) * (side + head + gap)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
     for column, name in enumerate(("given", *columns)):
-        draw.text((gap + column * (side + gap), 4), name, fill=(60, 60, 60), font=font)
+        text = name.replace(", best", "\nbest")
+        draw.multiline_text((gap + column * (side + gap), 4), text, fill=(60, 60, 60), font=font, spacing=2)
     for i, case in enumerate(cases):
         top = head + i * (side + head + gap)
         given = Image.fromarray(case.image("replace")).resize((side, side), Image.Resampling.NEAREST)
