@@ -291,9 +291,30 @@ def sample_scene(rng: np.random.Generator, *, tag: str | None = None, split: str
     )
 
 
-def scene_at(index: int, seed: int, split: str = "train") -> Scene:
-    """Item `index` (>= 0) of the infinite data set named by `seed` (>= 0); independent of every other item."""
-    return sample_scene(np.random.default_rng((seed, index)), split=split)
+def scene_at(index: int, seed: int, split: str = "train", tags: tuple[float, ...] | None = None) -> Scene:
+    """Item `index` (>= 0) of the infinite data set named by `seed` (>= 0); independent of every other item.
+
+    `tags` are shares of the six `TAGS` in their order, adding up to 1; alike when None.
+    """
+    rng = np.random.default_rng((seed, index))
+    return sample_scene(rng, tag=None if tags is None else TAGS[rng.choice(len(TAGS), p=tags)], split=split)
+
+
+def tag_shares(weights: dict[str, float] | None) -> tuple[float, ...] | None:
+    """Weights of some `TAGS` (1 for those not named) as shares for `scene_at`; None for None.
+
+    Raises ValueError on an unknown tag, a negative weight or nothing but zeros.
+    """
+    if weights is None:
+        return None
+    for tag, weight in weights.items():
+        _check_tag(tag)
+        if weight < 0:
+            raise ValueError(f"the weight of tag {tag} must be 0 or more, got {weight}")
+    drawn = np.array([float(weights.get(tag, 1.0)) for tag in TAGS])
+    if drawn.sum() == 0:
+        raise ValueError("weights of all tags are 0: there is nothing to draw")
+    return tuple(drawn / drawn.sum())
 
 
 # --------------------------------------------------------------------------------------------------------- rendering
@@ -388,16 +409,20 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
 class SceneDataset(Dataset):
     """The first `n` scenes of the data set named by `seed`, as a map-style torch data set.
 
-    Item i is {"image": (3, size, size) uint8 RGB, "caption": str, "label": index of its tag in `TAGS`}.
-    Raises ValueError if `n` or `size` is not positive, or on an unknown split.
+    Item i is {"image": (3, size, size) uint8 RGB, "caption": str, "label": index of its tag in `TAGS`}. `tags` weighs
+    the tags, see `tag_shares`.
+    Raises ValueError if `n` or `size` is not positive, or on an unknown split or tag.
     """
 
-    def __init__(self, n: int, seed: int = 0, size: int = 64, split: str = "train") -> None:
+    def __init__(
+        self, n: int, seed: int = 0, size: int = 64, split: str = "train", tags: dict[str, float] | None = None
+    ) -> None:
         if n < 1 or size < 1:
             raise ValueError(f"n and size must be at least 1, got n={n}, size={size}")
         if split not in ("train", "all"):
             raise ValueError(f"split must be 'train' or 'all', got {split!r}")
         self.n, self.seed, self.size, self.split = n, seed, size, split
+        self.shares = tag_shares(tags)
 
     def __len__(self) -> int:
         return self.n
@@ -405,6 +430,6 @@ class SceneDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.n:
             raise IndexError(f"index must be in [0, {self.n}), got {index}")
-        scene = scene_at(index, self.seed, self.split)
+        scene = scene_at(index, self.seed, self.split, self.shares)
         image = np.ascontiguousarray(render(scene, self.size).transpose(2, 0, 1))
         return {"image": torch.from_numpy(image), "caption": scene.caption, "label": TAGS.index(scene.tag)}

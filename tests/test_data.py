@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from evaluation.scenes import TAGS
 from train.data import (
     CorruptLog,
     DataConfig,
@@ -499,6 +500,9 @@ def test_scenes():
     item = KeyedDataset(data)[3]
     assert item["image"].shape == (3, 32, 32) and item["caption"]
     assert not torch.equal(data[0]["image"], val[0]["image"])
+    counting = DataConfig(size=32, num_scenes=50, val_fraction=0.1, scene_tags=dict.fromkeys(TAGS, 0) | {"counting": 1})
+    assert {build_dataset(counting)[i]["label"] for i in range(50)} == {TAGS.index("counting")}
+    assert torch.equal(build_dataset(counting, "val")[0]["image"], val[0]["image"])  # validation stays as it is
 
 
 @pytest.mark.parametrize(
@@ -514,6 +518,7 @@ def test_scenes():
         ({"flip": True}, "flip must be False"),
         ({"source": "folder", "path": "x", "streaming": True}, "not streamed"),
         ({"source": "folder", "path": ["x"]}, "takes one path"),
+        ({"source": "folder", "path": "x", "scene_tags": {"counting": 2}}, "scene_tags"),
     ],
 )
 def test_config_mistakes(options, message):

@@ -113,7 +113,28 @@ def test_the_newest_scale_comes_in_by_a_ramp(transformer):
     assert all(weights[0].item() == pytest.approx(1 / 30) for weights in by_age)
 
 
-@pytest.mark.parametrize("bad", [{"until": 1.5}, {"until": -0.1}, {"ramp": 2}, {"first": 0}])
+def test_coarse_steps_train_the_first_scales_in_their_share_of_steps(transformer):
+    made = objective(transformer, coarse=2, coarse_share=0.75).train()
+    drawn = [made.stage(Clock(step, 0.5, 1)) for step in range(2000)]
+    assert set(drawn) == {(2, 1.0), (4, 1.0)} and drawn.count((2, 1.0)) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert drawn == [made.stage(Clock(step, 0.5, 1)) for step in range(2000)]  # by seed and step alone
+    step = drawn.index((2, 1.0))
+    metrics = made(batch(), Clock(step, 0.5, 1))[1]
+    plain = VarObjective(transformer, VarLossConfig(drop=0.0), OptimizerConfig()).train()
+    whole = plain(batch(), Clock(step, 0.5, 1))[1]
+    assert sorted(n for n in metrics if n.startswith("loss_")) == ["loss_1x1", "loss_2x2"]
+    assert all(metrics[n].item() == pytest.approx(whole[n].item(), rel=1e-5) for n in ("loss_1x1", "loss_2x2"))
+    assert made.eval().stage(Clock(step, 0.5, 1)) == (4, 1.0)  # validation takes all scales
+    joining = objective(transformer, until=0.5, first=1, coarse=2, coarse_share=1.0).train()
+    assert joining.stage(Clock(0, 0.0, 0)) == (1, 1.0)  # never more scales than have joined
+
+
+def test_coarse_steps_are_off_by_default_and_with_a_share_of_none():
+    assert not ProgressiveConfig().is_on and not ProgressiveConfig(coarse=3, coarse_share=0).is_on
+    assert ProgressiveConfig(coarse=3).is_on and ProgressiveConfig(until=0.1).is_on
+
+
+@pytest.mark.parametrize("bad", [{"until": 1.5}, {"until": -0.1}, {"ramp": 2}, {"first": 0}, {"coarse": -1}])
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=f"progressive.{next(iter(bad))}"):
         ProgressiveConfig(**bad)

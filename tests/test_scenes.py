@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from evaluation.scenes import (
     sample_scene,
     scene_at,
     scene_metadata,
+    tag_shares,
 )
 
 seeds = st.integers(0, 2**32)
@@ -88,6 +90,21 @@ def test_rendering_is_deterministic_and_an_item_depends_only_on_its_name():
     item = SceneDataset(10, seed=3)[7]
     assert np.array_equal(item["image"].numpy().transpose(1, 2, 0), render(scene))
     assert (item["caption"], TAGS[item["label"]]) == (scene.caption, scene.tag)
+
+
+def test_tags_are_drawn_by_weight():
+    weights = {"counting": 5, "position": 0}
+    data = SceneDataset(600, seed=1, tags=weights)
+    drawn = Counter(scene_at(i, 1, tags=data.shares).tag for i in range(600))
+    assert drawn["position"] == 0 and drawn["counting"] / 600 == pytest.approx(5 / 9, abs=0.07)
+    assert data[3]["caption"] == scene_at(3, 1, tags=data.shares).caption
+    assert tag_shares(None) is None and tag_shares({}) == (1 / 6,) * 6
+
+
+@pytest.mark.parametrize("bad", [{"colour": 1}, {"colors": -1}, dict.fromkeys(TAGS, 0)])
+def test_weights_of_tags_are_checked(bad):
+    with pytest.raises(ValueError, match="tag"):
+        SceneDataset(4, tags=bad)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

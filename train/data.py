@@ -74,6 +74,7 @@ class DataConfig:
     stream_val_images: int = 256  # streaming: validation images read at the start and held in memory
     limit: int | None = None  # only the first so many images
     num_scenes: int = 100_000  # scenes: images in an epoch (validation: num_scenes * val_fraction)
+    scene_tags: dict[str, float] | None = None  # scenes: how often each tag is trained on (others: 1); None: alike
     max_pixels: int = MAX_PIXELS  # larger images count as corrupt
     cache_dir: str | None = None  # where `datasets` keeps its Arrow copies; None: its default
 
@@ -100,6 +101,8 @@ class DataConfig:
             raise ValueError(f"shuffle_buffer={self.shuffle_buffer} must be at least 0")
         if self.streaming and self.source in ("scenes", "folder"):
             raise ValueError(f"streaming=True: source={self.source!r} is not streamed; it needs no local copy anyway")
+        if self.scene_tags is not None and self.source != "scenes":
+            raise ValueError(f"scene_tags={self.scene_tags} is for source='scenes', not {self.source!r}")
         if self.source == "scenes" and (self.flip or self.hw[0] != self.hw[1]):
             raise ValueError("source='scenes' is square and says left and right: flip must be False, size one number")
 
@@ -146,10 +149,10 @@ class HeldImages(Dataset):
 class SceneImages(Dataset):
     """Drawn scenes (DESIGN 4); `classes` are the six tags. Rendered at the wanted size, so nothing is cropped."""
 
-    def __init__(self, n: int, *, seed: int, size: int):
+    def __init__(self, n: int, *, seed: int, size: int, tags: dict[str, float] | None = None):
         from evaluation.scenes import TAGS, SceneDataset
 
-        self.scenes = SceneDataset(n, seed=seed, size=size)
+        self.scenes = SceneDataset(n, seed=seed, size=size, tags=tags)
         self.classes, self.num_classes, self.corrupt = tuple(TAGS), len(TAGS), CorruptLog()
 
     def __len__(self) -> int:
@@ -162,7 +165,7 @@ class SceneImages(Dataset):
         """The caption of an item, which is not rendered for it."""
         from evaluation.scenes import scene_at
 
-        return (scene_at(index, self.scenes.seed, self.scenes.split).caption,)
+        return (scene_at(index, self.scenes.seed, self.scenes.split, self.scenes.shares).caption,)
 
 
 def hash_split(names: Iterable[str], fraction: float) -> np.ndarray:
@@ -313,7 +316,8 @@ def build_dataset(
     corrupt = CorruptLog(corrupt_log)
     if config.source == "scenes":
         n = config.num_scenes if split == "train" else max(1, round(config.num_scenes * config.val_fraction))
-        return SceneImages(min(n, config.limit or n), seed=VAL_SCENES if split == "val" else 0, size=config.hw[0])
+        seed, tags = (0, config.scene_tags) if split == "train" else (VAL_SCENES, None)
+        return SceneImages(min(n, config.limit or n), seed=seed, size=config.hw[0], tags=tags)
     if config.streaming:
         stream = build_stream(config, split, seed=seed, corrupt=corrupt, labelled=labelled)
         return stream if split == "train" else _not_empty(HeldImages(stream, config.stream_val_images), config, split)

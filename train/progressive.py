@@ -1,5 +1,8 @@
 """Progressive training: coarse scales first, finer ones join one after the other (the official code's `pg`).
 
+Coarse steps (ours) go further: a share of all steps trains only the first scales. Those hold few of the tokens but the
+whole layout, and no scale reads a finer one, so such a step is exact and costs a fraction of a whole one.
+
 Shapes: B images, L tokens of all scales, C latent channels.
 """
 
@@ -13,10 +16,12 @@ from torch import nn
 
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.order import uniforms
 from train.session import Batch, Clock, Metrics
 from var.transformer import NextScaleTransformer
 
 LEAST = 0.01  # weight of a scale in the step it joins
+COARSE_STREAM = 6  # keeps these draws apart from those of other purposes
 
 
 @dataclass(kw_only=True)
@@ -27,18 +32,29 @@ class ProgressiveConfig:
         until: share of training after which all scales are trained (`pg`); 0 trains all of them from the start.
         first: scales trained until the end of the warm-up (5: `pg0` 4 counts from 0).
         ramp: share of training over which the weight of a scale that joins grows from 0.01 to 1 (`pgwp`).
+        coarse: scales of a coarse step; 0 makes no such steps.
+        coarse_share: share of all steps that are coarse, drawn step by step.
     """
 
     until: float = 0.0
     first: int = 5
     ramp: float = 1 / 300
+    coarse: int = 0
+    coarse_share: float = 0.75
 
     def __post_init__(self) -> None:
-        for name in ("until", "ramp"):
+        for name in ("until", "ramp", "coarse_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"progressive.{name} is a share of training in [0, 1], got {getattr(self, name)}")
         if self.first < 1:
             raise ValueError(f"progressive.first must be 1 scale or more, got {self.first}")
+        if self.coarse < 0:
+            raise ValueError(f"progressive.coarse must be 0 (none) or more scales, got {self.coarse}")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any step leaves scales out."""
+        return self.until > 0 or (self.coarse > 0 and self.coarse_share > 0)
 
     def stage(self, progress: float, warmup: float, scales: int) -> tuple[int, float]:
         """How many of the model's scales are trained, and the weight of the newest one.
@@ -82,8 +98,13 @@ class ProgressiveObjective(VarObjective):
 
     def stage(self, clock: Clock) -> tuple[int, float]:
         """Scales trained in this step, and the weight of the newest one."""
-        scales = len(self.transformer.schedule)
-        return self.progressive.stage(clock.progress, self.optimizer.warmup, scales) if self.training else (scales, 1.0)
+        scales, config = len(self.transformer.schedule), self.progressive
+        if not self.training:
+            return scales, 1.0
+        joined, newest = config.stage(clock.progress, self.optimizer.warmup, scales)
+        if 0 < config.coarse < joined and uniforms(1, clock.seed, clock.step, COARSE_STREAM)[0] < config.coarse_share:
+            return config.coarse, 1.0
+        return joined, newest
 
     def passes(self, clock: Clock) -> dict[str, Any]:
         """The scales that have joined."""

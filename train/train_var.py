@@ -182,17 +182,17 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
 
 
 def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
-    """The plain loss, or what `progressive.until`, `supernet.depths` or `code.role` ask for.
+    """The plain loss, or what `progressive`, `supernet.depths` or `code.role` ask for.
 
     Raises:
         ValueError: if two of them are asked for, or they do not fit the model.
     """
     common = (transformer, config.loss, config.optimizer, text_encoder)
-    asked = {"progressive.until": config.progressive.until, "supernet.depths": config.supernet.depths}
+    asked = {"progressive": config.progressive.is_on, "supernet.depths": config.supernet.depths}
     several = [name for name, value in {**asked, "code.role": config.code.role}.items() if value]
     if len(several) > 1:
         raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
-    if config.progressive.until:
+    if config.progressive.is_on:
         return ProgressiveObjective(*common, progressive=config.progressive)
     if config.supernet.depths:
         return SupernetObjective(*common, supernet=config.supernet)
