@@ -64,9 +64,7 @@ def test_progressive_training_is_a_flag():
     two = train_var.parser().parse_args(
         ["--config", str(CONFIGS / "var" / "imagenet256_d16.yaml"), "--progressive.until=0.5", "--supernet.depths=[4]"]
     )
-    with pytest.raises(
-        ValueError, match=r"progressive and supernet\.depths are different trainings: leave one out"
-    ):
+    with pytest.raises(ValueError, match=r"progressive and supernet\.depths are different trainings: leave one out"):
         train_var.build_objective(train_var.parser().instantiate(two), None, None)
 
 

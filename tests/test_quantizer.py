@@ -50,6 +50,39 @@ def test_the_verbs_rebuild_what_training_sees(schedule, num_phis, cosine):
     assert torch.equal(torch.cat(stepwise, 1), inputs)
 
 
+def no_noise(schedule, batch=3, channels=6):
+    return [torch.zeros(batch, channels, *hw) for hw in schedule.sides]
+
+
+@pytest.mark.parametrize("schedule", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize("options", [{}, {"normalize_scales": True}, {"cosine": True}])
+def test_correcting_no_noise_is_encoding(schedule, options):
+    quantizer, f = make(schedule, **options)
+    labels, inputs = quantizer.corrected(f, schedule, no_noise(schedule))
+    assert all(torch.equal(a, b) for a, b in zip(labels, quantizer.encode(f, schedule)))
+    torch.testing.assert_close(inputs, quantizer.teacher_inputs(labels, schedule), atol=1e-6, rtol=0)
+
+
+def test_later_tokens_undo_wrong_codes():
+    quantizer, f = make(SQUARE)
+    noise = no_noise(SQUARE)
+    noise[1] += 100.0  # the second scale's codes are wrong whatever the latents
+    labels, inputs = quantizer.corrected(f, SQUARE, noise)
+    clean = quantizer.encode(f, SQUARE)
+    assert torch.equal(labels[0], clean[0]) and torch.equal(
+        labels[1], clean[1]
+    )  # labels of that scale are the true ones
+    assert not torch.equal(labels[2], clean[2])
+    assert torch.equal(inputs[:, :4], quantizer.teacher_inputs(clean, SQUARE)[:, :4])
+    z = F.adaptive_avg_pool2d(f - quantizer.partial_sums(clean, SQUARE)[0], 2)
+    distances = torch.cdist((z + 100.0 * z.square().mean().sqrt()).flatten(2).mT, quantizer.codebook.weight[None])
+    shown = distances.argmin(-1)  # what entered the reconstruction
+    aware = [labels[0], shown, *labels[2:]]
+    naive = [clean[0], shown, *clean[2:]]
+    errors = [(quantizer.partial_sums(ids, SQUARE)[-1] - f).square().mean() for ids in (aware, naive)]
+    assert errors[0] < errors[1]
+
+
 def test_every_token_is_the_nearest_code_of_the_remaining_residual():
     quantizer, f = make(SQUARE)
     rest = f

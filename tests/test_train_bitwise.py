@@ -18,6 +18,7 @@ from tokenizer.schedule import ScaleSchedule
 from train import cache_tokens, train_tokenizer, train_var
 from train.buckets import AspectConfig, AspectImages
 from train.objectives import token_weights
+from train.token_cache import TokenCache
 from train.train_var import draw_flips, preparer
 from var.transformer import NextScaleTransformer
 
@@ -56,13 +57,15 @@ def test_from_pixels_to_a_pipeline(trained: Path) -> None:
 
 def test_bits_are_cached_as_bytes(trained: Path, tmp_path: Path) -> None:
     tokenizer, cache = f"{trained}/tokenizer/latest/vqvae", tmp_path / "cache"
-    options = [f"--cache.tokenizer={tokenizer}", f"--cache.folder={cache}", *RUN[-3:]]
+    options = [f"--cache.tokenizer={tokenizer}", f"--cache.folder={cache}", "--cache.latents=true", *RUN[-3:]]
     assert in_child(cache_tokens.main, options) == 0
     assert np.load(cache / "train/00000.npy").dtype == np.uint8
-    tokens = [f"--tokens.tokenizer={tokenizer}", f"--tokens.cache={cache}"]
+    vqvae = MultiScaleVQ.from_pretrained(tokenizer)
+    item = TokenCache(cache, "train", vqvae, latents=True)[5]
+    again = torch.cat(vqvae.quantizer.encode(item["latents"][None], vqvae.schedule), dim=1)[0]
+    assert (again == item["ids"]).float().mean() > 0.97  # but for what float16 rounds over zero
+    tokens = [f"--tokens.tokenizer={tokenizer}", f"--tokens.cache={cache}", "--tokens.flips=0.3"]
     assert in_child(train_var.main, [f"--run.run_dir={tmp_path}/var", *RUN, *tokens, *TRANSFORMER]) == 0
-    with pytest.raises(ValueError, match=r"leave out tokens\.cache"):
-        train_var.TokensConfig(tokenizer=tokenizer, cache=str(cache), flips=0.3)
 
 
 def test_flips_are_keyed_by_image(trained: Path) -> None:

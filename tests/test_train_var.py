@@ -96,6 +96,8 @@ def test_a_cache_with_unlabelled_images_trains_no_class_model(tiny_vqvae, tmp_pa
     assert len(TokenCache(tmp_path, "train", tiny_vqvae)) == 2
     with pytest.raises(ValueError, match=r"an image of cache .* has no label"):
         TokenCache(tmp_path, "train", tiny_vqvae, labelled=True)
+    with pytest.raises(ValueError, match=r"holds no latents: make it again with --cache\.latents=true"):
+        TokenCache(tmp_path, "train", tiny_vqvae, latents=True)
 
 
 # --- cached text states ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ transformer sees before predicting a scale). All arithmetic is float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -182,6 +183,36 @@ class MultiScaleQuantizer(PyramidQuantizer):
     def start(self, batch: int, schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
         """The empty reconstruction: zeros (batch, C, H, W), float32."""
         return torch.zeros(batch, self.channels, *schedule.latent_hw, device=device)
+
+    @torch.no_grad()
+    def corrected(
+        self, f_BCHW: torch.Tensor, schedule: ScaleSchedule, noise: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tokens of every scale, and the transformer's inputs where some tokens went wrong (self-correction).
+
+        Infinity's bitwise self-correction (section 3.4) for codes: where bits are flipped there, here the vectors are
+        disturbed before the code that enters the reconstruction is searched. The residual of a scale is taken to what
+        the wrong codes before it make, so later tokens undo earlier errors.
+
+        Args:
+            f_BCHW: latents (B, C, H, W).
+            noise: for each scale (B, C, h, w), added to the vectors, in units of their root mean square.
+
+        Returns:
+            One (B, l) int64 tensor of undisturbed tokens per scale; inputs of scales 1.., (B, L - l of scale 0, C).
+        """
+        with torch.autocast(f_BCHW.device.type, enabled=False):
+            rest, labels, inputs = f_BCHW.float(), [], []
+            f_hat = torch.zeros_like(rest)
+            for k in range(len(schedule)):
+                z_BChw = self._shrink(rest, k, schedule) / self.gain(k)
+                labels.append(self._nearest(z_BChw))
+                shown = self._nearest(z_BChw + noise[k] * z_BChw.square().mean().sqrt())
+                step = self._spread(self.lookup(shown, k, schedule), k, schedule)
+                rest, f_hat = rest - step, f_hat + step
+                if k + 1 < len(schedule):
+                    inputs.append(self.next_input(f_hat, k + 1, schedule))
+        return labels, torch.cat(inputs, dim=1) if inputs else f_hat.new_zeros(len(f_hat), 0, self.channels)
 
     def forward(self, f_BCHW: torch.Tensor, schedule: ScaleSchedule) -> QuantizerOutput:
         """Quantise latents (B, C, H, W) for training.

@@ -38,6 +38,7 @@ class CacheConfig:
         batch_size: images per forward pass.
         workers: data loading processes.
         precision: no (float32) or bf16, of the encoder's convolutions; the quantiser is float32 always.
+        latents: also keep what is quantised, in float16, for training with self-correction.
         seed: of the crops.
     """
 
@@ -48,6 +49,7 @@ class CacheConfig:
     batch_size: int = 64
     workers: int = 0
     precision: str = "no"
+    latents: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ def encode_split(
         "shard_size": config.shard_size,
         "passes": items.count,
         "seed": config.seed,
+        "latents": config.latents,
     }
     check_plan(folder, manifest, accelerator)
     shards = range(-(-len(items) // config.shard_size))
@@ -98,7 +101,8 @@ def encode_split(
         for shard in mine:
             rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, len(items)))
             if not has_shard(folder, shard):
-                write_shard(folder, shard, *encode(accelerator, vqvae, Subset(items, rows), config))
+                ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config)
+                write_shard(folder, shard, ids, about, latents if config.latents else None)
             bar.update(min(len(rows) * accelerator.num_processes, bar.total - bar.n))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -117,7 +121,7 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         for name, value in manifest.items():
-            if kept[name] != value:
+            if kept.get(name, value) != value:
                 raise ValueError(f"cache.folder {folder} was begun with another {name}: remove it or give another one")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -126,16 +130,18 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
 
 def encode(
     accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig
-) -> tuple[np.ndarray, list]:
-    """Tokens (n, L) and {"label", "caption"} rows of some items."""
-    tokens, rows = [], []
+) -> tuple[np.ndarray, list, np.ndarray]:
+    """Tokens (n, L), {"label", "caption"} rows and latents (n, C, H, W) float16 of some items."""
+    tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
         with accelerator.autocast():
-            ids = torch.cat(vqvae.image_to_tokens(image), dim=1)
+            f_BCHW = vqvae.encode(image)
+            ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
+        latents.append(f_BCHW.half().cpu().numpy())
         rows += [{"label": int(a), "caption": b} for a, b in zip(batch["label"], batch["caption"])]
-    return np.concatenate(tokens), rows
+    return np.concatenate(tokens), rows, np.concatenate(latents)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -147,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config: CacheConfig = built.cache
     accelerator = Accelerator(mixed_precision=config.precision)
     vqvae = load_tokenizer(config.tokenizer).to(accelerator.device)
+    if tuple(built.data.hw) != vqvae.image_hw:
+        raise ValueError(f"data.size {built.data.hw} must be the tokenizer's: {vqvae.image_hw}")
     for split in ("train", "val"):
         encode_split(accelerator, vqvae, built.data, config, split)
 

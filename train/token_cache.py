@@ -3,6 +3,7 @@
     FOLDER/train/manifest.json     what the tokens are, and which tokenizer made them
                  00000.npy         (n, L) uint16 or int32, all scales in order; (n, L, bits) uint8 of bitwise tokens
                  00000.jsonl       {"label", "caption"} of each row
+                 00000.latents     (n, C, H, W) float16 in npy format: what was quantised, for self-correction
 
 A shard exists only when it is complete; the manifest exists only when all shards do.
 """
@@ -39,12 +40,21 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
 
 
-def write_shard(folder: Path, shard: int, ids_NL: np.ndarray, rows: list[dict]) -> None:
+def write_shard(
+    folder: Path, shard: int, ids_NL: np.ndarray, rows: list[dict], latents_NCHW: np.ndarray | None = None
+) -> None:
     """Write one shard; the token file comes last and makes it count as done."""
     write_atomically(folder / f"{shard:05d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    partial = folder / f".tmp-{shard:05d}.npy"
-    np.save(partial, ids_NL)
-    partial.replace(folder / f"{shard:05d}.npy")
+    if latents_NCHW is not None:
+        _save(folder / f"{shard:05d}.latents", latents_NCHW)
+    _save(folder / f"{shard:05d}.npy", ids_NL)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    partial = path.with_name(f".tmp-{path.name}")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.replace(path)
 
 
 def has_shard(folder: Path, shard: int) -> bool:
@@ -53,14 +63,16 @@ def has_shard(folder: Path, shard: int) -> bool:
 
 
 class TokenCache(Dataset):
-    """Items {"ids": (L,) int64, "label": int, "caption": str} of one split.
+    """Items {"ids": (L,) int64, "label": int, "caption": str} of one split; with `latents`, those too: (C, H, W) float.
 
     Raises:
         FileNotFoundError: if there is no finished cache.
-        ValueError: if another tokenizer made it, or `labelled` and an image has no label.
+        ValueError: if another tokenizer made it, `labelled` and an image has no label, or `latents` and it has none.
     """
 
-    def __init__(self, folder: str | Path, split: str, vqvae: MultiScaleVQ, *, labelled: bool = False):
+    def __init__(
+        self, folder: str | Path, split: str, vqvae: MultiScaleVQ, *, labelled: bool = False, latents: bool = False
+    ):
         self.folder = Path(folder) / split
         path = self.folder / "manifest.json"
         if not path.exists():
@@ -72,6 +84,10 @@ class TokenCache(Dataset):
         self.shard_size = self.manifest["shard_size"]
         shards = range(-(-self.manifest["images"] // self.shard_size))
         self.tokens = [np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r") for shard in shards]
+        if latents and not self.manifest.get("latents", False):
+            raise ValueError(f"cache {self.folder} holds no latents: make it again with --cache.latents=true")
+        kept = shards if latents else ()
+        self.latents = [np.load(self.folder / f"{shard:05d}.latents", mmap_mode="r") for shard in kept]
         self.rows = []
         for shard in shards:
             with (self.folder / f"{shard:05d}.jsonl").open(encoding="utf-8") as file:
@@ -85,7 +101,10 @@ class TokenCache(Dataset):
     def __getitem__(self, index: int) -> dict:
         shard, row = divmod(index, self.shard_size)
         label, caption = self.rows[index]
-        return {"ids": torch.from_numpy(self.tokens[shard][row].astype(np.int64)), "label": label, "caption": caption}
+        item = {"ids": torch.from_numpy(self.tokens[shard][row].astype(np.int64)), "label": label, "caption": caption}
+        if self.latents:
+            item["latents"] = torch.from_numpy(self.latents[shard][row].astype(np.float32))
+        return item
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The caption of an item."""

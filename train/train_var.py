@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,22 +48,30 @@ class TokensConfig:
         cache: folder that `train.cache_tokens` wrote; images are encoded on the fly when null.
         schedule: scales to train on instead of the tokenizer's own (another resolution).
         flips: bitwise self-correction: at every scale of every image a share of bits up to this, drawn evenly, enters
-            the inputs flipped (Infinity: 0.3); 0 flips none. Needs images, not a cache.
+            the inputs flipped (Infinity: 0.3); 0 flips none. Needs images, or a cache with latents.
+        noise: the same for codes: at every scale of every image, the vectors are disturbed by noise of up to this times
+            their root mean square, drawn evenly, before the codes of the inputs are searched; 0 is none.
 
     Raises:
-        ValueError: if `flips` is not in [0, 1], or is asked of a cache.
+        ValueError: if `flips` is not in [0, 1], or `noise` is below 0.
     """
 
     tokenizer: str
     cache: str | None = None
     schedule: str | None = None
     flips: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.noise < 0:
+            raise ValueError(f"tokens.noise must be 0 or more, got {self.noise}")
         if not 0 <= self.flips <= 1:
             raise ValueError(f"tokens.flips must be in [0, 1], got {self.flips}")
-        if self.flips and self.cache is not None:
-            raise ValueError("tokens.flips needs the latents of the images: leave out tokens.cache")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the batches need the images' latents (self-correction)."""
+        return self.flips > 0 or self.noise > 0
 
 
 def parser():
@@ -209,12 +218,13 @@ def preparer(
     read: Callable[[list[str], torch.device], Batch] | None,
     *,
     flips: float = 0.0,
+    noise: float = 0.0,
     seed: int = 0,
 ) -> Callable[[Batch], Batch]:
     """What turns a batch of images or cached tokens into an objective's batch, with frozen models.
 
     `read` makes the text entries of captions (`train.text.text_reader` or a `TextCache`); None without text. With
-    `flips` the batch has "noisy_ids" and "noisy_inputs" too, for training (bitwise self-correction).
+    `flips` (bits) or `noise` (codes) the batch has "noisy_ids" and "noisy_inputs" too, for training (self-correction).
     """
 
     def prepare(batch: Batch) -> Batch:
@@ -224,14 +234,15 @@ def preparer(
         if schedule is not vqvae.schedule:
             made["schedule"] = schedule
         if "ids" in batch:
-            ids = list(batch["ids"].split(schedule.lengths, dim=1))
+            ids, f_BCHW = list(batch["ids"].split(schedule.lengths, dim=1)), batch.get("latents")
         else:
             f_BCHW = vqvae.encode(to_images(batch)["image"])
             ids = quantizer.encode(f_BCHW, schedule)
-            if flips:
-                flipped = draw_flips(batch["counter"], quantizer.channels, schedule, largest=flips, seed=seed)
-                noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, [k.to(device) for k in flipped])
-                made["noisy_ids"] = torch.cat(noisy, dim=1)
+        if flips or noise:
+            draws = partial(draw_flips, largest=flips) if flips else partial(draw_noise, largest=noise)
+            drawn = draws(batch["counter"], quantizer.channels, schedule, seed=seed)
+            noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, [k.to(device) for k in drawn])
+            made["noisy_ids"] = torch.cat(noisy, dim=1)
         made["ids"] = torch.cat(ids, dim=1)
         made["inputs"] = quantizer.teacher_inputs(ids, schedule)
         return made if read is None else made | read(list(batch["caption"]), device)
@@ -258,6 +269,21 @@ def draw_flips(
         shares = torch.randint(round(100 * largest) + 1, (len(schedule),), generator=generator) / 100
         draws = [torch.rand(n, bits, generator=generator) for n in schedule.lengths]
         of_images.append([u < share for u, share in zip(draws, shares)])
+    return [torch.stack(of_scale) for of_scale in zip(*of_images)]
+
+
+def draw_noise(
+    counters: Sequence[int], channels: int, schedule: ScaleSchedule, *, largest: float, seed: int
+) -> list[torch.Tensor]:
+    """Noise for `MultiScaleQuantizer.corrected`: K tensors (B, C, h, w), keyed by (seed, image counter).
+
+    Each scale of each image has a standard deviation of its own, drawn evenly from 0 to `largest`.
+    """
+    of_images = []
+    for counter in counters:
+        generator = torch.Generator().manual_seed(int(uniforms(1, seed, counter, 5)[0] * 2**53))
+        sigmas = (torch.rand(len(schedule), generator=generator) * largest).tolist()
+        of_images.append([s * torch.randn(channels, *hw, generator=generator) for s, hw in zip(sigmas, schedule.sides)])
     return [torch.stack(of_scale) for of_scale in zip(*of_images)]
 
 
@@ -315,7 +341,8 @@ def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
     """
     labelled = config.transformer.conditioning == "class"
     if config.tokens.cache is not None:
-        return tuple(TokenCache(config.tokens.cache, split, vqvae, labelled=labelled) for split in ("train", "val"))
+        options = {"labelled": labelled, "latents": config.tokens.corrects}
+        return tuple(TokenCache(config.tokens.cache, split, vqvae, **options) for split in ("train", "val"))
     if config.aspects.folder is not None:
         if labelled or vqvae.stride != STRIDE:
             raise ValueError(f"aspects.folder is for text models on a tokenizer of stride {STRIDE}")
@@ -343,13 +370,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     vqvae = open_tokenizer(built)
     if built.tokens.flips and not vqvae.config.bitwise:
         raise ValueError(f"tokens.flips is for bitwise tokens, and those of {built.tokens.tokenizer!r} are codes")
+    if built.tokens.noise and vqvae.config.bitwise:
+        raise ValueError(f"tokens.noise is for codes, and the tokens of {built.tokens.tokenizer!r} are bitwise")
     train_data, val_data = datasets(built, vqvae)
     texts = open_texts(built.text) if built.transformer.conditioning == "text" else Texts(width=built.text.d_model)
     transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width)
     objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
-    prepare = preparer(vqvae, read, flips=built.tokens.flips, seed=run_config.seed)
+    prepare = preparer(vqvae, read, flips=built.tokens.flips, noise=built.tokens.noise, seed=run_config.seed)
     save_config(made, config, run_config.run_dir)
     task = Task(
         objective=objective,
