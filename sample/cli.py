@@ -74,7 +74,15 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     )
     where.add_argument("--out", type=Path, default=Path("pictures"), help=out)
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
-    where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    where.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA, or on a CPU with --fast on"
+    )
+    where.add_argument(
+        "--fast",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="on: what is fastest here; auto: on a CPU, with the same tokens as off (auto)",
+    )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     where.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
     return where
@@ -106,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    pipeline = load_pipeline(folder, **places, refiner=refiner)
+    pipeline = load_pipeline(folder, **places, refiner=refiner, fast=args.fast)
     pipeline.set_progress_bar_config(disable=True)
     disable_progress_bar()
     if prompts is None:

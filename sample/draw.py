@@ -58,7 +58,7 @@ class Filter:
         """Logits with forbidden tokens at -inf; a new tensor."""
         if not self.temperature_last and self.temperature != 1:
             logits_BlV = logits_BlV / self.temperature
-        logits_BlV = keep_top_p(keep_top_k(logits_BlV, self.top_k), self.top_p)
+        logits_BlV = keep_likeliest(logits_BlV, self.top_k, self.top_p)
         return logits_BlV / self.temperature if self.temperature_last else logits_BlV
 
 
@@ -78,6 +78,21 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     drop[..., -1] = False
     return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
+    """`keep_top_p` after `keep_top_k`; on a CPU only the k largest are sorted, unless ties decide what is kept."""
+    if not 0 < k < logits.shape[-1] or p >= 1 or logits.device.type != "cpu":
+        return keep_top_p(keep_top_k(logits, k), p)
+    best, order = (found.flip(-1) for found in logits.topk(k, dim=-1))  # the least likely first, as `keep_top_p` has it
+    drop = best.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    drop[..., -1] = False
+    tied = (logits == best[..., :1]).sum(-1) > (best == best[..., :1]).sum(-1)
+    split = drop[..., :-1] & ~drop[..., 1:] & (best[..., :-1] == best[..., 1:])
+    if tied.any() or split.any():
+        return keep_top_p(keep_top_k(logits, k), p)
+    kept = torch.full_like(logits, -torch.inf)
+    return kept.scatter(-1, order, best.masked_fill(drop, -torch.inf))
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

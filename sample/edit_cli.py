@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = model_folder(args.model)
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"))
+    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"), fast=args.fast)
     pipeline.set_progress_bar_config(disable=True)
     prompt = read_prompt(args, pipeline)
     settings = {

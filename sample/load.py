@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from sample.fast import FAST, accelerate, native_bfloat16
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
@@ -27,25 +28,30 @@ def load_pipeline(
     device: str | torch.device = "auto",
     text_device: str | torch.device | None = None,
     refiner: str | Path | None = None,
+    fast: str = "off",
 ) -> NextScalePipeline:
     """The pipeline of a model, in eval mode.
 
     Args:
         model: "scenes" (the bundled model); a folder made by `save_pretrained`; a training run's folder (its newest
             export); or a Hub id.
-        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto" is bfloat16 on CUDA, else
-            float32. The quantiser and the output head stay float32.
+        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto": see `resolve_dtype`. The
+            quantiser and the output head stay float32.
         device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
         text_device: where the text encoder goes instead, e.g. "cpu" to keep its weights out of the accelerator.
         refiner: another model, whose transformer makes the last scales where a plan says so.
+        fast: "on" lays out weights for the processor (see `sample.fast`) and lets "auto" dtypes be the fastest; "auto"
+            lays them out on a CPU, where float32 stays float32; "off" is the plain path.
 
     Raises:
         FileNotFoundError: if there is no such model, or its folder lacks a part.
-        ValueError: on an unknown dtype or device, if the folder holds another kind of pipeline, or if the refiner has
-            another tokenizer or text encoder.
+        ValueError: on an unknown dtype, device or fast, if the folder holds another kind of pipeline, or if the refiner
+            has another tokenizer or text encoder.
     """
+    if fast not in FAST:
+        raise ValueError(f"fast must be one of {', '.join(FAST)}, got {fast!r}")
     place = resolve_device(device)
-    precision = resolve_dtype(dtype, place)
+    precision = resolve_dtype(dtype, place, fastest=fast == "on")
     folder = model_folder(model)
     with silent_loading():
         whole = (folder / "model_index.json").is_file()
@@ -58,12 +64,13 @@ def load_pipeline(
         check_refiner(pipeline, other, str(refiner))
         pipeline.register_modules(refiner=other.transformer)
     if text_device is None or pipeline.text_encoder is None:
-        return pipeline.to(place, precision)
-    encoder = pipeline.text_encoder
-    pipeline.register_modules(text_encoder=None)
-    pipeline.to(place, precision)
-    pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), precision))
-    return pipeline
+        pipeline.to(place, precision)
+    else:
+        encoder = pipeline.text_encoder
+        pipeline.register_modules(text_encoder=None)
+        pipeline.to(place, precision)
+        pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), precision))
+    return accelerate(pipeline) if fast == "on" or (fast == "auto" and place.type == "cpu") else pipeline
 
 
 def check_refiner(pipeline: NextScalePipeline, other: NextScalePipeline, name: str) -> None:
@@ -157,8 +164,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name; "auto" is bfloat16 on CUDA, else float32.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, *, fastest: bool = False) -> torch.dtype:
+    """The torch dtype of a name; "auto" is bfloat16 on CUDA, else float32, so that all CPUs draw the same images.
+
+    Args:
+        fastest: "auto" is bfloat16 on a CPU too, if that multiplies bfloat16 in hardware.
 
     Raises:
         ValueError: on an unknown name.
@@ -166,7 +176,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        halves = device.type == "cuda" or (fastest and device.type == "cpu" and native_bfloat16())
+        return torch.bfloat16 if halves else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]

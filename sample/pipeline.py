@@ -92,6 +92,7 @@ class NextScalePipeline(DiffusionPipeline):
         self.register_modules(**models, tokenizer=tokenizer, text_encoder=text_encoder)
         self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
+        self.accelerated = None  # what `sample.fast.accelerate` exchanged
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a dtype or both; the quantiser and the output head stay float32."""
@@ -99,6 +100,10 @@ class NextScalePipeline(DiffusionPipeline):
         for argument in args:
             dtype = argument if isinstance(argument, torch.dtype) else dtype
         places = tuple(argument for argument in args if not isinstance(argument, torch.dtype))
+        if self.accelerated is not None and (places or kwargs or dtype not in (None, self.transformer.dtype)):
+            raise ValueError(
+                "an accelerated pipeline stays on its device and in its dtype: load the model with fast=off"
+            )
         if places or kwargs:
             super().to(*places, **kwargs)
         if dtype is not None:

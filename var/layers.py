@@ -80,6 +80,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: bool):
         super().__init__()
         self.heads, self.qk_norm = heads, qk_norm
+        self.attend = attention  # or a faster function of the same arguments
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width, bias=False)
         self.to_v = nn.Linear(width, width)
@@ -111,7 +112,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, rope_lf), rotate(k, rope_lf)
         if cache is not None:
             k, v = cache.update(layer, k, v, begin=begin, q_BHld=q, scale=self.scale)
-        return self.to_out(attention(q, k, v, mask, self.scale))
+        return self.to_out(self.attend(q, k, v, mask, self.scale))
 
 
 class CrossAttention(nn.Module):

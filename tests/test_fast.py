@@ -1,0 +1,246 @@
+"""The fast path computes what the plain path computes, and is one switch away from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, liven
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from torch.nn import functional as F
+
+from sample import fast
+from sample.draw import Filter, keep_likeliest, keep_top_k, keep_top_p
+from sample.generate import generate
+from sample.load import load_pipeline, resolve_dtype
+from sample.pipeline import NextScalePipeline
+from sample.plan import plain
+from tokenizer.model import MultiScaleVQ
+from var.conditioning import ClassPrompt
+from var.layers import FeedForward, attention
+from var.transformer import NextScaleTransformer
+
+CPU = torch.device("cpu")
+packs = pytest.mark.skipif(not fast.can_pack(), reason="torch was built without oneDNN")
+halves = pytest.mark.skipif(
+    not fast.supported(CPU, torch.bfloat16).attention, reason="this CPU does not multiply bfloat16 in hardware"
+)
+CALL = {"class_labels": [0, 1, 2], "seed": 5, "guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "output_type": "pt"}
+
+
+def pipeline(*, dtype=torch.float32, refiner=False):
+    """Two levels, attention in the decoder, a shortcut in its residual blocks."""
+    torch.manual_seed(0)
+    vqvae = liven(MultiScaleVQ(channels=[8, 16], layers_per_block=1, norm_groups=4, **TINY), 1)
+    sizes = {"width": 32, "heads": 2, "num_classes": 5, **TINY}
+    models = [liven(NextScaleTransformer(depth=depth, **sizes), depth) for depth in (3, 2)]
+    whole = NextScalePipeline(models[0], vqvae, refiner=models[1] if refiner else None)
+    whole.set_progress_bar_config(disable=True)
+    return whole.to(dtype)
+
+
+def test_folded_convolution_is_the_plain_one():
+    upsample, x = Upsample2D(6, use_conv=True, out_channels=6), torch.randn(2, 6, 5, 7)
+    assert torch.allclose(fast.FoldedUpsample(upsample)(x), upsample(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("hw", [(3, 5), (16, 16), (64, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_silu(hw, dtype):
+    norm = liven(nn.GroupNorm(4, 16, eps=1e-6), 3).to(dtype)
+    x = (torch.randn(2, 16, *hw) * 3 + 20).to(dtype)
+    expected = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
+    error = (fast.NormSiLU(norm)(x) - expected).abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_norm_of_a_large_map_is_more_exact_than_torch_in_channels_last():
+    norm = nn.GroupNorm(2, 8, eps=1e-6)
+    x = (torch.randn(1, 8, 512, 512) * 0.5 + 3).contiguous(memory_format=torch.channels_last)
+    expected = F.silu(F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double(), 1e-6))
+    assert (fast.NormSiLU(norm)(x) - expected).abs().max() < 1e-5
+
+
+@packs
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
+def test_packed_linear(shape, gelu):
+    linear = nn.Linear(24, 40)
+    expected = linear(torch.ones(shape))
+    expected = F.gelu(expected, approximate="tanh") if gelu else expected
+    packed = fast.PackedLinear(linear, gelu=gelu)
+    assert torch.allclose(packed(torch.ones(shape)), expected, atol=1e-5)
+    assert torch.equal(packed.state_dict()["weight"], linear.weight)
+
+
+@packs
+def test_packed_linear_reads_transposed_input():
+    linear, x = nn.Linear(24, 8), torch.randn(24, 6, 2).permute(2, 1, 0)
+    assert torch.allclose(fast.PackedLinear(linear)(x), linear(x), atol=1e-5)
+
+
+@packs
+def test_feed_forward():
+    ffn, x = FeedForward(16, 64), torch.randn(2, 5, 16)
+    assert torch.allclose(fast.FastFeedForward(ffn)(x), ffn(x), atol=1e-5)
+
+
+@packs
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1)])
+def test_packed_convolution(kernel, stride):
+    conv = nn.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2)
+    x = torch.randn(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)
+    packed, expected = fast.PackedConv(conv), conv(x)
+    assert torch.allclose(packed(x), expected, atol=1e-5)
+    onto = torch.randn_like(expected)
+    kept = onto.clone()
+    assert torch.allclose(packed(x, onto), expected + onto, atol=1e-5)
+    assert torch.equal(onto, kept)
+    assert torch.equal(packed.state_dict()["weight"], conv.weight)
+
+
+@halves
+def test_half_attention_is_as_exact_as_torch():
+    q, k, v = (torch.randn(2, 3, count, 16).bfloat16() for count in (10, 30, 30))
+    exact = attention(q.double(), k.double(), v.double(), None, 2.0)
+    ours, torchs = (f(q, k, v, None, 2.0) for f in (fast.half_attention, attention))
+    assert (ours - exact).abs().mean() < 1.5 * (torchs - exact).abs().mean()
+    mask = torch.rand(10, 30) < 0.5
+    mask[:, 0] = True
+    assert torch.equal(fast.half_attention(q, k, v, mask, 2.0), attention(q, k, v, mask, 2.0))
+
+
+@halves
+def test_float32_products_stay_exact_afterwards():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError), fast.bfloat16_products():
+        raise RuntimeError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("plan", [None, "supernet:2", "code:2"])
+def test_float32_tokens_are_those_of_the_plain_path(plan):
+    call = {**CALL, "plan": plan, **({"depth": 2} if plan == "supernet:2" else {})}
+    refiner = plan == "code:2"
+    expected = pipeline(refiner=refiner)(**call)
+    ours = fast.accelerate(pipeline(refiner=refiner))(**call)
+    assert all(torch.equal(a, b) for a, b in zip(ours.tokens, expected.tokens))
+    assert (ours.images - expected.images).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fold", "convolutions", "linears", "attention"])
+def test_each_part_alone(name):
+    dtype = torch.bfloat16 if name == "attention" else torch.float32
+    if not getattr(fast.supported(CPU, dtype), name):
+        pytest.skip("not on this machine")
+    only = fast.FastSettings(**{part: part == name for part in ("fold", "convolutions", "linears", "attention")})
+    whole, ours = pipeline(dtype=dtype), fast.accelerate(pipeline(dtype=dtype), only)
+    f_hat = torch.randn(2, 4, 4, 4)
+    assert (ours.decode(f_hat, "pt") - whole.decode(f_hat, "pt")).abs().max() < 1e-5
+    if dtype == torch.float32:
+        assert all(torch.equal(a, b) for a, b in zip(ours(**CALL).tokens, whole(**CALL).tokens))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    ours = fast.accelerate(pipeline())
+    together = ours(**CALL)
+    alone = ours(**{**CALL, "class_labels": 2, "seed": 7})
+    assert all(torch.equal(a[2:], b) for a, b in zip(together.tokens, alone.tokens))
+
+
+def test_encoder_gives_the_same_tokens():
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    expected = pipeline().vqvae.image_to_tokens(images)
+    assert all(torch.equal(a, b) for a, b in zip(fast.accelerate(pipeline()).vqvae.image_to_tokens(images), expected))
+
+
+@halves
+def test_bfloat16_stays_near_the_plain_path():
+    whole, ours = pipeline(dtype=torch.bfloat16), fast.accelerate(pipeline(dtype=torch.bfloat16))
+    f_hat = torch.randn(2, 4, 4, 4)
+    assert (ours.decode(f_hat, "pt") - whole.decode(f_hat, "pt")).abs().mean() < 0.02
+    assert ours(**CALL).images.shape == (3, 3, 8, 8)
+
+
+def test_saved_as_the_plain_model(tmp_path):
+    ours, call = fast.accelerate(pipeline()), {**CALL}
+    ours.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path, device="cpu")
+    again.set_progress_bar_config(disable=True)
+    for part in ("transformer", "vqvae"):
+        before, loaded = (getattr(p, part).state_dict() for p in (pipeline(), again))
+        assert before.keys() == loaded.keys()
+        assert all(torch.equal(before[key], loaded[key]) for key in before)
+    assert torch.equal(again(**call).images, pipeline()(**call).images)
+
+
+def test_switch_of_load_pipeline(class_folder):
+    loaded = {switch: load_pipeline(class_folder, device="cpu", dtype="float32", fast=switch) for switch in fast.FAST}
+    assert loaded["off"].accelerated is None
+    assert loaded["on"].accelerated == loaded["auto"].accelerated == fast.supported(CPU, torch.float32)
+    for each in loaded.values():
+        each.set_progress_bar_config(disable=True)
+    tokens = {switch: each(**CALL).tokens for switch, each in loaded.items()}
+    assert all(torch.equal(a, b) for a, b in zip(tokens["on"], tokens["off"]))
+    with pytest.raises(ValueError, match="fast must be one of auto, on, off, got 'quick'"):
+        load_pipeline(class_folder, fast="quick")
+
+
+def test_auto_dtype():
+    assert resolve_dtype("auto", CPU) == torch.float32
+    fastest = torch.bfloat16 if fast.native_bfloat16() else torch.float32
+    assert resolve_dtype("auto", CPU, fastest=True) == fastest
+    assert resolve_dtype("float32", CPU, fastest=True) == torch.float32
+
+
+def test_mistakes():
+    ours = fast.accelerate(pipeline())
+    with pytest.raises(ValueError, match="accelerated already"):
+        fast.accelerate(ours)
+    with pytest.raises(ValueError, match="fast=off"):
+        ours.to(torch.bfloat16)
+    assert ours.to(torch.float32) is ours
+    with pytest.raises(ValueError, match="fast setting attention cannot be used"):
+        fast.accelerate(pipeline(), fast.FastSettings(attention=True))
+
+
+@pytest.mark.parametrize("k, p", [(0, 0.7), (5, 1.0), (5, 0.7), (12, 0.3), (12, 0.999), (1, 0.5), (40, 0.5)])
+@pytest.mark.parametrize("levels", [0, 6, 1])
+def test_filter_sorts_no_more_than_it_keeps(k, p, levels):
+    """The same set is kept, also where equal logits (a few levels of them) decide."""
+    logits = torch.randn(3, 50, 32) * 3
+    if levels:
+        logits = (logits * levels / 6).round()
+    expected = keep_top_p(keep_top_k(logits, k), p)
+    assert torch.equal(keep_likeliest(logits, k, p), expected)
+    assert torch.equal(Filter(top_k=k, top_p=p)(logits), expected)
+
+
+def test_shapes_are_those_of_the_schedule():
+    """Whatever is drawn, the same operators run on the same shapes."""
+    ours, seen = fast.accelerate(pipeline()), []
+    for seed in (1, 2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as run:
+            ours(**{**CALL, "seed": seed})
+        events = run.key_averages(group_by_input_shape=True)
+        seen.append(sorted((event.key, str(event.input_shapes), event.count) for event in events))
+    assert seen[0] == seen[1]
+
+
+def test_nothing_is_read_back_inside_the_loop():
+    """No operator of the plain loop waits for a number: a GPU would never be waited for."""
+    whole = pipeline()
+    plan, prompt = plain(whole.transformer, guidance=2.0, top_p=0.8), ClassPrompt(torch.tensor([0, 1]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        generate(plan, whole.vqvae.quantizer, prompt, [1, 2])
+    names = {event.key for event in run.key_averages()}
+    assert "aten::softmax" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+def test_help_does_not_import_torch():
+    code = "import nextscale, sys; nextscale.main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
