@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -133,23 +137,69 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_pickle(path: Path) -> object:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError) as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is said below
+            return _load(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
+        foreign = [found[1]] if found else _foreign_names(path)
+        if foreign:
             raise ValueError(
-                f"{path} is a pickle that would run or build {found[1]}; only plain tensors are read"
+                f"{path} is a pickle that would run or build {foreign[0]}; only plain tensors are read"
+            ) from None
+        if "Unsupported operand" in str(error):
+            raise ValueError(
+                f"{path} has a newer pickle protocol than torch reads: save it with torch.save's"
             ) from None
         raise ValueError(f"{path} is not a weight file torch can read") from None
     except LookupError:
         raise ValueError(f"{path} is not a weight file torch can read") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {_first_sentence(error)}") from None
+
+
+def _load(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError) as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """What a pickle would import beside torch's tensors; nothing of it is run."""
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            data = path.read_bytes()
+        names.extend(_imports(data))
+    except (ValueError, StopIteration, OSError, zipfile.BadZipFile):
+        pass  # no pickle
+    return [name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))]
+
+
+def _imports(data: bytes) -> Iterator[str]:
+    """The names of a pickle's imports, off its opcodes, as far as it can be read."""
+    memo: list[str | None] = []  # of protocol 4 and on: texts by the order in which they were kept
+    texts: list[str] = []
+    with suppress(ValueError):
+        before = ""
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL":
+                yield argument.replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif opcode.name == "MEMOIZE":
+                memo.append(texts[-1] if "UNICODE" in before else None)
+            elif opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo) and memo[argument]:
+                texts.append(memo[argument])
+            elif isinstance(argument, str):
+                texts.append(argument)
+            before = opcode.name
 
 
 def _first_sentence(error: Exception) -> str:

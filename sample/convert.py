@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from var import convert_infinity as infinity_keys
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUFFERS = "official_buffers.safetensors"  # official statistics that we do not use, kept for the way back
+MADE = ("model_index.json", "vae.pth")  # one of these is in every folder that is written here
 
 
 def convert(
@@ -44,7 +45,7 @@ def convert(
         FileNotFoundError, ValueError: as `load_official`; and if `out` exists and `overwrite` is not set.
     """
     components, settings = read_components(family, vae=vae, transformer=transformer, refiner=refiner, flags=flags)
-    with finished_folder(out, overwrite=overwrite) as folder:
+    with finished_folder(out, overwrite=overwrite, reads=[vae, transformer, refiner]) as folder:
         for name, component in components.items():
             component.on_meta().save_config(folder / name)
             write_safetensors(folder / name / WEIGHTS, component.weights)
@@ -80,6 +81,7 @@ def convert_back(
     """Write a pipeline folder of ours as official `.pth` files: vae.pth, transformer.pth and, of CoDe, refiner.pth.
 
     Args:
+        model: made by `convert` or `save_pretrained`, or a training run (its newest export).
         family: "var" (and CoDe) or "infinity".
         chunks: of Infinity: chunks the blocks are in (8 in 2B and 8B, 4 in the others).
 
@@ -87,8 +89,11 @@ def convert_back(
         FileNotFoundError: if `model` is not a folder of ours.
         ValueError: if the official code has no such model; or `out` exists and `overwrite` is not set.
     """
-    model, written = Path(model), []
-    with finished_folder(out, overwrite=overwrite) as folder:
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"model {model} is no folder")
+    latest, written = Path(model) / "latest", []
+    model = latest if (latest / "transformer").is_dir() else Path(model)
+    with finished_folder(out, overwrite=overwrite, reads=[model]) as folder:
         bitwise = family == "infinity"
         networks = (adapters.BSQ, adapters.INFINITY) if bitwise else (adapters.VQVAE, adapters.VAR)
         for name, adapter in zip(("vqvae", "transformer", "refiner"), (*networks, networks[1])):
@@ -120,21 +125,37 @@ def official_state(folder: Path, adapter: Adapter) -> State:
 
 
 @contextmanager
-def finished_folder(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write in, renamed to `out` in the end; nothing stays if writing fails.
+def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | Path | None] = ()) -> Iterator[Path]:
+    """A folder to write in, renamed to `out` in the end; nothing stays, and nothing is lost, if writing fails.
+
+    Args:
+        reads: what the writing reads, which replacing `out` must not take away.
 
     Raises:
-        ValueError: if `out` exists, is not an empty folder, and `overwrite` is not set.
+        ValueError: if `out` exists, is not an empty folder, and `overwrite` is not set; or holds something that was not
+            written by `convert` or `convert_back`, or that they read.
     """
     out = Path(out)
-    if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"out {out} exists already: name another folder, or overwrite it")
-    folder = out.with_name(f".{out.name}.partial")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        if not overwrite:
+            raise ValueError(f"out {out} exists already: name another folder, or overwrite it")
+        if not any((out / name).is_file() for name in MADE):
+            raise ValueError(f"out {out} is no folder that was made by converting: name another one")
+        inside = [path for path in reads if path and out.resolve() in (p := Path(path).resolve(), *p.parents)]
+        if inside:
+            raise ValueError(f"out {out} holds {inside[0]}, which is read: name another folder")
+    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"out {out} cannot be made: {error.strerror}") from None
     try:
         yield folder
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
         os.replace(folder, out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

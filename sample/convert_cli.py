@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+ONLY = {  # options that mean something to some of the conversions alone
+    "vae": {"from var", "from code", "from infinity"},
+    "transformer": {"from var", "from code", "from infinity"},
+    "refiner": {"from code"},
+    "model": {"to var", "to infinity"},
+    "text_encoder": {"from infinity"},
+    "schedule": {"from var", "from code"},
+    "heads": {"from var", "from code", "from infinity"},
+    "depth": {"from var", "from code", "from infinity"},
+    "phi_ratio": {"from var", "from code"},
+    "cosine": {"from var", "from code"},
+    "beta": {"from var", "from code"},
+    "handover": {"from code"},
+    "size": {"from infinity"},
+    "level_every": {"from infinity"},
+    "chunks": {"to infinity"},
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nextscale convert`."""
@@ -28,14 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--schedule", help="sides of the scales, e.g. 1,2,3,4 or 1x2,2x4, where they are not recorded")
     told.add_argument("--heads", type=int, help="heads of a transformer without QK-norm (one per 64 channels)")
     told.add_argument("--depth", type=int, help="refuse a transformer of another depth")
-    told.add_argument("--phi-ratio", type=float, default=0.5, help="quant_resi (0.5)")
+    told.add_argument("--phi-ratio", type=float, help="quant_resi (0.5)")
     told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")
-    told.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss (0.25)")
-    told.add_argument("--size", default="1M", help="of Infinity: 0.06M, 0.25M, 0.60M or 1M pixels (1M)")
-    told.add_argument(
-        "--level-every", type=int, default=0, help="blocks between level embeddings; 0: only at first (0)"
-    )
-    told.add_argument("--chunks", type=int, default=8, help="chunks of blocks in the files of --to infinity (8)")
+    told.add_argument("--beta", type=float, help="weight of the commitment loss (0.25)")
+    told.add_argument("--size", help="of Infinity: 0.06M, 0.25M, 0.60M or 1M pixels (1M)")
+    told.add_argument("--level-every", type=int, help="blocks between level embeddings; 0: only at first (0)")
+    told.add_argument("--chunks", type=int, help="chunks of blocks in the files of --to infinity (8)")
     told.add_argument("--handover", type=int, help="scales of CoDe's drafter (as the files are named: drafter_8.pth)")
 
 
@@ -48,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     from sample.convert import convert, convert_back
     from sample.official import Flags
 
+    _check_options(args)
     if args.target:
         _need(args, "--to", "model")
-        back = {"family": args.target, "chunks": args.chunks, "overwrite": args.overwrite}
+        back = {"family": args.target, "chunks": args.chunks or 8, "overwrite": args.overwrite}
         for path in convert_back(args.model, args.out, **back):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
         return 0
@@ -62,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         transformer=args.transformer,
         refiner=args.refiner,
-        flags=Flags(**{name: getattr(args, name) for name in names}),
+        flags=Flags(**{name: getattr(args, name) for name in names if getattr(args, name) is not None}),
         text_encoder=args.text_encoder,
         overwrite=args.overwrite,
     )
@@ -72,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
     what = '"a red star"' if config["conditioning"] == "text" else f"--class {min(207, config['num_classes'] - 1)}"
     print(f"{args.out}: try `nextscale sample --model {args.out} {what} --out pictures/`")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    chosen = f"to {args.target}" if args.target else f"from {args.source}"
+    for name, fitting in ONLY.items():
+        if getattr(args, name) not in (None, False) and chosen not in fitting:
+            wanted = " or ".join(f"--{each}" for each in sorted(fitting))
+            raise ValueError(f"--{name.replace('_', '-')} goes with {wanted}, not with --{chosen}")
 
 
 def _need(args: argparse.Namespace, option: str, *names: str) -> None:

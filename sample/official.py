@@ -72,6 +72,15 @@ class Flags:
     size: str = "1M"
     level_every: int = 0
 
+    def __post_init__(self):
+        """Raise ValueError on what no checkpoint can have."""
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads must be 1 or more, got {self.heads}")
+        if not abs(self.phi_ratio) <= 1:
+            raise ValueError(f"phi_ratio must be in -1..1, got {self.phi_ratio}")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta must be 0 or more, got {self.beta}")
+
 
 @dataclass(frozen=True)
 class Component:
@@ -141,7 +150,7 @@ def read_components(
     sources = {
         name: partial(read_state, fetch(file), adapters.VAR.roots, adapters.VAR.what) for name, file in files.items()
     }
-    schedule = ScaleSchedule.of(flags.schedule) if flags.schedule else adapters.read_schedule(sources["transformer"]())
+    schedule = _schedule(sources["transformer"], transformer, flags)
     tokenizer = {"phi_ratio": flags.phi_ratio, "cosine": flags.cosine, "beta": flags.beta}
     source = partial(read_state, fetch(vae), adapters.VQVAE.roots, adapters.VQVAE.what)
     components = {"vqvae": _component(adapters.VQVAE, source, vae, schedule=schedule, **tokenizer)}
@@ -210,13 +219,29 @@ def fetch(file: str | Path) -> Path:
     """
     if not str(file).startswith("hf://"):
         return Path(file)
-    owner, name, inner = str(file).removeprefix("hf://").split("/", 2)
-    from huggingface_hub import hf_hub_download
+    owner, name, inner = [*str(file).removeprefix("hf://").split("/", 2), "", ""][:3]
+    if not (owner and name and inner):
+        raise ValueError(f"{file} must be hf://OWNER/NAME/FILE, like hf://FoundationVision/var/var_d16.pth")
+    from huggingface_hub import hf_hub_download, logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what goes wrong is said once, here
     try:
         return Path(hf_hub_download(f"{owner}/{name}", inner))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{file} could not be had from the Hub: {str(error).splitlines()[0]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _schedule(source: Callable[[], State], file: str | Path, flags: Flags) -> ScaleSchedule:
+    if flags.schedule:
+        return ScaleSchedule.of(flags.schedule)
+    state = source()
+    try:
+        return adapters.read_schedule(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _component(adapter: Adapter, source: Callable[[], State], file: str | Path, **flags: object) -> Component:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import nextscale
 from sample import adapters, convert_cli
 from sample.checkpoints import read_state, stream, write_safetensors
 from sample.convert import convert, convert_back
@@ -192,8 +194,13 @@ def _cut(source: Path, target: Path) -> Path:
     return target
 
 
-def _saved(target: Path, state: object) -> Path:
-    torch.save(state, target)
+def _saved(target: Path, state: object, **options: int) -> Path:
+    torch.save(state, target, **options)
+    return target
+
+
+def _pickled(target: Path, state: object) -> Path:
+    target.write_bytes(pickle.dumps(state))
     return target
 
 
@@ -217,6 +224,12 @@ BAD = {
         "damaged or cut short",
     ),
     "code": (lambda f, d: _saved(d / "e.pth", weights("var_tiny") | {"x": Evil()}), r"pickle that .*posix\.system"),
+    "bare pickle": (lambda f, d: _pickled(d / "e.pkl", Evil()), r"e\.pkl is a pickle that would run .*posix\.system"),
+    "new protocol": (lambda f, d: _saved(d / "n.pth", weights("var_tiny"), pickle_protocol=4), "newer pickle protocol"),
+    "no positions": (
+        lambda f, d: _saved(d / "np.pth", _without(weights("var_tiny"), "pos_1LC")),
+        r"np\.pth: VAR transformer checkpoint lacks pos_1LC",
+    ),
     "tokenizer": (lambda f, d: f["vae"], "holds no VAR transformer"),
     "no tensors": (lambda f, d: _saved(d / "n.pth", {"a": 1}), "no tensor at all"),
     "hole": (
@@ -266,7 +279,12 @@ def test_bad_file_is_one_clear_line(files: dict[str, Path], tmp_path: Path, case
         ({}, {"heads": 8}, "heads is 8, the transformer has 4"),
         ({}, {"schedule": "1,1x3,2x5,2x8"}, "attn_bias_for_masking is not what the scales 1,1x3,2x5,2x8"),
         ({}, {"schedule": "1,2,3"}, "schedule 1,2,3 has 14 tokens, the transformer was built for 30"),
-        ({}, {"phi_ratio": 0.0}, "has unknown quantize.quant_resi"),
+        ({}, {"phi_ratio": 0.0}, "phi_ratio is 0, the tokenizer has 4 phi convolutions"),
+        ({}, {"phi_ratio": float("nan")}, r"phi_ratio must be in -1\.\.1, got nan"),
+        ({}, {"beta": -1.0}, "beta must be 0 or more, got -1.0"),
+        ({"transformer": "saln"}, {"heads": -4}, "heads must be 1 or more, got -4"),
+        ({"transformer": "saln"}, {"heads": 7}, "saln.pth: width must be a multiple of heads"),
+        ({"vae": "hf://nobody"}, {}, "hf://nobody must be hf://OWNER/NAME/FILE"),
         ({"refiner": "refiner_2"}, {}, "var family needs the files vae, transformer; got vae, transformer, refiner"),
         ({"family": "code"}, {}, "code family needs the files vae, transformer, refiner"),
         ({"family": "code", "refiner": "refiner_2"}, {"handover": 4}, "handover must be in 1..3 scales, got 4"),
@@ -277,8 +295,9 @@ def test_files_that_do_not_fit(
 ) -> None:
     chosen = {"family": "var", "vae": "vae", "transformer": "var"} | given
     arguments = {name: files.get(value, value) if name != "family" else value for name, value in chosen.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         convert(tmp_path / "ours", **arguments, flags=Flags(**flags))
+    assert "\n" not in str(caught.value) and not (tmp_path / "ours").exists()
 
 
 def test_an_existing_folder_is_kept(files: dict[str, Path], tmp_path: Path) -> None:
@@ -287,6 +306,39 @@ def test_an_existing_folder_is_kept(files: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(ValueError, match="exists already"):
         convert(tmp_path / "ours", family="var", vae=files["vae"], transformer=files["var"])
     assert (tmp_path / "ours/mine.txt").exists()
+
+
+def test_only_a_converted_folder_is_replaced(files: dict[str, Path], tmp_path: Path) -> None:
+    given = {"family": "var", "vae": files["vae"], "transformer": files["var"], "overwrite": True}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    with pytest.raises(ValueError, match="is no folder that was made by converting"):
+        convert(tmp_path / "mine", **given)
+    with pytest.raises(ValueError, match=r"is no folder that was made"):
+        convert(files["saln"], **given)
+    convert(tmp_path / "ours", **given)
+    convert_back(tmp_path / "ours", tmp_path / "back")
+    given |= {"transformer": tmp_path / "back/transformer.pth"}
+    with pytest.raises(ValueError, match=r"back holds .*transformer\.pth, which is read"):
+        convert(tmp_path / "back", **given)
+    before = {path: path.read_bytes() for path in (tmp_path / "ours").rglob("*.safetensors")}
+    with pytest.raises(ValueError, match=r"ours holds .*ours, which is read"):
+        convert_back(tmp_path / "ours", tmp_path / "ours", overwrite=True)
+    with pytest.raises(ValueError, match="only a model with bitwise True"):
+        convert_back(tmp_path / "ours", tmp_path / "back", family="infinity", overwrite=True)
+    assert (tmp_path / "back/vae.pth").is_file()
+    convert(tmp_path / "ours", **given)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "ours").rglob("*.safetensors")}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_training_run_is_written_back(files: dict[str, Path], tmp_path: Path) -> None:
+    convert(tmp_path / "run/step-5", family="var", vae=files["vae"], transformer=files["var"])
+    (tmp_path / "run/latest").symlink_to("step-5")
+    convert_back(tmp_path / "run", tmp_path / "back")
+    assert same(torch.load(tmp_path / "back/transformer.pth"), torch.load(files["var"]))
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        convert_back(tmp_path / "nowhere", tmp_path / "other")
 
 
 def test_a_model_the_official_code_lacks_is_not_written(tmp_path: Path, tiny_vqvae, tiny_text_model) -> None:
@@ -314,6 +366,78 @@ def test_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     assert same(torch.load(back / "transformer.pth"), torch.load(files["var"]))
     with pytest.raises(ValueError, match="--from code needs --refiner"):
         command("--from", "code", "--vae", files["vae"], "--drafter", files["var"], "--out", ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "one of the arguments --from --to is required"),
+        ("--from var --to var", "argument --to: not allowed with argument --from"),
+        ("--from mvar", "argument --from: invalid choice: 'mvar'"),
+        ("--from var --vae vae.pth", "--from var needs --transformer"),
+        ("--from code --vae vae.pth --drafter drafter_2.pth", "--from code needs --refiner"),
+        (
+            "--from var --vae vae.pth --transformer var.pth --refiner refiner_2.pth",
+            "--refiner goes with --from code, not",
+        ),
+        ("--from var --vae vae.pth --transformer var.pth --handover 2", "--handover goes with --from code, not with"),
+        (
+            "--from var --vae vae.pth --transformer var.pth --text-encoder t5",
+            "--text-encoder goes with --from infinity",
+        ),
+        (
+            "--from infinity --vae vae.pth --transformer var.pth --cosine",
+            "--cosine goes with --from code or --from var",
+        ),
+        (
+            "--to var --model ours --vae vae.pth",
+            "--vae goes with --from code or --from infinity or --from var, not with",
+        ),
+        ("--to var", "--to needs --model"),
+        ("--to var --model nowhere", "model nowhere is no folder"),
+        ("--from var --vae vae.pth --transformer var.pth --schedule 1,2,x", "schedule '1,2,x' is not readable"),
+        ("--from var --vae vae.pth --transformer var.pth --deep 3", "unrecognized arguments: --deep 3"),
+        ("--from var --vae vae.pth --transformer var.pth --phi-ratio half", "invalid float value: 'half'"),
+        ("--from var --vae vae.pth --transformer var.pth --depth 16", "depth is given as 16, the transformer has 4"),
+        ("--from var --vae vae.pth --transformer no.pth", "no such file: no.pth"),
+        ("--from var --vae hf://nobody --transformer var.pth", "hf://nobody must be hf://OWNER/NAME/FILE"),
+        ("--from var --vae var.pth --transformer var.pth --out /proc/x", "holds no VAR tokenizer"),
+        ("--from var --vae vae.pth --transformer var.pth --out /proc/x", "out /proc/x cannot be made: "),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words += "" if "--out" in words else " --out made"
+    assert nextscale.main(["convert", *words.split()]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    def unreachable(repo: str, name: str) -> str:
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError(f"no connection for {repo} {name}\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    where = "hf://FoundationVision/var/var_d16.pth"
+    words = ["--from", "var", "--vae", files["vae"], "--transformer", where, "--out", tmp_path / "made"]
+    assert nextscale.main(["convert", *map(str, words)]) == 2
+    message = f"{where} could not be had from the Hub: no connection for FoundationVision/var var_d16.pth"
+    assert capfd.readouterr().err == f"nextscale: error: {message}\n"
+    assert logging.get_verbosity() == logging.WARNING
 
 
 def test_streaming_maps_the_file_anew(files: dict[str, Path], tmp_path: Path) -> None:

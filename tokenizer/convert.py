@@ -55,7 +55,7 @@ def read_config(
         shapes: shape of every official tensor; a missing key raises from the mapping itself.
 
     Raises:
-        ValueError: if there is one phi per scale, but for another number of scales.
+        ValueError: if there is one phi per scale, but for another number of scales; or phis, but a `phi_ratio` of 0.
     """
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     vocab_size, latent_channels = shapes["quantize.embedding.weight"]
@@ -64,6 +64,8 @@ def read_config(
     num_phis, count = _phi_sharing(shapes)
     if num_phis == 0 and count != len(schedule):
         raise ValueError(f"the tokenizer has one phi for each of {count} scales, the schedule has {len(schedule)}")
+    if count and phi_ratio == 0:
+        raise ValueError(f"phi_ratio is 0, the tokenizer has {count} phi convolutions")
     return {
         "channels": channels,
         "stem_channels": None if stem == channels[0] else stem,
