@@ -99,6 +99,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             raise ValueError(f"token_patch is for bitwise tokens, got token_patch {token_patch} without bitwise")
         vocab_size = 2 if bitwise else vocab_size
         self.schedule = ScaleSchedule.of(schedule)
+        self.slice: int | None = None  # images decoded at once
         self.register_to_config(schedule=self.schedule.spec, channels=list(channels), vocab_size=vocab_size)
         plain = len(channels) - 1
         shared = {
@@ -147,6 +148,20 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             normalize_scales=normalize_scales,
         )
 
+    def enable_slicing(self, images: int = 1) -> None:
+        """From now on decode at most so many images at once: the same images, and less memory.
+
+        Raises:
+            ValueError: if `images` is below 1.
+        """
+        if images < 1:
+            raise ValueError(f"images must be 1 or more, got {images}")
+        self.slice = images
+
+    def disable_slicing(self) -> None:
+        """From now on decode whole batches at once."""
+        self.slice = None
+
     @property
     def stride(self) -> int:
         """Pixels per token of the finest scale along a side."""
@@ -163,7 +178,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         return self.quant_conv(self.encoder(F.pixel_unshuffle(image, self.config.patch)))
 
     def decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) to images (B, 3, h, w), not clamped."""
+        """Latents (B, C, H, W) to images (B, 3, h, w), not clamped; see `enable_slicing`."""
+        if self.slice is not None and len(f_hat_BCHW) > self.slice:
+            return torch.cat([self.decode(part) for part in f_hat_BCHW.split(self.slice)])
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(f_hat_BCHW.to(self.dtype))), self.config.patch)
 
     def forward(self, image: torch.Tensor) -> TokenizerOutput:

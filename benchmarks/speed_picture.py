@@ -1,0 +1,38 @@
+"""The pictures of the speed benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from sample.images import atomically
+
+COLOURS = matplotlib.colormaps["tab10"].colors
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
+    atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+
+
+def draw_sampling(rows: Sequence[dict], path: Path) -> None:
+    """Seconds an image by variant and batch, split into stages."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_s") and name != "images_per_s")
+    stages = [name for name in names if name != "gflop_per_s"]
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(6.5 * len(batches), 4), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
+        chosen = [row for row in rows if row["batch"] == batch][::-1]
+        lefts = [0.0] * len(chosen)
+        for stage, colour in zip(stages, COLOURS):
+            widths = [row.get(stage, 0.0) / batch for row in chosen]
+            axes.barh([row["variant"] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
+            lefts = [left + width for left, width in zip(lefts, widths)]
+        for row, left in zip(chosen, lefts):
+            axes.text(left, row["variant"], f" {row['images_per_s']:.2f} images/s", va="center", fontsize=8)
+        axes.set(title=f"batch {batch}", xlabel="seconds an image", xlim=(0, 1.35 * max(lefts)))
+    axes.legend(fontsize=8, loc="lower right")
+    save(figure, path)

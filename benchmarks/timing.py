@@ -1,0 +1,234 @@
+"""Timing that can be believed: idle gate, interleaved workers, medians and ranges, ceilings measured in the same run.
+
+Other work on a machine turns a run of five seconds into twenty. So every timed run waits until the processors are idle,
+and is done again when more than 4 % of them was busy with something else meanwhile. What is compared runs in processes
+of its own, in turns: A B A B. One thread is timed by its process's own clock, which stands still while others run: it
+needs no gate.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+FOREIGN = 0.04  # share of all processors that others may have used
+STAT = Path("/proc/stat")
+
+
+def busy_seconds() -> float:
+    """Seconds all processors together were busy since the machine started, stolen time included.
+
+    Raises:
+        ValueError: on a system that does not tell.
+    """
+    if not STAT.exists():
+        raise ValueError("timing needs /proc/stat to see what else runs: use Linux")
+    user, nice, system, _, _, irq, softirq, steal = map(int, STAT.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """What happens meanwhile: `wall_s`, `cpu_s`, and `foreign_share` of all processors that other processes used."""
+    found: dict[str, float] = {}
+    busy, own, began = busy_seconds(), time.process_time(), time.perf_counter()
+    yield found
+    found["wall_s"], found["cpu_s"] = time.perf_counter() - began, time.process_time() - own
+    found["foreign_share"] = max(0.0, busy_seconds() - busy - found["cpu_s"]) / (found["wall_s"] * os.cpu_count())
+
+
+def clock() -> float:
+    """Seconds that pass for this process: of its own processor time with one thread, else of the world."""
+    import torch
+
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def wait_until_idle(patience: float, *, window: float = 0.25) -> bool:
+    """Wait until nothing runs for a moment; False when `patience` seconds were not enough."""
+    until, told = time.perf_counter() + patience, False
+    while True:
+        with watched() as moment:
+            time.sleep(window)
+        if moment["foreign_share"] <= FOREIGN:
+            return True
+        if time.perf_counter() > until:
+            return False
+        if not told:
+            print("waiting for idle processors", file=sys.stderr, flush=True)
+            told = True
+
+
+@dataclass
+class Stages:
+    """Seconds by stage of a run, taken around functions that `wrap` names. Nested calls count for the outer stage."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    inside: bool = False
+
+    def wrap(self, owner: Any, name: str, stage: str) -> None:
+        """Time attribute `name` of a module, class or object from now on; only for a process that benchmarks."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            self.inside, began = True, clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.seconds[stage] += clock() - began
+
+        setattr(owner, name, timed)
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far, which begin again."""
+        taken = dict(self.seconds)
+        self.seconds.clear()
+        return taken
+
+
+Job = Callable[..., dict[str, Any]]  # a run: what it found out, beside its seconds
+
+
+class Worker:
+    """A process that builds something once and then runs its jobs when asked.
+
+    Args:
+        make: called in the process, gives its jobs by name; must be picklable.
+        threads: of torch.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Job]], threads: int):
+        self.gated = threads > 1
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Worker:
+        self._answer()  # it is built
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.process.join()
+
+    def call(self, job: str, *args: Any) -> dict[str, Any]:
+        """Run a job: what it returned, `seconds` by `clock`, what `watched` saw and `peak_mib` of the process.
+
+        Raises:
+            RuntimeError: with the job's own error.
+        """
+        self.connection.send((job, args))
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            raise RuntimeError("a benchmark process ended: out of memory?") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, make: Callable[[], dict[str, Job]], threads: int) -> None:
+    import torch
+
+    from sample.measure import peak_memory, reset_peak
+
+    torch.set_num_threads(threads)
+    try:
+        jobs = make()
+        connection.send({})
+    except Exception as error:
+        connection.send(error)
+        return
+    while True:
+        try:
+            name, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            reset_peak(torch.device("cpu"))
+            with watched() as moment:
+                found = jobs[name](*args)
+            seconds = moment["cpu_s"] if threads == 1 else moment["wall_s"]
+            connection.send(
+                {**found, **moment, "seconds": seconds, "peak_mib": peak_memory(torch.device("cpu")) / 2**20}
+            )
+        except Exception as error:
+            connection.send(error)
+
+
+Timed = dict[str, list[dict[str, Any]]]
+
+
+def interleave(runs: dict[str, tuple[Worker, str, tuple]], rounds: int, *, patience: float, tries: int = 3) -> Timed:
+    """Every run in turns, `rounds` times, gated: by name the answers of its rounds.
+
+    A run during which others were busy is done again, up to `tries` times; the least disturbed is kept, and tells its
+    `foreign_share`.
+    """
+    found: Timed = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (worker, job, args) in runs.items():
+            tried: list[dict[str, Any]] = []
+            while len(tried) < tries and (not tried or (worker.gated and tried[-1]["foreign_share"] > FOREIGN)):
+                if worker.gated:
+                    wait_until_idle(patience)
+                tried.append(worker.call(job, *args))
+            found[name].append(min(tried, key=lambda run: run["foreign_share"]))
+            print(f"{name}: {found[name][-1]['seconds']:.3f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The median of a figure under `name`, and `[lowest, highest]` under `name_range`."""
+    return {name: median(values), f"{name}_range": [min(values), max(values)]}
+
+
+def ratios(name: str, above: Sequence[dict], below: Sequence[dict]) -> dict[str, Any]:
+    """How many times longer `above` took than `below`, round by round."""
+    return spread(name, [a["seconds"] / b["seconds"] for a, b in zip(above, below, strict=True)])
+
+
+def median_stages(runs: Sequence[dict]) -> dict[str, float]:
+    """Median seconds of every stage, as `STAGE_s`."""
+    names = dict.fromkeys(name for run in runs for name in run.get("stages", {}))
+    return {f"{name}_s": median([run["stages"].get(name, 0.0) for run in runs]) for name in names}
+
+
+def matmul_ceilings(size: int = 2048, repeats: int = 3) -> dict[str, Any]:
+    """The fastest matrix product of this process in GFLOP/s, by dtype, over plain and packed ones."""
+    import torch
+    from torch import nn
+
+    from sample.fast import PackedLinear, can_pack
+
+    best: dict[str, float] = {}
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x, layer = torch.randn(size, size).to(dtype), nn.Linear(size, size).to(dtype)
+            for function in (layer, *([PackedLinear(layer)] if can_pack() else [])):
+                function(x)
+                for _ in range(repeats):
+                    began = clock()
+                    function(x)
+                    rate = 2 * size**3 / (clock() - began) / 1e9
+                    name = str(dtype).removeprefix("torch.")
+                    best[name] = max(best.get(name, 0.0), rate)
+    return {"gflops": best}

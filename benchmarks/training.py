@@ -1,0 +1,191 @@
+"""The training step beside the official one: `python -m benchmarks.training --reference VAR`.
+
+Forward, cross-entropy and backward of one batch, random weights, as each project trains: ours as `train.train_var`
+does, the official code as its trainer does. No optimizer step: both use torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import write_lines
+from benchmarks.timing import Job, Timed, Worker, interleave, matmul_ceilings, ratios, spread
+
+COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float32", "times_official_bfloat16")
+COLUMNS += ("gflop_per_s", "share_of_ceiling", "loss", "peak_rss_mib", "foreign_share", "rounds")
+OURS = {  # variant -> (autocast, checkpointing)
+    "float32": (False, False),
+    "bfloat16": (True, False),
+    "bfloat16_checkpointed": (True, True),
+}
+THEIRS = {"official_float32": False, "official_bfloat16": True}
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
+    parser.add_argument("--size", default="d8", help="published size, random weights (d8)")
+    parser.add_argument("--schedule", default="var256", help="scales (var256)")
+    parser.add_argument("--batch", type=int, default=4, help="images of a step (4)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each variant (3)")
+    parser.add_argument("--threads", type=int, default=2, help="of each process (2)")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for idle processors (60)")
+    parser.add_argument("--work", type=Path, default=Path("cache/speed"), help="where the weights are kept")
+    parser.add_argument("--out", type=Path, default=Path("results/training_cpu.json"), help="result and table")
+    return parser
+
+
+def random_batch(config: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Tokens and inputs as a tokenizer would give them, from seed 0."""
+    import torch
+
+    from tokenizer.schedule import ScaleSchedule
+
+    schedule, generator = ScaleSchedule.of(config["schedule"]), torch.Generator().manual_seed(0)
+    return {
+        "ids": torch.randint(config["vocab_size"], (batch, schedule.total), generator=generator),
+        "inputs": torch.randn(
+            batch, schedule.total - schedule.lengths[0], config["latent_channels"], generator=generator
+        ),
+        "label": torch.arange(batch),
+        "counter": list(range(batch)),
+    }
+
+
+def our_jobs(folder: Path, batch: int) -> dict[str, Job]:
+    """Jobs "step" (autocast, checkpointed) and "ceilings" () of `VarObjective`."""
+    import torch
+
+    from train.objectives import VarLossConfig, VarObjective
+    from train.optimizers import OptimizerConfig
+    from train.session import Clock
+    from var.transformer import NextScaleTransformer
+
+    model = NextScaleTransformer.from_pretrained(folder / "transformer").train()
+    objective = VarObjective(model, VarLossConfig(drop=0.0), OptimizerConfig())
+    given, clock = random_batch(model.config, batch), Clock(step=0, progress=0.0, seed=0)
+
+    def step(autocast: bool, checkpointed: bool) -> dict[str, Any]:
+        model.enable_gradient_checkpointing() if checkpointed else model.disable_gradient_checkpointing()
+        objective.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = objective(given, clock)
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    return {"step": step, "ceilings": matmul_ceilings}
+
+
+def their_jobs(
+    checkout: Path, weights: Path, config: Mapping[str, Any], vqvae: Mapping[str, Any], batch: int
+) -> dict[str, Job]:
+    """Job "step" (autocast) of the official transformer, with its trainer's loss."""
+    import torch
+    from torch.nn import functional as F
+
+    from benchmarks.reference import build
+
+    _, var = build(checkout, weights, config, vqvae)
+    var.train().requires_grad_(True)
+    var.cond_drop_rate = 0.0
+    for block in var.blocks:  # ours was loaded without stochastic depth
+        block.drop_path = torch.nn.Identity()
+    given = random_batch(config, batch)
+
+    def step(autocast: bool) -> dict[str, Any]:
+        var.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits_BLV = var(given["label"], given["inputs"])
+            losses = F.cross_entropy(logits_BLV.view(-1, logits_BLV.shape[-1]), given["ids"].view(-1), reduction="none")
+            loss = losses.view(batch, -1).mean(dim=-1).mean()
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    return {"step": step}
+
+
+def step_flops(config: Mapping[str, Any], batch: int) -> float:
+    """Operations of forward and backward (twice the forward's) of a batch; masked attention is counted in full."""
+    from tokenizer.schedule import ScaleSchedule
+
+    D, L, depth = config["width"], ScaleSchedule.of(config["schedule"]).total, config["depth"]
+    hidden = round(D * config["mlp_ratio"])
+    linear = 2 * L * (4 * D * D + 2 * D * hidden) * depth + 2 * L * D * config["vocab_size"]
+    return 3.0 * batch * (linear + 4 * L * L * D * depth)
+
+
+def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A row a variant."""
+    rows = []
+    for name, runs in timed.items():
+        row = {"variant": name, "batch": batch, **spread("seconds", [run["seconds"] for run in runs])}
+        row["images_per_s"] = batch / row["seconds"]
+        row["gflop_per_s"] = flops / row["seconds"] / 1e9
+        row["share_of_ceiling"] = row["gflop_per_s"] / ceilings["float32" if "float32" in name else "bfloat16"]
+        for base in THEIRS:
+            if base in timed and base != name:
+                row |= ratios(f"times_{base}", timed[base], runs)
+        row |= {"loss": runs[0]["loss"], "peak_rss_mib": max(run["peak_mib"] for run in runs)}
+        row |= {"foreign_share": max(run["foreign_share"] for run in runs), "rounds": len(runs)}
+        rows.append(row)
+    return rows
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Build and time; the result as `report.result` makes it."""
+    from benchmarks.models import check_size, kept_models
+    from benchmarks.reference import check_checkout
+    from evaluation.report import command_line, result
+    from tokenizer.model import MultiScaleVQ
+    from var.transformer import NextScaleTransformer
+
+    size = check_size(options.size)
+    checkout = check_checkout(options.reference) if options.reference is not None else None
+    ours, official = kept_models(options.work / f"{size}-{options.schedule}-32", size, options.schedule, width=32)
+    configs = [dict(kind.load_config(ours / name)) for kind, name in ((NextScaleTransformer, "transformer"),)]
+    configs += [dict(MultiScaleVQ.load_config(ours / "vqvae"))]
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(partial(our_jobs, ours, options.batch), options.threads))
+        runs = {name: (worker, "step", how) for name, how in OURS.items()}
+        if checkout is not None:
+            make = partial(their_jobs, checkout, official, *configs, options.batch)
+            theirs = stack.enter_context(Worker(make, options.threads))
+            runs = {name: (theirs, "step", (autocast,)) for name, autocast in THEIRS.items()} | runs
+        for one, job, args in runs.values():  # kernels and memory settle
+            one.call(job, *args)
+        print("timing begins", file=sys.stderr, flush=True)
+        ceilings = worker.call("ceilings")["gflops"]
+        timed = interleave(runs, options.rounds, patience=options.patience)
+        print("timing ended", file=sys.stderr, flush=True)
+    rows = rows_of(timed, options.batch, step_flops(configs[0], options.batch), ceilings)
+    settings = {"size": size, "schedule": options.schedule, "threads": options.threads, "ceiling_gflop_per_s": ceilings}
+    command = command_line("python -m benchmarks.training", vars(options), vars(parser_of().parse_args([])))
+    return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result and its table."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    if min(options.batch, options.rounds, options.threads) < 1:
+        parser.error("--batch, --rounds and --threads must be 1 or more")
+    try:
+        content = measure(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    from evaluation.report import write_result
+
+    write_result(options.out, content)
+    write_lines(options.out.with_suffix(".md"), content["rows"], COLUMNS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

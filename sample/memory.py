@@ -1,0 +1,120 @@
+"""How much memory drawing takes, computed from shapes: weights, caches, the largest step of a scale, the decoder.
+
+Formulas, not measurements: `python -m benchmarks.memory` and the tests hold them against real runs.
+
+Shapes: B images, R rows (B, or 2 B with guidance), l tokens of the last scale, D width, F hidden width, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sample.costs import cache_peak
+from sample.draw import Filter
+from sample.plan import Plan
+
+if TYPE_CHECKING:
+    from tokenizer.model import MultiScaleVQ
+
+FLOAT, LONG = 4, 8  # bytes
+MAPS = 4  # of a residual block that live at once: its input, the first convolution's output, its norm, its output
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a call of the pipeline, part by part.
+
+    Attributes:
+        weights: of all parameters.
+        cache: peak of the key/value caches, the joined keys and values of one layer included.
+        step: what a scale needs beside them, at most.
+        decoder: what decoding needs, when the caches are gone.
+    """
+
+    weights: int
+    cache: int
+    step: int
+    decoder: int
+
+    @property
+    def drawing(self) -> int:
+        """Peak until all tokens are drawn."""
+        return self.weights + self.cache + self.step
+
+    @property
+    def peak(self) -> int:
+        """Peak of the whole call."""
+        return max(self.drawing, self.weights + self.decoder)
+
+
+def predict(
+    plan: Plan, vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype, *, decode_batch: int | None = None
+) -> Memory:
+    """The memory of drawing `batch` images by a plan.
+
+    Args:
+        decode_batch: images decoded at once (`MultiScaleVQ.enable_slicing`); all of them when None.
+    """
+    models = {id(stage.model): stage.model for stage in plan.stages}
+    weights = sum(_weight_bytes(model, dtype) for model in (*models.values(), vqvae))
+    step = max(step_bytes(plan, place, batch, dtype) for place in range(len(plan.stages)))
+    decoder = decoder_bytes(vqvae, min(batch, decode_batch or batch), dtype) + _image_bytes(vqvae, batch, dtype)
+    return Memory(weights, cache_peak(plan, batch, dtype), step, decoder)
+
+
+def official_cache_bytes(plan: Plan, batch: int) -> int:
+    """Keys and values of the official code on a GPU: all scales, keys in float32 (its norm casts), values in half."""
+    model, rows = plan.stages[0].model, batch * (2 if plan.guided else 1)
+    return rows * len(model.blocks) * plan.schedule.total * model.config.width * (FLOAT + 2)
+
+
+def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
+    """Largest memory of a scale of one stage beside weights and caches: feed-forward, attention, or the draw."""
+    stage, rows = plan.stages[place], batch * (2 if plan.guided else 1)
+    config, last = stage.model.config, plan.schedule.lengths[stage.scales[-1]]
+    D, F = config.width, round(config.width * config.mlp_ratio)
+    size = torch.empty((), dtype=dtype).element_size()
+    blocks = rows * last * size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
+    normed = FLOAT * (2 * D) + size * (5 * D)  # queries and keys in float32; the stream, its norm, q, k, v
+    attention = rows * last * normed
+    values = 2 * config.latent_channels if config.bitwise else config.vocab_size
+    draw = batch * last * _draw_bytes(stage.filter(stage.scales[-1]), values, stage.model.device)
+    draw += 2 * rows * last * D * FLOAT  # the head's features before and after its norm
+    return max(blocks, attention, draw)
+
+
+def _draw_bytes(filters: Filter, values: int, device: torch.device) -> int:
+    """Of one token: logits before and after the filters, and what was sorted to find them."""
+    if filters.top_p >= 1:
+        return 4 * FLOAT * values  # logits, filtered ones, probabilities and their sums
+    if device.type == "cuda" or not 0 < filters.top_k < values:
+        return 5 * FLOAT * values + LONG * values  # two of logits; sorted ones, order, probabilities, sums
+    return 3 * FLOAT * values + (2 * FLOAT + LONG + 1) * filters.top_k
+
+
+def decoder_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype) -> int:
+    """What the decoder's largest residual block holds, for so many images at once."""
+    config, (h, w) = vqvae.config, vqvae.image_hw
+    coarser = [*config.channels[1:], config.channels[-1]]  # what comes into a level lives as long as the level runs
+    levels = [
+        (entering + MAPS * width) * (h * w // 4**i // config.patch**2)
+        for i, (width, entering) in enumerate(zip(config.channels, coarser))
+    ]
+    return batch * max(levels) * torch.empty((), dtype=dtype).element_size()
+
+
+def _image_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype) -> int:
+    h, w = vqvae.image_hw
+    return 2 * batch * 3 * h * w * torch.empty((), dtype=dtype).element_size()
+
+
+def _weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a model cast to `dtype`, but for the modules it keeps in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    size = torch.empty((), dtype=dtype).element_size()
+    return sum(
+        p.numel() * (size if kept.isdisjoint(name.split(".")) else FLOAT) for name, p in model.named_parameters()
+    )

@@ -1,0 +1,77 @@
+"""Memory formulas against the real bytes of tensors, on small models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.live import LiveBytes
+from sample.memory import official_cache_bytes, predict
+from sample.pipeline import NextScalePipeline
+from sample.state import Hook
+from tokenizer.model import MultiScaleVQ
+from var.presets import PRESETS
+from var.transformer import NextScaleTransformer
+
+
+def pipeline(*, vocab_size=64, depth=4, channels=(16, 16, 32), dtype=torch.float32):
+    shared = {"vocab_size": vocab_size, "latent_channels": 8, "schedule": "1,2,4,8"}
+    vqvae = MultiScaleVQ(channels=list(channels), layers_per_block=1, norm_groups=8, **shared).eval()
+    transformer = NextScaleTransformer(depth=depth, width=64, heads=4, num_classes=10, **shared).eval()
+    transformer.init_weights(head_gain=4.0)  # else logits are so flat that ties decide
+    whole = NextScalePipeline(transformer, vqvae)
+    whole.set_progress_bar_config(disable=True)
+    return whole.to(dtype)
+
+
+class CachePeak(Hook):
+    """Keeps the cache's own account."""
+
+    def on_scale_end(self, state, k):
+        self.stored, self.peak = state.cache.nbytes, state.cache.peak_nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [{}, {"depth": 9}, {"vocab_size": 2048}, {"channels": (32, 32, 32)}], ids=str)
+def test_predicted_memory_is_that_of_the_tensors(sizes, dtype):
+    whole, batch = pipeline(dtype=dtype, **sizes), 4
+    plan = whole.make_plan(guidance_scale=1.5, top_k=sizes.get("vocab_size", 64) // 4, top_p=0.9)
+    predicted, account = predict(plan, whole.vqvae, batch, dtype), CachePeak()
+    with LiveBytes() as live, torch.no_grad():
+        made = whole(class_labels=[1] * batch, seed=0, plan=plan, hooks=[account], output_type="latent")
+        drawing = live.peak
+        live.restart()
+        whole.vqvae.decode(made.images)
+        decoding = live.peak
+    assert account.peak == predicted.cache
+    assert 0.85 < drawing / (predicted.cache + predicted.step) < 1.15
+    assert 0.85 < decoding / predicted.decoder < 1.15
+    held = sum(p.numel() * p.element_size() for part in (whole.transformer, whole.vqvae) for p in part.parameters())
+    assert predicted.weights == held
+
+
+def test_slices_give_the_same_images_in_less_memory():
+    whole = pipeline()
+    f_hat, images, peaks = torch.randn(5, 8, 8, 8), [], []
+    for size in (None, 2, 1):
+        whole.vqvae.disable_slicing() if size is None else whole.vqvae.enable_slicing(size)
+        with LiveBytes() as live, torch.no_grad():
+            images.append(whole.vqvae.decode(f_hat))
+        peaks.append(live.peak)
+    assert all(torch.allclose(images[0], other, atol=1e-5) for other in images[1:])
+    assert peaks[0] > peaks[1] > peaks[2]
+    with pytest.raises(ValueError, match="images must be 1 or more, got 0"):
+        whole.vqvae.enable_slicing(0)
+
+
+@pytest.mark.parametrize("size, schedule, batch", [("d30", "var256", 64), ("d36", "var512", 8)])
+def test_published_sizes_need_a_fraction_of_the_official_cache(size, schedule, batch):
+    with torch.device("meta"):
+        transformer = NextScaleTransformer(**PRESETS[size], schedule=schedule)
+        vqvae = MultiScaleVQ(schedule=schedule)
+    plan = NextScalePipeline(transformer, vqvae).make_plan(guidance_scale=1.5, top_k=900, top_p=0.96)
+    stored = 2 * batch * len(transformer.blocks) * transformer.schedule.begins[-1] * transformer.config.width * 2 * 2
+    assert stored <= 0.42 * official_cache_bytes(plan, batch)
+    sliced = predict(plan, vqvae, batch, torch.bfloat16, decode_batch=1)
+    assert sliced.cache < 1.1 * stored
+    assert sliced.peak == sliced.drawing  # the decoder is never the peak
