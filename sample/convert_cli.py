@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 
 ONLY = {  # options that mean something to some of the conversions alone
     "vae": {"from var", "from code", "from infinity"},
@@ -16,6 +17,7 @@ ONLY = {  # options that mean something to some of the conversions alone
     "phi_ratio": {"from var", "from code"},
     "cosine": {"from var", "from code"},
     "beta": {"from var", "from code"},
+    "norm_eps": {"from var", "from code", "from infinity"},
     "handover": {"from code"},
     "size": {"from infinity"},
     "level_every": {"from infinity"},
@@ -49,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--phi-ratio", type=float, help="quant_resi (0.5)")
     told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")
     told.add_argument("--beta", type=float, help="weight of the commitment loss (0.25)")
+    told.add_argument("--norm-eps", type=float, help="of the transformer's layer norms (1e-6)")
     told.add_argument("--size", help="of Infinity: 0.06M, 0.25M, 0.60M or 1M pixels (1M)")
     told.add_argument("--level-every", type=int, help="blocks between level embeddings; 0: only at first (0)")
     told.add_argument("--chunks", type=int, help="chunks of blocks in the files of --to infinity (8)")
@@ -67,19 +70,19 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     if args.target:
         _need(args, "--to", "model")
-        back = {"family": args.target, "chunks": args.chunks or 8, "overwrite": args.overwrite}
+        back = {"family": args.target, "chunks": 8 if args.chunks is None else args.chunks, "overwrite": args.overwrite}
         for path in convert_back(args.model, args.out, **back):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
         return 0
     _need(args, f"--from {args.source}", "vae", "transformer", *(["refiner"] if args.source == "code" else []))
-    names = ("schedule", "heads", "depth", "phi_ratio", "cosine", "beta", "handover", "size", "level_every")
+    told = {field.name: getattr(args, field.name) for field in fields(Flags)}
     components = convert(
         args.out,
         family=args.source,
         vae=args.vae,
         transformer=args.transformer,
         refiner=args.refiner,
-        flags=Flags(**{name: getattr(args, name) for name in names if getattr(args, name) is not None}),
+        flags=Flags(**{name: value for name, value in told.items() if value is not None}),
         text_encoder=args.text_encoder,
         overwrite=args.overwrite,
     )

@@ -56,6 +56,7 @@ class Flags:
         depth: refuse a transformer of another depth.
         phi_ratio, cosine, beta: of the quantiser, see `MultiScaleQuantizer` (the reference's `quant_resi`,
             `using_znorm` and `beta`).
+        norm_eps: of the transformer's layer norms.
         handover: scales that a drafter makes before its refiner.
         size: of Infinity: 0.06M, 0.25M, 0.60M or 1M, the square that is drawn unless another aspect is asked for.
         level_every: of Infinity: blocks of a chunk, where the level embedding is added before every chunk; 0 in all
@@ -68,6 +69,7 @@ class Flags:
     phi_ratio: float = 0.5
     cosine: bool = False
     beta: float = 0.25
+    norm_eps: float = 1e-6
     handover: int | None = None
     size: str = "1M"
     level_every: int = 0
@@ -80,6 +82,8 @@ class Flags:
             raise ValueError(f"phi_ratio must be in -1..1, got {self.phi_ratio}")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta must be 0 or more, got {self.beta}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be above 0 and below 1, got {self.norm_eps}")
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ def read_components(
     source = partial(read_state, fetch(vae), adapters.VQVAE.roots, adapters.VQVAE.what)
     components = {"vqvae": _component(adapters.VQVAE, source, vae, schedule=schedule, **tokenizer)}
     for name in parts:
-        heads = flags.heads if name == "transformer" else None
-        components[name] = _component(adapters.VAR, sources[name], files[name], schedule=schedule, heads=heads)
+        own = {"heads": flags.heads if name == "transformer" else None, "norm_eps": flags.norm_eps}
+        components[name] = _component(adapters.VAR, sources[name], files[name], schedule=schedule, **own)
     _check_together(components, flags)
     settings: dict[str, object] = {"sampling": dict(FAMILIES[family].sampling)}
     if "refiner" in parts:
@@ -176,6 +180,7 @@ def _read_infinity(
         return bitwise_keys.normalized(read_state(fetch(vae), adapters.BSQ.roots, adapters.BSQ.what))
 
     own = {"rope_grid": schedule.grid, "heads": flags.heads, "level_every": flags.level_every}
+    own["norm_eps"] = flags.norm_eps
     found = _component(adapters.INFINITY, source, transformer, schedule=schedule, **own)
     patch = _token_patch(found.config, vae_source(), vae)
     tokenizer = _component(adapters.BSQ, vae_source, vae, schedule=schedule, token_patch=patch)

@@ -84,6 +84,7 @@ def load_infinity(golden: Golden) -> NextScaleTransformer:
         "schedule": _sides(constructor["scale_schedule"]),
         "rope_grid": config.get("rope_reference_hw") or template.latent_hw,
         "heads": constructor["num_heads"],
+        "norm_eps": constructor.get("norm_eps", 1e-6),
         "level_every": 0 if once else constructor["depth"] // constructor["block_chunks"],
     }
     return adapters.build(adapters.INFINITY, normalized(golden.weights), **flags).float()

@@ -97,7 +97,8 @@ def load_vqvae(weights: Tensors, constructor: dict) -> MultiScaleVQ:
 
 def load_var(weights: Tensors, constructor: dict) -> NextScaleTransformer:
     schedule = _spec(constructor["patch_nums"])
-    return adapters.build(adapters.VAR, weights, schedule=schedule, heads=constructor.get("num_heads")).float()
+    flags = {"heads": constructor.get("num_heads"), "norm_eps": constructor.get("norm_eps", 1e-6)}
+    return adapters.build(adapters.VAR, weights, schedule=schedule, **flags).float()
 
 
 def vqvae_beside(golden: Golden) -> MultiScaleVQ:
@@ -225,7 +226,9 @@ def code_outputs(golden: Golden) -> Tensors:
     drafter, refiner = (
         load_var(
             {key.removeprefix(f"{part}."): t for key, t in golden.weights.items() if key.startswith(f"{part}.")},
-            constructor[part] | {"patch_nums": constructor["patch_nums"]},
+            golden.config.get("fixed_constructor_args", {})
+            | constructor[part]
+            | {"patch_nums": constructor["patch_nums"]},
         )
         for part in ("drafter", "refiner")
     )

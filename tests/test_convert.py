@@ -23,6 +23,7 @@ from sample.convert import convert, convert_back
 from sample.load import load_pipeline
 from sample.official import Flags, load_official
 from sample.pipeline import NextScalePipeline
+from var.conditioning import ClassPrompt
 
 GOLDENS = Path(__file__).parent / "goldens"
 State = dict[str, torch.Tensor]
@@ -172,6 +173,20 @@ def test_tokenizer_config_is_read_off_the_tensors(sides: list[int], factors: lis
     config = adapters.read_config(adapters.VQVAE, state, schedule=sides)
     assert {key: model.config[key] for key in config} == config
     assert adapters.from_official(adapters.VQVAE, state, config).keys() == model.state_dict().keys()
+
+
+def test_what_tensors_cannot_tell_is_told(files: dict[str, Path]) -> None:
+    given = {"vae": files["vae"], "transformer": files["var"]}
+    usual = load_official(**given)["transformer"]
+    told = load_official(**given, flags=Flags(norm_eps=0.1, phi_ratio=-0.3, cosine=True))
+    assert (usual.config.norm_eps, told["transformer"].config.norm_eps) == (1e-6, 0.1)
+    quantizer = told["vqvae"].quantizer
+    assert quantizer.cosine and quantizer.phis[0].ratio == 0.3
+    hidden = [
+        model(None, model.condition(ClassPrompt(torch.tensor([1]))), scales=range(1))
+        for model in (usual, told["transformer"])
+    ]
+    assert not torch.allclose(*hidden, atol=1e-3)
 
 
 def test_known_schedules_without_recorded_levels() -> None:

@@ -75,7 +75,11 @@ def test_golden(folder: Path, lines: list[Line]) -> None:
     if golden.family not in FAMILIES:
         lines.append(Line(folder.name, f"(family {golden.family})", float("nan"), float("nan"), "NOT BUILT"))
         pytest.skip(f"not built: family {golden.family}")
-    ours = FAMILIES[golden.family](golden)
+    try:
+        ours = FAMILIES[golden.family](golden)
+    except Exception:
+        lines.append(Line(folder.name, "(nothing: see above)", float("inf"), 0.0, "FAILED"))
+        raise
     compared = [compare(golden, name, derived(ours, name, golden.io[name])) for name in golden.outputs]
     lines.extend(compared)
     assert compared, f"{folder} records no output"
@@ -140,7 +144,7 @@ def table(lines: list[Line], *, by_kind: bool) -> list[str]:
         groups.setdefault((line.folder, kind) if by_kind else (line.folder,), []).append(line)
     rows = [f"{'folder':24} {'worst of':>8} {'tensor':36} {'error':>9} {'allowed':>9}  status"]
     for (folder, *_), group in groups.items():
-        worst = max(group, key=lambda line: (line.status == "WRONG", line.error / (line.tolerance or 1)))
+        worst = max(group, key=lambda line: (line.status in ("WRONG", "FAILED"), line.error / (line.tolerance or 1)))
         rows.append(
             f"{folder:24} {len(group):8d} {worst.tensor:36} {worst.error:9.2e} {worst.tolerance:9.1e}  {worst.status}"
         )

@@ -64,8 +64,8 @@ def read_config(
     num_phis, count = _phi_sharing(shapes)
     if num_phis == 0 and count != len(schedule):
         raise ValueError(f"the tokenizer has one phi for each of {count} scales, the schedule has {len(schedule)}")
-    if count and phi_ratio == 0:
-        raise ValueError(f"phi_ratio is 0, the tokenizer has {count} phi convolutions")
+    if count and abs(phi_ratio) <= 1e-6:
+        raise ValueError(f"phi_ratio is {phi_ratio:g}, the tokenizer has {count} phi convolutions")
     return {
         "channels": channels,
         "stem_channels": None if stem == channels[0] else stem,

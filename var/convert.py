@@ -64,11 +64,17 @@ def read_schedule(shapes: Mapping[str, Sequence[int]], level_ids: torch.Tensor |
     return ScaleSchedule.of(sides).spec
 
 
-def read_config(shapes: Mapping[str, Sequence[int]], *, schedule: list[list[int]], heads: int | None = None) -> dict:
+def read_config(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    schedule: list[list[int]],
+    heads: int | None = None,
+    norm_eps: float = 1e-6,
+) -> dict:
     """The config of our `NextScaleTransformer` that an official state dict belongs to.
 
-    Everything comes from the tensors, but for the number of heads of a model without QK-norm: `heads`, or one per
-    64 channels as in all official sizes.
+    Everything comes from the tensors, but for `norm_eps` and the number of heads of a model without QK-norm: `heads`,
+    or one per 64 channels as in all official sizes.
 
     Args:
         shapes: shape of every official tensor; a missing key raises from the mapping itself.
@@ -101,6 +107,7 @@ def read_config(shapes: Mapping[str, Sequence[int]], *, schedule: list[list[int]
         "mlp_ratio": hidden / width,
         "qk_norm": qk_norm,
         "shared_ada": shared_ada,
+        "norm_eps": norm_eps,
     }
 
 

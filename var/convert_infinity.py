@@ -95,6 +95,7 @@ def read_config(
     rope_grid: Sequence[int] | None = None,
     heads: int | None = None,
     level_every: int = 0,
+    norm_eps: float = 1e-6,
 ) -> dict:
     """The config of our `NextScaleTransformer` that a normalised official state dict belongs to.
 
@@ -104,6 +105,7 @@ def read_config(
         rope_grid: (height, width) of the last scale at 1M.
         heads: attention heads, of a model without cosine attention.
         level_every: blocks of a chunk, where the level embedding is added before every chunk.
+        norm_eps: of the layer norms.
     """
     width, bits = shapes["word_embed.weight"]
     qk_norm = any(key.endswith(".sa.scale_mul_1H11") for key in shapes)
@@ -127,6 +129,7 @@ def read_config(
         "qk_norm": qk_norm,
         "shared_ada": any(key.startswith("shared_ada_lin.") for key in shapes),
         "positions": "rope",
+        "norm_eps": norm_eps,
         "level_table": shapes["lvl_embed.weight"][0],
         "level_every": level_every,
         "bitwise": True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from var.layers import AdaLinear, modulate
+from var.layers import EPS, AdaLinear, modulate
 
 
 class CategoricalHead(nn.Module):
@@ -18,8 +18,9 @@ class CategoricalHead(nn.Module):
     logits as projecting twice and mixing.
     """
 
-    def __init__(self, width: int, vocab_size: int):
+    def __init__(self, width: int, vocab_size: int, *, norm_eps: float = EPS):
         super().__init__()
+        self.norm_eps = norm_eps
         self.ada = AdaLinear(width, 2)
         self.proj = nn.Linear(width, vocab_size)
 
@@ -30,7 +31,7 @@ class CategoricalHead(nn.Module):
     def features(self, hidden_BlD: torch.Tensor, head_B2D: torch.Tensor) -> torch.Tensor:
         """(B, l, D) to (B, l, D) float32."""
         scale, shift = head_B2D.float()[:, :, None].unbind(dim=1)
-        return modulate(hidden_BlD.float(), scale, shift)
+        return modulate(hidden_BlD.float(), scale, shift, self.norm_eps)
 
     def project(self, features_BlD: torch.Tensor) -> torch.Tensor:
         """(B, l, D) to logits (B, l, V) float32."""
@@ -41,8 +42,8 @@ class CategoricalHead(nn.Module):
 class BitwiseHead(CategoricalHead):
     """Two logits for each bit of a token: 2n outputs instead of 2**n (Infinity, section 3.3)."""
 
-    def __init__(self, width: int, bits: int):
-        super().__init__(width, 2 * bits)
+    def __init__(self, width: int, bits: int, *, norm_eps: float = EPS):
+        super().__init__(width, 2 * bits, norm_eps=norm_eps)
 
     def project(self, features_BlD: torch.Tensor) -> torch.Tensor:
         """(B, l, D) to logits (B, l, n, 2) float32; index 1 is bit 1."""

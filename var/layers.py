@@ -19,14 +19,14 @@ from var.cache import KVCache
 EPS = 1e-6
 
 
-def layer_norm(x_BlD: torch.Tensor) -> torch.Tensor:
+def layer_norm(x_BlD: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """Layer norm without parameters."""
-    return F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=EPS)
+    return F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=eps)
 
 
-def modulate(x_BlD: torch.Tensor, scale_B1D: torch.Tensor, shift_B1D: torch.Tensor) -> torch.Tensor:
+def modulate(x_BlD: torch.Tensor, scale_B1D: torch.Tensor, shift_B1D: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """Adaptive layer norm: LN(x) * (1 + scale) + shift."""
-    return torch.addcmul(shift_B1D, layer_norm(x_BlD), scale_B1D + 1)
+    return torch.addcmul(shift_B1D, layer_norm(x_BlD, eps), scale_B1D + 1)
 
 
 def attention(
@@ -174,6 +174,7 @@ class Block(nn.Module):
         cross: attend to a text memory between the two.
         cross_gate: first value of a learned gate a channel on what that adds; None for no gate.
         drop_path: probability that training skips a branch for an image.
+        norm_eps: of the layer norms.
     """
 
     def __init__(
@@ -187,9 +188,10 @@ class Block(nn.Module):
         cross: bool,
         cross_gate: float | None = None,
         drop_path: float = 0.0,
+        norm_eps: float = EPS,
     ):
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path, self.norm_eps = drop_path, norm_eps
         self.attn = SelfAttention(width, heads, qk_norm=qk_norm)
         self.ffn = FeedForward(width, hidden)
         if shared_ada:
@@ -197,7 +199,7 @@ class Block(nn.Module):
         else:
             self.ada = AdaLinear(width, 6)
         if cross:
-            self.cross_norm = nn.LayerNorm(width, eps=EPS)
+            self.cross_norm = nn.LayerNorm(width, eps=norm_eps)
             self.cross = CrossAttention(width, heads)
         gated = cross and cross_gate is not None
         self.cross_gate_D = nn.Parameter(torch.full((width,), cross_gate)) if gated else None
@@ -220,12 +222,12 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
-        attended = self.attn(modulate(x_BlD, scale1, shift1), mask, rope_lf, cache, layer, begin)
+        attended = self.attn(modulate(x_BlD, scale1, shift1, self.norm_eps), mask, rope_lf, cache, layer, begin)
         x_BlD = x_BlD + self._drop(attended * gamma1)
         if memory is not None:
             read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
             x_BlD = x_BlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
-        return x_BlD + self._drop(self.ffn(modulate(x_BlD, scale2, shift2)) * gamma2)
+        return x_BlD + self._drop(self.ffn(modulate(x_BlD, scale2, shift2, self.norm_eps)) * gamma2)
 
     def _drop(self, branch_BlD: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_path == 0:

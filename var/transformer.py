@@ -46,6 +46,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_heads: heads of the text's attentive pooling; `heads` when None.
         cross_gate: first value of a learned gate on cross-attention; None for no gate.
         rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
+        norm_eps: of the layer norms of blocks and head.
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
     """
 
@@ -80,6 +81,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_heads: int | None = None,
         cross_gate: float | None = None,
         rope_grid: list[int] | None = None,
+        norm_eps: float = 1e-6,
         selectivity: list[list[float]] | None = None,
     ):
         super().__init__()
@@ -114,10 +116,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 cross=conditioning == "text",
                 cross_gate=cross_gate,
                 drop_path=drop_path * i / max(depth - 1, 1),
+                norm_eps=norm_eps,
             )
             for i in range(depth)
         )
-        self.head = BitwiseHead(width, latent_channels) if bitwise else CategoricalHead(width, vocab_size)
+        make_head, size = (BitwiseHead, latent_channels) if bitwise else (CategoricalHead, vocab_size)
+        self.head = make_head(width, size, norm_eps=norm_eps)
         self.gradient_checkpointing = False
         self.init_weights()
 
