@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.cli import add_sampling, call_options, read_classes
+from sample.cli import add_sampling, call_options, read_classes, write_trees
 from sample.plans_cli import how_options
+from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   nextscale edit photo.png --model var-d36 --class "golden retriever" --mask mask.png --feather 8
   nextscale edit photo.png --model var-d36 --extend 64,0,64,0      draw 64 more pixels to the left and to the right
   nextscale edit photo.png --model var-d36 --mask mask.png         class models fill in without a class, too
+  nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --search best --n 8      the best of 8 edits
 
 White in a mask is repainted, black stays bit by bit, grey is blended. A text says what the whole picture is to show.
 The same command again goes on where it stopped; finished images are kept."""
@@ -37,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--class", dest="label", metavar="CLASS", help='a class, for class models: 207, "golden retriever"'
     )
-    what.add_argument("--n", type=int, default=1, help="how many (1)")
+    what.add_argument("--n", type=int, help="how many (1); with --search, the N of the search (2)")
     what.add_argument("--seed", type=int, default=0, help="the name of the first; the next ones get seed + 1, ... (0)")
     what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
 
@@ -58,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="which tokens are kept, see docs/editing.md (corrected)",
     )
     add_sampling(parser, out="a folder (pictures)")
+    add_search_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     image, mask = read_pictures(args)
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(f"--n and --batch-size must be 1 or more, got {args.n} and {args.batch_size}")
+    count = images_of_each(args)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
     from sample.images import Job, PngFolder, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
@@ -90,15 +94,17 @@ def run(args: argparse.Namespace) -> int:
         "mask_rule": args.mask_rule,
         **(pipeline.config.sampling or {}),
         **call_options(args),
+        **search_settings(args),
     }
-    requests = make_requests([prompt], per_prompt=args.n, seed=args.seed)
+    requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     sink = PngFolder(args.out, settings)
     job = Job(args.out / "settings.json", settings, informal=("model",))
     job.check()
     todo = sink.missing(process_share(requests))
-    call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, **call_options(args)}
+    search = make_search(args, pipeline, prompt, call_options(args))
+    call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search, **call_options(args)}
     try:
-        draw_all(pipeline, todo, sink, job, batch_size=args.batch_size, call=call)
+        draw_all(args, pipeline, todo, sink, job, call)
     except KeyboardInterrupt:
         done = len(requests) - len(sink.missing(requests))
         print(
@@ -224,12 +230,11 @@ def digest(picture: Image.Image) -> str:
 
 
 def draw_all(
+    args: argparse.Namespace,
     pipeline: NextScalePipeline,
     requests: list[Request],
     sink: PngFolder,
     job: Job,
-    *,
-    batch_size: int,
     call: dict[str, Any],
 ) -> None:
     """Make and write the edits, under a progress bar. The job's settings go first."""
@@ -238,14 +243,15 @@ def draw_all(
 
     kind = "class_labels" if pipeline.by_class else "prompt"
     with tqdm(total=len(requests), unit="image", disable=None) as bar:
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
+        for start in range(0, len(requests), args.batch_size):
+            batch = requests[start : start + args.batch_size]
             what = {kind: [request.prompt for request in batch], "seed": [request.seed for request in batch]}
             made = pipeline(**what, **call)
             job.save()
             for request, picture in zip(batch, made.images):
                 sink.write(request, np.asarray(picture))
                 bar.update()
+            write_trees(args, sink, batch, made)
 
 
 def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> int:

@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -401,6 +403,38 @@ def test_masks_of_every_kind(edit, tmp_path):
     assert np.array_equal(levels_of(tmp_path / "c" / "a-star_seed0.png")[2:10, 2:10], before)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--plan", "supernet:2", "--depth", "1"],
+        ["--plan", "self:2", "--depth", "1"],
+        ["--plan", "code:2", "--refiner"],
+        ["--search", "best", "--n", "2", "--reward", "edit_rewards:brightness", "--show-search"],
+        ["--search", "4 cluster@1:2 best", "--reward", "edit_rewards:brightness", "--images", "2"],
+        ["--cache", "window:80%"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("model", ["text", "class"])
+def test_every_way_of_drawing_edits(edit, model, how, tmp_path, text_folder, class_folder, monkeypatch):
+    rewards = types.ModuleType("edit_rewards")
+    rewards.brightness = lambda images, prompts: images.mean(axis=(1, 2, 3)) / 255
+    monkeypatch.setitem(sys.modules, "edit_rewards", rewards)
+    how = [*how, {"text": text_folder, "class": class_folder}[model]] if how[-1:] == ["--refiner"] else how
+    what = ["a red star"] if model == "text" else ["--class", 3]
+    code, _, error = edit(*what, "--box", "2,1,6,7", "--feather", 2, "--guidance", 1, *how, model=model)
+    assert code == 0, error
+    made = sorted((tmp_path / "out").glob("*_seed*.png"))
+    assert len(made) == (2 if "--images" in how else 1)
+    kept = np.ones((8, 8), bool)
+    kept[:, :] = [[not (0 <= x < 8 and 0 <= y < 8 and np.hypot(max(2 - x, x - 5, 0), max(1 - y, y - 6, 0)) < 3)
+                   for x in range(8)] for y in range(8)]  # fmt: skip
+    for path in made:
+        assert np.array_equal(levels_of(path)[kept], levels_of(tmp_path / "in.png")[kept])
+    assert (tmp_path / "out" / "search").is_dir() == ("--show-search" in how)
+
+
 def test_feathering_reaches_into_the_kept_part():
     from sample.edit_cli import feathered
 
@@ -421,7 +455,10 @@ def test_feathering_reaches_into_the_kept_part():
         (["a star", "--extend", "0,0,0,0"], "borders must be 0 or more pixels"),
         (["a star", "--mask", "none.png"], "--mask none.png is not a file"),
         (["a star", "--box", "1,1,4,4", "--feather", "-1"], "--feather must be 0 or more pixels, got -1"),
-        (["a star", "--box", "1,1,4,4", "--n", "0"], "--n and --batch-size must be 1 or more, got 0 and 16"),
+        (["a star", "--box", "1,1,4,4", "--n", "0"], "--n must be 1 or more, got 0"),
+        (["a star", "--box", "1,1,4,4", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["a star", "--box", "1,1,4,4", "--reward", "scenes"], "--reward needs --search"),
+        (["a star", "--box", "1,1,4,4", "--search", "bset"], "bset"),
         (["--box", "1,1,4,4"], "this model reads texts: say what the whole picture is to show"),
         (["a star", "--box", "1,1,4,4", "--class", "1"], "this model reads texts"),
         (["a star", "--extend", "9,0,0,0"], "mask_image spans 9 pixels"),
