@@ -134,6 +134,9 @@ def test_training_on_several_aspects(lists: Path, tmp_path: Path) -> None:
     assert trained.schedule == aspect_schedule("1:1", "0.06M")
     with pytest.raises(ValueError, match="no template ends with 5x5"):
         schedule_of(5, 5)
+    one_shape = ["--progressive.coarse=2", f"--run.run_dir={tmp_path}/no", *options, *TRANSFORMER]
+    with pytest.raises(ValueError, match="progressive trains the scales of one shape"):
+        train_var.main(one_shape)
 
 
 def test_weights_by_side() -> None:

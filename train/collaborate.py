@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.schedule import ScaleSchedule
-from train.objectives import VarLossConfig, VarObjective, fast_cpu_attention, token_weights
+from train.objectives import VarLossConfig, VarObjective, fast_cpu_attention, first_scales, token_weights
 from train.optimizers import OptimizerConfig
 from train.session import Batch, Clock, Metrics
 from var.transformer import NextScaleTransformer
@@ -81,9 +81,8 @@ class DrafterObjective(VarObjective):
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of the drafted tokens."""
-        last, first = self.drafted.total, self.drafted.lengths[0]
-        inputs = batch["inputs"][:, : last - first] if last > first else None
-        return super().predict({**batch, "ids": batch["ids"][:, :last], "inputs": inputs}, clock, **passes)
+        cut = first_scales(batch, self.transformer.schedule, len(self.drafted))
+        return super().predict(cut, clock, **passes)
 
 
 class RefinerObjective(VarObjective):
@@ -113,7 +112,7 @@ class RefinerObjective(VarObjective):
         code.check(transformer.schedule)
         if text_encoder is not None:
             raise ValueError("text.train must be false for a refiner: its teacher reads the same text encoder")
-        for name in ("schedule", "vocab_size", "latent_channels", "conditioning"):
+        for name in ("schedule", "vocab_size", "latent_channels", "bitwise", "conditioning"):
             mine, theirs = getattr(transformer.config, name), getattr(teacher.config, name)
             if mine != theirs:
                 raise ValueError(f"code.teacher must have the refiner's {name} {mine}, got {theirs}")
@@ -128,17 +127,19 @@ class RefinerObjective(VarObjective):
         return torch.cat([whole[:begin] * fading, whole[begin:]])
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
-        """Weighted divergence, and divergence and accuracy by scale."""
-        prompt, (teacher,) = self.training_prompt(batch, clock), self.frozen
+        """Weighted divergence, and divergence and accuracy by scale; of bitwise tokens a mean over the bits."""
+        batch, prompt, (teacher,) = self.taught(batch), self.training_prompt(batch, clock), self.frozen
+        ids, inputs = batch["ids"], batch["inputs"]
         cond = self.transformer.condition(prompt)
-        ours = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond).log_softmax(dim=-1)
-        with torch.no_grad(), fast_cpu_attention(batch["inputs"].device):
-            teacher.to(batch["inputs"].device)
+        ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond).log_softmax(dim=-1)
+        with torch.no_grad(), fast_cpu_attention(ids.device):
+            teacher.to(ids.device)
             their_cond = teacher.condition(prompt)
-            theirs = teacher.logits(teacher(batch["inputs"], their_cond), their_cond).log_softmax(dim=-1)
+            theirs = teacher.logits(teacher(inputs, their_cond), their_cond).log_softmax(dim=-1)
         student, target = (ours, theirs) if self.code.divergence == "teacher" else (theirs, ours)
-        kl_L = F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1).mean(dim=0)
+        all_but_tokens = (0, *range(2, ids.ndim))
+        kl_L = F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1).mean(dim=all_but_tokens)
         loss = (kl_L * self.weights(clock).to(kl_L.device)).sum()
-        correct_L = (ours.argmax(dim=-1) == batch["ids"]).float().mean(dim=0)
+        correct_L = (ours.argmax(dim=-1) == ids).float().mean(dim=all_but_tokens)
         by_scale = {**self.by_scale("kl", kl_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}

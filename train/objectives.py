@@ -389,10 +389,15 @@ class VarObjective(Objective):
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""
         return self.predict(batch, clock, **self.passes(clock))
 
+    def taught(self, batch: Batch) -> Batch:
+        """The batch with the ids and inputs that are learnt from: in training those of self-correction, if any."""
+        if self.training and "noisy_ids" in batch:
+            return {**batch, "ids": batch["noisy_ids"], "inputs": batch["noisy_inputs"]}
+        return batch
+
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """`forward` with other arguments of the transformer."""
-        if self.training and "noisy_ids" in batch:
-            batch = {**batch, "ids": batch["noisy_ids"], "inputs": batch["noisy_inputs"]}
+        batch = self.taught(batch)
         ids_BL, schedule = batch["ids"], batch.get("schedule")
         if schedule is not None:
             passes = {**passes, "schedule": schedule}
@@ -425,6 +430,14 @@ class VarObjective(Objective):
     def checkpoint_activations(self) -> None:
         """Keep only the activations between blocks."""
         self.transformer.enable_gradient_checkpointing()
+
+
+def first_scales(batch: Batch, schedule: ScaleSchedule, count: int) -> Batch:
+    """The batch with the ids and inputs of its first `count` scales alone; no inputs (None) for the first scale."""
+    end, first = schedule.ends[count - 1], schedule.lengths[0]
+    cut = {name: batch[name][:, :end] for name in ("ids", "noisy_ids") if name in batch}
+    inputs = (name for name in ("inputs", "noisy_inputs") if name in batch)
+    return {**batch, **cut, **{name: batch[name][:, : end - first] if end > first else None for name in inputs}}
 
 
 @contextlib.contextmanager

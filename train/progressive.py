@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.objectives import VarLossConfig, VarObjective
+from train.objectives import VarLossConfig, VarObjective, first_scales
 from train.optimizers import OptimizerConfig
 from train.order import uniforms
 from train.session import Batch, Clock, Metrics
@@ -125,9 +125,5 @@ class ProgressiveObjective(VarObjective):
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of these scales' tokens."""
-        schedule = self.transformer.schedule
-        end, first = schedule.ends[self.stage(clock)[0] - 1], schedule.lengths[0]
-        cut = {name: batch[name][:, :end] for name in ("ids", "noisy_ids") if name in batch}
-        inputs = (name for name in ("inputs", "noisy_inputs") if name in batch)
-        cut |= {name: batch[name][:, : end - first] if end > first else None for name in inputs}
-        return super().predict({**batch, **cut}, clock, **passes)
+        cut = first_scales(batch, self.transformer.schedule, self.stage(clock)[0])
+        return super().predict(cut, clock, **passes)

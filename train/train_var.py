@@ -201,6 +201,8 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
     several = [name for name, value in {**asked, "code.role": config.code.role}.items() if value]
     if len(several) > 1:
         raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
+    if several and several[0] != "supernet.depths" and config.aspects.folder is not None:
+        raise ValueError(f"{several[0]} trains the scales of one shape: leave out aspects.folder")
     if config.progressive.is_on:
         return ProgressiveObjective(*common, progressive=config.progressive)
     if config.supernet.depths:
