@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from evaluation.editing_sheet import Column, editing_sheet
 from evaluation.evaluate import model_name
 from evaluation.judge import Detection, apply_rules, detect, wilson
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
-from evaluation.sheet import RIGHT, WRONG
 from sample.edit import RULES
 from sample.images import write_png
 from sample.load import load_pipeline
@@ -34,6 +33,7 @@ from sample.search import Search
 TASKS = ("replace", "add")
 MARGIN = 8  # pixels around the old object that are repainted, where the kept one leaves room
 CLEARANCE = 1  # pixels between the mask and the kept object
+SHOWN = 10  # cases in the picture: the first ones
 FIGURES = ("right", "new_object", "kept_object", "old_object_gone", "nothing_else", "unchanged_outside", "images_per_s")
 
 
@@ -162,9 +162,15 @@ class Job:
 
     @property
     def label(self) -> str:
-        """A few words for a bar and the picture."""
-        best = f", best of {self.fields['candidates']}" if self.fields.get("candidates", 1) > 1 else ""
-        return f"{self.task}, {self.fields['mask_rule']}{best}" if self.task else f"afresh{best}"
+        """A few words for a bar."""
+        return f"{self.task or 'afresh'}, {self.words}"
+
+    @property
+    def words(self) -> str:
+        """What tells it from the other jobs of its task."""
+        if self.fields["candidates"] > 1:
+            return f"best of {self.fields['candidates']}"
+        return f"rule: {self.fields['mask_rule']}" if self.task else "one image each"
 
 
 def edits(
@@ -224,31 +230,6 @@ def jobs(pipeline: NextScalePipeline, rules: Sequence[str], best_of: int, call: 
     return rows
 
 
-def sheet(cases: Sequence[Case], columns: dict[str, tuple[list[np.ndarray], list[bool]]]) -> Image.Image:
-    """A row a case: its text, the scene with the mask's outline, and what each column made of it, framed by verdict."""
-    from PIL import ImageDraw, ImageFont
-
-    side, gap, head = 128, 8, 34
-    width = (side + gap) * (len(columns) + 1) + gap
-    picture = Image.new("RGB", (width, head + len(cases) * (side + head + gap)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
-    for column, name in enumerate(("given", *columns)):
-        text = name.replace(", best", "\nbest")
-        draw.multiline_text((gap + column * (side + gap), 4), text, fill=(60, 60, 60), font=font, spacing=2)
-    for i, case in enumerate(cases):
-        top = head + i * (side + head + gap)
-        given = Image.fromarray(case.image("replace")).resize((side, side), Image.Resampling.NEAREST)
-        zoom = side / CANVAS
-        ImageDraw.Draw(given).rectangle([round(v * zoom) - (j > 1) for j, v in enumerate(case.box)], outline="white")
-        picture.paste(given, (gap, top))
-        for column, (images, right) in enumerate(columns.values(), start=1):
-            left = gap + column * (side + gap)
-            draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), fill=RIGHT if right[i] else WRONG)
-            picture.paste(Image.fromarray(images[i]).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.text((gap, top + side + 4), case.metadata["prompt"], fill=(60, 60, 60), font=font)
-    return picture
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
@@ -284,14 +265,14 @@ def run(args: argparse.Namespace) -> list[dict]:
         raise ValueError(f"--model {args.model} must be a text model of {CANVAS:.0f}x{CANVAS:.0f} pixels")
     cases = [case_at(i, args.seed, args.objects) for i in range(args.n)]
     call = {} if args.guidance is None else {"guidance_scale": args.guidance}
-    rows, columns = [], {}
+    rows, columns = [], []
     for job in jobs(pipeline, rules, args.best_of, call):
         row, images, right = measure(pipeline, cases, job, batch_size=args.batch_size, seed=args.seed)
         rows.append({"model": model_name(args.model), **call, **row})
-        columns[job.label] = images, right
+        columns.append(Column(job.task, job.words, images[:SHOWN], right[:SHOWN], row["right"]))
     print(table(rows, ["task", "mask_rule", "candidates", *FIGURES]))
     if args.out is not None:
-        write_png(args.out.with_suffix(".png"), sheet(cases[:10], columns))
+        write_png(args.out.with_suffix(".png"), editing_sheet(cases[:SHOWN], columns))
         content = result(
             rows,
             command=command(args),

@@ -9,7 +9,9 @@ from conftest import liven
 from PIL import Image
 
 from evaluation.editing import FIGURES, case_at, judge_edit, main
+from evaluation.editing_sheet import BOX, Column, editing_sheet
 from evaluation.scenes import COLOURS, SceneObject, render
+from evaluation.sheet import RIGHT, WRONG
 from sample.edit import RULES
 
 TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
@@ -88,8 +90,21 @@ def test_the_command_measures_and_writes(folder, tmp_path, capsys):
         assert row["unchanged_outside"] == 1.0 and row["right"] == 0.0 and row["n"] == 4
         assert all(name in row for name in FIGURES)
     assert "unchanged_outside" not in result["rows"][0]
-    assert Image.open(out.with_suffix(".png")).width == 11 * (128 + 8) + 8
+    assert Image.open(out.with_suffix(".png")).size == (1532, 104 + 4 * 154 + 12)
     assert "unchanged_outside" in capsys.readouterr().out
+
+
+def test_the_page_groups_columns_by_task_and_frames_them_by_verdict():
+    cases = [case_at(i, 0, 1) for i in range(2)]
+    pictures = [perfect(case) for case in cases]
+    columns = [
+        Column(None, "one image each", pictures, [False, False], 0.0),
+        Column("replace", "rule: corrected", pictures, [True, False], 0.5),
+    ]
+    page = np.asarray(editing_sheet(cases, columns))
+    frames = [[tuple(page[104 + 24 + i * 154, x]) for x in (12 + 130 + 26, 12 + 2 * 130 + 2 * 26)] for i in range(2)]
+    assert frames == [[RIGHT, WRONG], [WRONG, WRONG]]  # edits come before what was drawn afresh
+    assert (page == BOX).all(axis=-1).any()
 
 
 @pytest.mark.parametrize(
