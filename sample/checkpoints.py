@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pickle
 import pickletools
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +83,56 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
         for _, tensor in stream(make_state):
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     os.replace(temporary, path)
+
+
+def map_safetensors(path: Path) -> tuple[State, mmap.mmap]:
+    """The tensors of a safetensors file as views of its mapping, read-only, and the mapping.
+
+    Raises:
+        ValueError: if the file is damaged or cut short.
+    """
+    _read_safetensors(path)  # every tensor's place is checked, none is read
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    types = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+    state: State = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                dtype = types[entry["dtype"]]
+                count = (end - begin) // dtype.itemsize
+                where = {"dtype": dtype, "offset": 8 + length + begin, "count": count}
+                flat = torch.frombuffer(mapping, **where) if count else torch.empty(0, dtype=dtype)
+                state[key] = flat.view(entry["shape"])
+    return state, mapping
+
+
+def write_pth(path: Path, state: object, mappings: Sequence[mmap.mmap]) -> None:
+    """`torch.save`, which forgets mapped pages as it goes: they count as memory no longer than they are needed."""
+    with open(path, "wb") as file:
+        torch.save(state, _Forgetting(file, mappings))
+
+
+class _Forgetting:
+    """A file to write to, after each `budget` bytes of which mappings are emptied."""
+
+    def __init__(self, file: BinaryIO, mappings: Sequence[mmap.mmap], budget: int = 2**27):
+        self.file, self.mappings, self.budget, self.written = file, mappings, budget, 0
+
+    def write(self, data: bytes) -> int:
+        self.written += len(data)
+        if self.written > self.budget and hasattr(mmap, "MADV_DONTNEED"):
+            self.written = 0
+            for mapping in self.mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _index_in(path: Path) -> Path:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from sample import adapters
 from sample.adapters import Adapter
-from sample.checkpoints import State, read_state, write_safetensors
+from sample.checkpoints import State, map_safetensors, read_state, write_pth, write_safetensors
 from sample.official import Component, Flags, read_components
 from sample.pipeline import NextScalePipeline
 from var import convert_infinity as infinity_keys
@@ -99,29 +98,35 @@ def convert_back(
         for name, adapter in zip(("vqvae", "transformer", "refiner"), (*networks, networks[1])):
             if name == "refiner" and not (model / name).is_dir():
                 continue
-            state = official_state(model / name, adapter)
+            state, mappings = official_state(model / name, adapter)
             if bitwise:
                 state = {"vae": state} if name == "vqvae" else infinity_keys.chunked(state, chunks)
             file = folder / f"{'vae' if name == 'vqvae' else name}.pth"
-            torch.save(state, file)
+            write_pth(file, state, mappings)
             written.append(Path(out) / file.name)
     return written
 
 
-def official_state(folder: Path, adapter: Adapter) -> State:
-    """The complete official state dict of one of our components."""
+def official_state(folder: Path, adapter: Adapter) -> tuple[State, list[mmap.mmap]]:
+    """The complete official state dict of one of our components, and the mappings that hold most of it.
+
+    Raises:
+        FileNotFoundError: if there is no such component.
+        ValueError: if a file is damaged, or the official code has no such model.
+    """
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise FileNotFoundError(f"{folder} has no config.json with diffusion_pytorch_model*.safetensors")
     text = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in text.items() if not key.startswith("_")}
-    ours = {key: tensor for file in files for key, tensor in read_state(file, [""], adapter.what).items()}
+    mapped = [map_safetensors(file) for file in files]
+    ours = {key: tensor for state, _ in mapped for key, tensor in state.items()}
     weights = adapters.to_official(adapter, ours, config)
     dtype = next(iter(weights.values())).dtype
     buffers = adapter.official_buffers(adapter.model.load_config(folder) | config, dtype)
     if (folder / BUFFERS).is_file():
         buffers |= read_state(folder / BUFFERS, adapter.roots, adapter.what)
-    return weights | buffers
+    return weights | buffers, [mapping for _, mapping in mapped]
 
 
 @contextmanager

@@ -473,9 +473,12 @@ def test_streaming_maps_the_file_anew(files: dict[str, Path], tmp_path: Path) ->
 
 MEASURE = """
 import resource, sys
-from sample.convert import convert
+from sample.convert import convert, convert_back
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert(sys.argv[3], family="var", vae=sys.argv[1], transformer=sys.argv[2])
+if sys.argv[1] == "back":
+    convert_back(sys.argv[2], sys.argv[3])
+else:
+    convert(sys.argv[3], family="var", vae=sys.argv[1], transformer=sys.argv[2])
 print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
@@ -489,8 +492,10 @@ def test_peak_memory_of_a_large_conversion(files: dict[str, Path], tmp_path: Pat
     state = adapters.to_official(adapters.VAR, model.state_dict(), model.config)
     big = _saved(tmp_path / "big.pth", state | adapters.VAR.official_buffers(model.config, torch.float32))
     del model, state
-    command = [sys.executable, "-c", MEASURE, str(files["vae"]), str(big), str(tmp_path / "ours")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    before, peak = map(int, result.stdout.split()[-2:])
-    size = big.stat().st_size
-    assert peak - before < 0.6 * size, f"{(peak - before) / size:.2f} of the file's {size / 1e6:.0f} MB"
+    size, ours, back = big.stat().st_size, tmp_path / "ours", tmp_path / "back"
+    for words in ((files["vae"], big, ours), ("back", ours, back)):
+        command = [sys.executable, "-c", MEASURE, *map(str, words)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+        before, peak = map(int, result.stdout.split()[-2:])
+        assert peak - before < 0.6 * size, f"{(peak - before) / size:.2f} of the file's {size / 1e6:.0f} MB"
+    assert same(torch.load(back / "transformer.pth", mmap=True), torch.load(big, mmap=True))
