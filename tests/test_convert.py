@@ -24,6 +24,7 @@ from sample.load import load_pipeline
 from sample.official import Flags, load_official
 from sample.pipeline import NextScalePipeline
 from var.conditioning import ClassPrompt
+from var.presets import PRESETS
 
 GOLDENS = Path(__file__).parent / "goldens"
 State = dict[str, torch.Tensor]
@@ -187,6 +188,23 @@ def test_what_tensors_cannot_tell_is_told(files: dict[str, Path]) -> None:
         for model in (usual, told["transformer"])
     ]
     assert not torch.allclose(*hidden, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "millions"),
+    [("d16", 256, 310.3), ("d20", 256, 600.9), ("d24", 256, 1033.4), ("d30", 256, 2010.0), ("d36", 512, 2353.9)],
+)
+def test_the_published_sizes_are_detected(name: str, pixels: int, millions: float) -> None:
+    """Parameters in millions are those of the official constructors."""
+    with torch.device("meta"):
+        model = adapters.VAR.model(**PRESETS[name], schedule=f"var{pixels}")
+    state = adapters.to_official(adapters.VAR, model.state_dict(), model.config)
+    assert sum(tensor.numel() for tensor in state.values()) / 1e6 == pytest.approx(millions, abs=0.05)
+    state |= adapters.VAR.official_buffers({"schedule": f"var{pixels}", "width": 1, "depth": 0}, torch.float32)
+    config = adapters.read_config(adapters.VAR, state, schedule=adapters.read_schedule(state))
+    assert config == {key: model.config[key] for key in config}
+    wanted = PRESETS[name].items() - {("drop_path", PRESETS[name]["drop_path"])}
+    assert wanted <= config.items() and config["num_classes"] == 1000
 
 
 def test_known_schedules_without_recorded_levels() -> None:

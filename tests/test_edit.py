@@ -481,8 +481,8 @@ def test_more_mistakes_on_the_command_line(edit, tmp_path):
 
 
 def documented():
-    """The `nextscale` commands of the pages about editing and ImageNet, as words."""
-    for page in ("editing.md", "imagenet.md"):
+    """The `nextscale` commands of the pages about editing, ImageNet and official checkpoints, as words."""
+    for page in ("editing.md", "imagenet.md", "official-checkpoints.md"):
         text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text(encoding="utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
