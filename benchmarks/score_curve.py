@@ -22,9 +22,7 @@ from sample.images import atomically
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.score_curve", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "models", nargs="+", metavar="IMAGES=MODEL", help="images trained on, and a model folder or run"
-    )
+    parser.add_argument("--models", required=True, metavar="IMAGES=MODEL,...", help="images trained on, and a model")
     parser.add_argument("--per-tag", type=int, default=100, help="prompts of each tag (100), one image each")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once (50)")

@@ -96,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         **call_options(args),
         **search_settings(args),
     }
+    refiner = how_options(args).get("refiner")
+    if refiner is not None:
+        settings["refiner_digest"] = model_digest(refiner)
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     sink = PngFolder(args.out, settings)
     job = Job(args.out / "settings.json", settings, informal=("model",))

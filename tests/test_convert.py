@@ -454,6 +454,25 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_hub_repositories_load_by_id(monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(files[Path(name).stem])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    official = {"vae": "hf://owner/name/vae.pth", "transformer": "hf://owner/name/sub/var.pth"}
+    models = load_official(**official)
+    assert asked == [("owner/name", "sub/var.pth"), ("owner/name", "vae.pth")]
+    convert(tmp_path / "ours", family="var", **official)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path / "ours"))
+    pipeline = load_pipeline("owner/converted", device="cpu")
+    assert same(pipeline.transformer.state_dict(), models["transformer"].state_dict())
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(
     monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
