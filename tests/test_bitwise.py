@@ -24,8 +24,10 @@ from sample.convert import convert, convert_back
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.load import load_pipeline
+from sample.methods import Step
 from sample.official import Flags, load_official
 from sample.plan import plain
+from sample.search import Search
 from sample.state import Hook
 from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, nearest_template, read_aspect, schedule_of
 from tokenizer.bitwise import BinarySphericalQuantizer, entropy_penalty
@@ -35,6 +37,16 @@ from var.conditioning import TextPrompt
 from var.convert_infinity import chunked, normalized
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
+
+
+class Brightest:
+    """A reward that looks at pixels alone."""
+
+    name = "brightest"
+
+    def __call__(self, images, prompts):
+        return images.float().mean(dim=(1, 2, 3))
+
 
 GOLDEN = Path(__file__).parent / "goldens/infinity_tiny"
 SIDES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4).map(
@@ -239,11 +251,15 @@ def test_aspects_that_cannot_be_drawn(wrong: str) -> None:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+def bitwise_vae(bits: int) -> MultiScaleVQ:
+    sizes = {"channels": [32, 32, 64], "layers_per_block": 1, "attention": False, "beta": 0.0}
+    return liven(MultiScaleVQ(**sizes, latent_channels=bits, schedule="1,2,4", bitwise=True), 5)
+
+
 @pytest.fixture(scope="module")
 def vae_state() -> dict[str, torch.Tensor]:
     """A small tokenizer of 8 bits under official names, with both names of the mask."""
-    sizes = {"channels": [32, 32, 64], "layers_per_block": 1, "attention": False, "beta": 0.0}
-    model = liven(MultiScaleVQ(**sizes, latent_channels=8, schedule="1,2,4", bitwise=True), 5)
+    model = bitwise_vae(8)
     state = adapters.to_official(adapters.BSQ, model.state_dict(), model.config)
     return state | adapters.BSQ.official_buffers(model.config, torch.float32)
 
@@ -269,13 +285,28 @@ def test_round_trip_is_bit_equal(files: dict[str, Path], tmp_path: Path) -> None
     assert json.loads((tmp_path / "ours/transformer/config.json").read_text())["rope_grid"] == [64, 64]
 
 
+def converted(files: dict[str, Path], folder: Path, prompt: TextPrompt):
+    convert(folder, family="infinity", **files, flags=Flags(size="0.06M"))
+    made = load_pipeline(folder, device="cpu")
+    made.encode_prompt = lambda texts: prompt.select(slice(0, len(texts)))  # no text encoder here
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 @pytest.fixture
 def pipeline(files: dict[str, Path], tmp_path: Path, prompt: TextPrompt):
     """The converted model at its smallest size, its two prompts encoded already."""
-    convert(tmp_path / "ours", family="infinity", **files, flags=Flags(size="0.06M"))
-    made = load_pipeline(tmp_path / "ours", device="cpu")
-    made.encode_prompt = lambda texts: prompt.select(slice(0, len(texts)))  # no text encoder here
-    made.set_progress_bar_config(disable=True)
+    return converted(files, tmp_path / "ours", prompt)
+
+
+@pytest.fixture
+def patched(files: dict[str, Path], tmp_path: Path, prompt: TextPrompt):
+    """The same on a tokenizer of 2 bits a cell, so that a token of 8 bits is 2 x 2 cells (8B's way)."""
+    model = bitwise_vae(2)
+    state = adapters.to_official(adapters.BSQ, model.state_dict(), model.config)
+    torch.save({"vae": state}, tmp_path / "cells.pth")
+    made = converted({**files, "vae": tmp_path / "cells.pth"}, tmp_path / "patched", prompt)
+    assert made.vqvae.config.token_patch == 2 and made.vqvae.stride == 8
     return made
 
 
@@ -290,19 +321,44 @@ def test_pipeline_draws_any_aspect(pipeline) -> None:
     assert not np.array_equal(other.images, output.images)
 
 
-@pytest.mark.parametrize("words", [{"cache": "window:50%"}, {"plan": "self:5", "depth": 2}, {"smooth": True}])
-def test_methods_work_on_bits(pipeline, words: dict) -> None:
-    assert pipeline("a", seed=0, output_type="np", **words).images.shape == (1, 64, 64, 3)
+METHODS = [
+    {"cache": "window:50%"},
+    {"cache": "snapkv:30%", "plan": "supernet:4", "depth": 2},
+    {"plan": "self:5", "depth": 2},
+    {"smooth": True},
+    {"negative_prompt": "c", "guidance_blocks": [-2, 0]},
+    {"search": Search(candidates=3, steps=(Step(2, 2, "cluster"), Step(6, 1, "best")), reward=Brightest())},
+]
 
 
-def test_edits_keep_what_is_outside_the_mask(pipeline) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (36, 108, 3), dtype=np.uint8)
-    mask = np.zeros((36, 108), dtype=bool)
-    mask[:, 60:] = True
-    given = {"image": image, "mask_image": mask, "seed": 0, "aspect": "3:1"}
-    output = pipeline("a", **given, output_type="np")
-    assert np.array_equal(np.rint(output.images[0] * 255).astype(np.uint8)[:, :60], image[:, :60])
-    assert not np.array_equal(output.images[0][:, 60:], image[:, 60:] / 255)
+@pytest.mark.parametrize("words", METHODS, ids=lambda words: next(iter(words)))
+@pytest.mark.parametrize("kind", ["pipeline", "patched"])
+def test_methods_work_on_bits(kind: str, words: dict, request: pytest.FixtureRequest) -> None:
+    drawn = request.getfixturevalue(kind)
+    side = 16 * drawn.vqvae.stride
+    output = drawn("a", seed=0, output_type="np", **words)
+    assert output.images.shape == (1, side, side, 3) and output.tokens[6].shape == (1, 256, 8)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "patched"])
+def test_neutral_settings_are_the_plain_loop_on_bits(kind: str, request: pytest.FixtureRequest) -> None:
+    drawn = request.getfixturevalue(kind)
+    plainly = drawn("a", seed=3, output_type="np").images
+    one = Search(candidates=1, steps=(Step(6, 1, "random"),))
+    for words in ({"cache": "100%"}, {"plan": "supernet:4", "depth": 4}, {"guidance_blocks": None}, {"search": one}):
+        np.testing.assert_array_equal(drawn("a", seed=3, output_type="np", **words).images, plainly)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "patched"])
+def test_edits_keep_what_is_outside_the_mask(kind: str, request: pytest.FixtureRequest) -> None:
+    drawn = request.getfixturevalue(kind)
+    h, w = 9 * drawn.vqvae.stride, 27 * drawn.vqvae.stride
+    image = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    mask = np.zeros((h, w), dtype=bool)
+    mask[:, w // 2 :] = True
+    output = drawn("a", image=image, mask_image=mask, seed=0, aspect="3:1", output_type="np")
+    assert np.array_equal(np.rint(output.images[0] * 255).astype(np.uint8)[:, : w // 2], image[:, : w // 2])
+    assert not np.array_equal(output.images[0][:, w // 2 :], image[:, w // 2 :] / 255)
 
 
 def test_shards_trainers_and_names_without_wrappers(files: dict[str, Path], tmp_path: Path) -> None:
