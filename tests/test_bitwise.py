@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sample import adapters
+from sample.calibrate import measure_selectivity
 from sample.convert import convert, convert_back
 from sample.generate import generate
 from sample.guidance import Guidance
@@ -347,6 +348,14 @@ def test_neutral_settings_are_the_plain_loop_on_bits(kind: str, request: pytest.
     one = Search(candidates=1, steps=(Step(6, 1, "random"),))
     for words in ({"cache": "100%"}, {"plan": "supernet:4", "depth": 4}, {"guidance_blocks": None}, {"search": one}):
         np.testing.assert_array_equal(drawn("a", seed=3, output_type="np", **words).images, plainly)
+
+
+def test_scalekv_measures_and_cuts_on_bits(pipeline) -> None:
+    index = measure_selectivity(pipeline, ["a"], model=pipeline.transformer)
+    assert np.shape(index) == (4, 7)
+    pipeline.transformer.register_to_config(selectivity=index)
+    whole, cut = (pipeline("a", seed=0, output_type="np", cache=share).images for share in ("100%", "20%"))
+    assert whole.shape == cut.shape and not np.array_equal(whole, cut)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "patched"])
