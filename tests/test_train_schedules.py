@@ -15,7 +15,7 @@ from var.transformer import NextScaleTransformer
 SHARE = st.floats(0, 1)
 
 
-@given(progress=SHARE, schedule=st.sampled_from(SCHEDULES), warmup=st.floats(0, 0.9), end=SHARE)
+@given(progress=SHARE, schedule=st.sampled_from([*SCHEDULES, "lin0.3"]), warmup=st.floats(0, 0.9), end=SHARE)
 def test_factor_stays_between_its_ends(progress, schedule, warmup, end):
     factor = lr_factor(progress, schedule=schedule, warmup=warmup, end=end)
     assert min(0.005, end) - 1e-9 <= factor <= 1 + 1e-9
@@ -33,6 +33,23 @@ def test_lin0_is_the_official_schedule():
     assert factor(1) == pytest.approx(0.1)
     middle = 0.02 + 0.98 * (0.05 + 0.95 / 2)
     assert factor(middle) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("share, end", [(0.5, 0.1), (0.8, 0.01), (0.25, 0.0)])
+def test_lin_with_a_share_bends_there_as_in_the_official_code(share, end):
+    def factor(rest):
+        return lr_factor(0.02 + 0.98 * rest, schedule=f"lin{share}", warmup=0.02, end=end)
+
+    middle = (1 + end + (1 - end) * (1 - share)) / 2
+    assert factor(0) == pytest.approx(1) and factor(share) == pytest.approx(middle) and factor(1) == pytest.approx(end)
+    assert factor(share / 2) == pytest.approx((1 + middle) / 2)
+    assert factor((1 + share) / 2) == pytest.approx((middle + end) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["lin1", "lin", "linear", "lin-0.5", "step"])
+def test_unknown_schedules_are_refused(schedule):
+    with pytest.raises(ValueError, match="schedule must be one of lin0, cosine, constant, or lin"):
+        OptimizerConfig(schedule=schedule)
 
 
 def test_cosine_and_constant():

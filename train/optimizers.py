@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from train.schedules import SCHEDULES, lr_factor, weight_decay_at
+from train.schedules import bend, lr_factor, weight_decay_at
 
 # Embedding-like tables that keep their size: positions, levels, start tokens, head temperatures, AdaLN offsets.
 UNDECAYED = re.compile(
@@ -28,7 +28,7 @@ class OptimizerConfig:
         betas: AdamW's.
         weight_decay: at the start; never on vectors, biases, position and level tables.
         weight_decay_end: at the end of a half cosine; equal to `weight_decay` when null.
-        schedule: lin0 (VAR), cosine or constant.
+        schedule: lin0 (VAR), lin0.5 and the like (VAR's progressive training), cosine or constant.
         warmup: share of training spent on the linear warm-up, in [0, 1).
         end: last learning rate over the peak.
         clip: largest gradient norm of the branch; 0 does not clip.
@@ -49,8 +49,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer name must be adamw or muon, got {self.name!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        bend(self.schedule)
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.warmup < 1:
