@@ -56,11 +56,11 @@ def parser_of() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bitwise_example", description=__doc__.split("\n")[0])
     parser.add_argument("--start", default="sample/bundled/vqvae", help="tokenizer that both begin with (the bundled)")
-    parser.add_argument("--tokenizer-images", type=int, default=6400, help="images of each tokenizer (6400)")
-    parser.add_argument("--scenes", type=int, default=12000, help="scenes that the transformers train on (12000)")
-    parser.add_argument("--images", type=int, default=64000, help="images of each transformer (64000)")
-    parser.add_argument("--per-tag", type=int, default=200, help=f"judged images of {' and '.join(TAGS)} (200 each)")
-    parser.add_argument("--tune", type=int, default=48, help="images of each tag to choose the temperature on (48)")
+    parser.add_argument("--tokenizer-images", type=int, default=1600, help="images of each tokenizer (1600)")
+    parser.add_argument("--scenes", type=int, default=5000, help="scenes that the transformers train on (5000)")
+    parser.add_argument("--images", type=int, default=24000, help="images of each transformer (24000)")
+    parser.add_argument("--per-tag", type=int, default=150, help=f"judged images of {' and '.join(TAGS)} (150 each)")
+    parser.add_argument("--tune", type=int, default=24, help="images of each tag to choose the temperature on (24)")
     parser.add_argument("--temperatures", default="1.0,0.7,0.5", help="to choose from, on other prompts (1.0,0.7,0.5)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument("--batch-size", type=int, default=50, help="images drawn at once (50)")
@@ -83,7 +83,6 @@ def train_all(options: argparse.Namespace) -> None:
         cache, vqvae = options.work / f"cache-{tokens}", run / "latest/vqvae"
         paths = [f"--cache.folder={cache}", f"--cache.tokenizer={vqvae}", f"--data.num_scenes={options.scenes}"]
         step(cache, "train.cache_tokens", f"--config={CONFIGS / 'tokenizer/bitwise-example-cache.yaml'}", *paths)
-    train_model(options, MODELS[0], options.work / "warm-up", min(640, options.images))  # compiles, for all of them
     for model in MODELS:
         train_model(options, model, folder_of(options, model), options.images)
 
