@@ -18,7 +18,21 @@ import numpy as np
 import torch
 
 from benchmarks.tables import write_lines
-from benchmarks.timing import Job, Stages, Timed, Worker, interleave, matmul_ceilings, median_stages, ratios, spread
+from benchmarks.timing import (
+    Job,
+    Stages,
+    Timed,
+    Worker,
+    begin_timing,
+    end_timing,
+    interleave,
+    matmul_ceilings,
+    median_stages,
+    ratios,
+    spread,
+    summary,
+    undisturbed,
+)
 
 OURS = {  # variant -> (dtype, fast)
     "plain_float32": ("float32", "off"),
@@ -29,7 +43,16 @@ THEIRS = {"official_float32": False, "official_autocast": True}  # variant -> au
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float32", "times_official_autocast")
 COLUMNS += ("times_plain_float32", "share_of_ceiling", "condition_s", "blocks_s", "head_s", "draw_s", "quantiser_s")
-COLUMNS += ("decoder_s", "rest_s", "peak_rss_mib", "foreign_share", "greedy_tokens_equal", "greedy_image_error")
+COLUMNS += (
+    "decoder_s",
+    "rest_s",
+    "peak_rss_mib",
+    "foreign_share",
+    "rounds",
+    "disturbed",
+    "greedy_tokens_equal",
+    "greedy_image_error",
+)
 COLUMNS += ("drawn_tokens_equal", "drawn_image_error", "forced_tokens_equal")
 STAGES = ("condition", "blocks", "head", "draw", "quantiser", "decoder")
 
@@ -56,9 +79,9 @@ def our_jobs(folder: Path, dtype: str, fast: str) -> dict[str, Job]:
     from sample import fast as fast_path
     from sample.load import load_pipeline
 
+    pipeline = load_pipeline(folder, dtype=dtype, device="cpu", fast=fast)
     if fast == "on":
         fast_path.keep_freed_memory()
-    pipeline = load_pipeline(folder, dtype=dtype, device="cpu", fast=fast)
     pipeline.set_progress_bar_config(disable=True)
     model, quantizer, stages = pipeline.transformer, pipeline.vqvae.quantizer, Stages()
     for owner, name, stage in (
@@ -147,19 +170,16 @@ def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float
     for name, runs in timed.items():
         dtype = "float32" if name.endswith("float32") else "bfloat16"
         row = {"variant": name, "batch": batch, "dtype": dtype}
-        row |= spread("seconds", [run["seconds"] for run in runs])
+        row |= spread("seconds", [run["seconds"] for run in undisturbed(runs)])
         row["images_per_s"] = batch / row["seconds"]
         row["gflop_per_s"] = batch * flops / row["seconds"] / 1e9
         row["share_of_ceiling"] = row["gflop_per_s"] / ceilings[dtype]
         for base in (*THEIRS, "plain_float32"):
             if base in timed and base != name:
                 row |= ratios(f"times_{base}", timed[base], runs)
-        row |= median_stages(runs)
+        row |= median_stages(undisturbed(runs))
         row["rest_s"] = row["seconds"] - sum(row.get(f"{stage}_s", 0.0) for stage in STAGES)
-        row["peak_rss_mib"] = max(run["peak_mib"] for run in runs)
-        row["foreign_share"] = max(run["foreign_share"] for run in runs)
-        row["rounds"] = len(runs)
-        rows.append(row)
+        rows.append(row | summary(runs))
     return rows
 
 
@@ -193,17 +213,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             workers["official"] = stack.enter_context(theirs)
             runs = {name: (workers["official"], "run", (autocast,)) for name, autocast in THEIRS.items()} | runs
             base = "official"
+        for worker in workers.values():
+            worker.built()
         tokens = compare_tokens(workers, batches[0], base)
+        begin_timing(workers.values())
         for worker, job, more in runs.values():  # kernels and memory settle
             worker.call(job, labels_of(batches[0]), SETTINGS, *more)
-        print("timing begins", file=sys.stderr, flush=True)
         ceilings = workers["fast_float32"].call("ceilings")["gflops"]
         for batch, count in zip(batches, rounds):
             prepared = {name: (w, job, (labels_of(batch), SETTINGS, *more)) for name, (w, job, more) in runs.items()}
             rows += rows_of(
                 interleave(prepared, count, patience=options.patience), batch, sum(flops.values()), ceilings
             )
-        print("timing ended", file=sys.stderr, flush=True)
+        end_timing()
     for row in rows:
         row |= tokens.get(row["variant"], {}) if row["batch"] == batches[0] else {}
     settings = {"size": size, "schedule": options.schedule, "width": options.width, "threads": options.threads}

@@ -36,3 +36,26 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
         axes.set(title=f"batch {batch}", xlabel="seconds an image", xlim=(0, 1.35 * max(lefts)))
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
+
+
+def draw_growth(rows: Sequence[dict], path: Path) -> None:
+    """Seconds and operations over side, batch and depth, with the fitted exponents in the legend."""
+    curves = dict.fromkeys(row["curve"] for row in rows)
+    figure = Figure(figsize=(5 * len(curves), 4.2), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+        for cache, colour in zip(dict.fromkeys(row["cache"] for row in rows if row["curve"] == curve), COLOURS):
+            mine = [row for row in rows if (row["curve"], row["cache"]) == (curve, cache)]
+            points, fit = [row for row in mine if "x" in row], next(row for row in mine if "fit_over" in row)
+            x = [point["x"] for point in points]
+            for name, scale, style in (
+                ("seconds", 1, "o-"),
+                ("linear_gflop", 100, "--"),
+                ("attention_gflop", 100, ":"),
+            ):
+                label = f"{name}{'' if scale == 1 else ' / 100'}, {cache}: x^{fit[f'{name}_exponent']:.2f}"
+                axes.plot(x, [point[name] / scale for point in points], style, color=colour, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=curve, title=f"cost over {curve}")
+        axes.set_xticks(x, [str(value) for value in x], minor=False)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    save(figure, path)

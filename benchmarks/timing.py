@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -103,24 +103,31 @@ Job = Callable[..., dict[str, Any]]  # a run: what it found out, beside its seco
 
 
 class Worker:
-    """A process that builds something once and then runs its jobs when asked.
+    """A process that builds something once and then runs its jobs when asked; with one thread until `begin`.
 
     Args:
         make: called in the process, gives its jobs by name; must be picklable.
-        threads: of torch.
+        threads: of torch, when timing has begun.
     """
 
     def __init__(self, make: Callable[[], dict[str, Job]], threads: int):
-        self.gated = threads > 1
+        self.gated, self.threads = threads > 1, threads
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self.process.start()
         theirs.close()
 
     def __enter__(self) -> Worker:
-        self._answer()  # it is built
         return self
+
+    def built(self) -> None:
+        """Wait until it is; before that it takes no calls."""
+        self._answer()
+
+    def begin(self) -> None:
+        """Take all threads from now on."""
+        self.call("threads", self.threads)
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
@@ -145,14 +152,14 @@ class Worker:
         return answer
 
 
-def _serve(connection: Connection, make: Callable[[], dict[str, Job]], threads: int) -> None:
+def _serve(connection: Connection, make: Callable[[], dict[str, Job]]) -> None:
     import torch
 
     from sample.measure import peak_memory, reset_peak
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        jobs = make()
+        jobs = {**make(), "threads": lambda threads: torch.set_num_threads(threads) or {}}
         connection.send({})
     except Exception as error:
         connection.send(error)
@@ -166,7 +173,7 @@ def _serve(connection: Connection, make: Callable[[], dict[str, Job]], threads: 
             reset_peak(torch.device("cpu"))
             with watched() as moment:
                 found = jobs[name](*args)
-            seconds = moment["cpu_s"] if threads == 1 else moment["wall_s"]
+            seconds = moment["cpu_s"] if torch.get_num_threads() == 1 else moment["wall_s"]
             connection.send(
                 {**found, **moment, "seconds": seconds, "peak_mib": peak_memory(torch.device("cpu")) / 2**20}
             )
@@ -177,11 +184,23 @@ def _serve(connection: Connection, make: Callable[[], dict[str, Job]], threads: 
 Timed = dict[str, list[dict[str, Any]]]
 
 
+def begin_timing(workers: Collection[Worker]) -> None:
+    """All threads for all workers; said on the terminal, so that whoever watches can keep the machine idle."""
+    print("timing begins", file=sys.stderr, flush=True)
+    for worker in workers:
+        worker.begin()
+
+
+def end_timing() -> None:
+    """Say that it is over."""
+    print("timing ended", file=sys.stderr, flush=True)
+
+
 def interleave(runs: dict[str, tuple[Worker, str, tuple]], rounds: int, *, patience: float, tries: int = 3) -> Timed:
     """Every run in turns, `rounds` times, gated: by name the answers of its rounds.
 
-    A run during which others were busy is done again, up to `tries` times; the least disturbed is kept, and tells its
-    `foreign_share`.
+    A run during which others were busy is done again, up to `tries` times; the least disturbed is kept, and says if it
+    was `disturbed` still.
     """
     found: Timed = {name: [] for name in runs}
     for _ in range(rounds):
@@ -191,7 +210,8 @@ def interleave(runs: dict[str, tuple[Worker, str, tuple]], rounds: int, *, patie
                 if worker.gated:
                     wait_until_idle(patience)
                 tried.append(worker.call(job, *args))
-            found[name].append(min(tried, key=lambda run: run["foreign_share"]))
+            best = min(tried, key=lambda run: run["foreign_share"])
+            found[name].append(best | {"disturbed": worker.gated and best["foreign_share"] > FOREIGN})
             print(f"{name}: {found[name][-1]['seconds']:.3f} s", file=sys.stderr, flush=True)
     return found
 
@@ -201,9 +221,23 @@ def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {name: median(values), f"{name}_range": [min(values), max(values)]}
 
 
+def undisturbed(runs: Sequence[dict]) -> list[dict]:
+    """The runs that can be believed; all of them if none can; `summary` says so."""
+    return [run for run in runs if not run["disturbed"]] or list(runs)
+
+
 def ratios(name: str, above: Sequence[dict], below: Sequence[dict]) -> dict[str, Any]:
-    """How many times longer `above` took than `below`, round by round."""
-    return spread(name, [a["seconds"] / b["seconds"] for a, b in zip(above, below, strict=True)])
+    """How many times longer `above` took than `below`, round by round; nothing without an undisturbed round of both."""
+    pairs = [(a, b) for a, b in zip(above, below) if not a["disturbed"] and not b["disturbed"]]
+    return spread(name, [a["seconds"] / b["seconds"] for a, b in pairs]) if pairs else {}
+
+
+def summary(runs: Sequence[dict]) -> dict[str, Any]:
+    """Memory, undisturbed rounds, and what share of the processors others had in the worst of them."""
+    kept = undisturbed(runs)
+    figures = {"peak_rss_mib": max(run["peak_mib"] for run in kept)}
+    figures |= {"foreign_share": max(run["foreign_share"] for run in kept), "rounds": len(kept)}
+    return figures | {"disturbed": any(run["disturbed"] for run in kept)}
 
 
 def median_stages(runs: Sequence[dict]) -> dict[str, float]:

@@ -15,10 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import write_lines
-from benchmarks.timing import Job, Timed, Worker, interleave, matmul_ceilings, ratios, spread
+from benchmarks.timing import (
+    Job,
+    Timed,
+    Worker,
+    begin_timing,
+    end_timing,
+    interleave,
+    matmul_ceilings,
+    ratios,
+    spread,
+    summary,
+    undisturbed,
+)
 
 COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float32", "times_official_bfloat16")
-COLUMNS += ("gflop_per_s", "share_of_ceiling", "loss", "peak_rss_mib", "foreign_share", "rounds")
+COLUMNS += ("gflop_per_s", "share_of_ceiling", "loss", "peak_rss_mib", "foreign_share", "rounds", "disturbed")
 OURS = {  # variant -> (autocast, checkpointing)
     "float32": (False, False),
     "bfloat16": (True, False),
@@ -125,16 +137,14 @@ def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float
     """A row a variant."""
     rows = []
     for name, runs in timed.items():
-        row = {"variant": name, "batch": batch, **spread("seconds", [run["seconds"] for run in runs])}
+        row = {"variant": name, "batch": batch, **spread("seconds", [run["seconds"] for run in undisturbed(runs)])}
         row["images_per_s"] = batch / row["seconds"]
         row["gflop_per_s"] = flops / row["seconds"] / 1e9
         row["share_of_ceiling"] = row["gflop_per_s"] / ceilings["float32" if "float32" in name else "bfloat16"]
         for base in THEIRS:
             if base in timed and base != name:
                 row |= ratios(f"times_{base}", timed[base], runs)
-        row |= {"loss": runs[0]["loss"], "peak_rss_mib": max(run["peak_mib"] for run in runs)}
-        row |= {"foreign_share": max(run["foreign_share"] for run in runs), "rounds": len(runs)}
-        rows.append(row)
+        rows.append(row | {"loss": runs[0]["loss"], **summary(runs)})
     return rows
 
 
@@ -158,12 +168,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             make = partial(their_jobs, checkout, official, *configs, options.batch)
             theirs = stack.enter_context(Worker(make, options.threads))
             runs = {name: (theirs, "step", (autocast,)) for name, autocast in THEIRS.items()} | runs
+        workers = {id(one): one for one, _, _ in runs.values()}.values()
+        for one in workers:
+            one.built()
+        begin_timing(workers)
         for one, job, args in runs.values():  # kernels and memory settle
             one.call(job, *args)
-        print("timing begins", file=sys.stderr, flush=True)
         ceilings = worker.call("ceilings")["gflops"]
         timed = interleave(runs, options.rounds, patience=options.patience)
-        print("timing ended", file=sys.stderr, flush=True)
+        end_timing()
     rows = rows_of(timed, options.batch, step_flops(configs[0], options.batch), ceilings)
     settings = {"size": size, "schedule": options.schedule, "threads": options.threads, "ceiling_gflop_per_s": ceilings}
     command = command_line("python -m benchmarks.training", vars(options), vars(parser_of().parse_args([])))

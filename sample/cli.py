@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers.utils.logging import disable_progress_bar
 
     from sample.accounting import Ledger
+    from sample.fast import keep_freed_memory
     from sample.images import image_stream, make_requests, process_share
     from sample.load import load_pipeline, model_folder
 
@@ -115,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     refiner = how_options(args).get("refiner")
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
     pipeline = load_pipeline(folder, **places, refiner=refiner, fast=args.fast)
+    if pipeline.accelerated is not None:
+        keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)
     disable_progress_bar()
     if prompts is None:

@@ -81,18 +81,19 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
-    """`keep_top_p` after `keep_top_k`; on a CPU only the k largest are sorted, unless ties decide what is kept."""
+    """`keep_top_p` after `keep_top_k`; on a CPU only the k largest are sorted, but where ties decide what is kept."""
     if not 0 < k < logits.shape[-1] or p >= 1 or logits.device.type != "cpu":
         return keep_top_p(keep_top_k(logits, k), p)
     best, order = (found.flip(-1) for found in logits.topk(k, dim=-1))  # the least likely first, as `keep_top_p` has it
     drop = best.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     drop[..., -1] = False
+    kept = torch.full_like(logits, -torch.inf).scatter(-1, order, best.masked_fill(drop, -torch.inf))
     tied = (logits == best[..., :1]).sum(-1) > (best == best[..., :1]).sum(-1)
-    split = drop[..., :-1] & ~drop[..., 1:] & (best[..., :-1] == best[..., 1:])
-    if tied.any() or split.any():
-        return keep_top_p(keep_top_k(logits, k), p)
-    kept = torch.full_like(logits, -torch.inf)
-    return kept.scatter(-1, order, best.masked_fill(drop, -torch.inf))
+    split = (drop[..., :-1] & ~drop[..., 1:] & (best[..., :-1] == best[..., 1:])).any(-1)
+    undecided = tied | split
+    if undecided.any():
+        kept[undecided] = keep_top_p(keep_top_k(logits[undecided], k), p)
+    return kept
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -77,12 +77,15 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
+    from sample.fast import keep_freed_memory
     from sample.images import Job, PngFolder, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
 
     folder = model_folder(args.model)
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
     pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"), fast=args.fast)
+    if pipeline.accelerated is not None:
+        keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)
     prompt = read_prompt(args, pipeline)
     settings = {
