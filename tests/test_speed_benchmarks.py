@@ -1,0 +1,153 @@
+"""The speed benchmarks' arithmetic and their mistakes; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import growth, memory, sampling, tokenizer, training
+from benchmarks.models import image_flops, random_pipeline
+from benchmarks.reference import check_checkout
+from benchmarks.speed_picture import draw_growth, draw_sampling
+from benchmarks.tables import lines
+from benchmarks.timing import Stages, Worker, interleave, median_stages, ratios, spread, summary, undisturbed
+
+
+def runs(*seconds, disturbed=()):
+    return [
+        {
+            "seconds": s,
+            "disturbed": i in disturbed,
+            "foreign_share": 0.5 if i in disturbed else 0.0,
+            "peak_mib": 10.0 * s,
+        }
+        for i, s in enumerate(seconds)
+    ]
+
+
+def test_disturbed_rounds_do_not_count():
+    ours, theirs = runs(1.0, 2.0, 9.0, disturbed=[2]), runs(2.0, 6.0, 2.0)
+    assert ratios("times", theirs, ours) == {"times": 2.5, "times_range": [2.0, 3.0]}
+    assert [run["seconds"] for run in undisturbed(ours)] == [1.0, 2.0]
+    assert summary(ours) == {"peak_rss_mib": 20.0, "foreign_share": 0.0, "rounds": 2, "disturbed": False}
+    assert summary(runs(3.0, disturbed=[0]))["disturbed"]
+    assert ratios("times", theirs[:1], runs(3.0, disturbed=[0])) == {}
+    assert spread("x", [3.0, 1.0, 2.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
+
+
+def test_stages_count_nested_calls_once():
+    class Model:
+        def outer(self):
+            return self.inner() + 1
+
+        def inner(self):
+            return 1
+
+    model, stages = Model(), Stages()
+    stages.wrap(model, "outer", "outer")
+    stages.wrap(model, "inner", "inner")
+    assert model.outer() == 2
+    taken = stages.take()
+    assert list(taken) == ["outer"] and stages.take() == {}
+    assert median_stages([{"stages": {"a": 1.0}}, {"stages": {"a": 3.0}}, {"stages": {"a": 2.0}}]) == {"a_s": 2.0}
+
+
+def doubling():
+    def fail():
+        raise ValueError("no such thing")
+
+    return {"double": lambda x: {"made": 2 * x}, "fail": fail}
+
+
+def test_workers_answer_in_turns():
+    with Worker(doubling, threads=1) as worker:
+        worker.built()
+        worker.begin()
+        found = interleave({"one": (worker, "double", (1,)), "two": (worker, "double", (2,))}, 2, patience=0)
+        assert [run["made"] for run in found["one"]] == [2, 2] and found["two"][0]["made"] == 4
+        assert found["one"][0]["seconds"] == found["one"][0]["cpu_s"]  # one thread goes by its own clock
+        with pytest.raises(ValueError, match="no such thing"):
+            worker.call("fail")
+
+
+def test_table_shows_ranges():
+    assert lines([{"a": 1.5, "a_range": [1.0, 2.0]}, {"b": "x"}], ["a", "b", "c"]).splitlines()[2:] == [
+        "| 1.5 [1, 2] |  |",
+        "|  | x |",
+    ]
+
+
+def test_flops_are_those_of_the_published_size():
+    """VAR-d16: 585 GFLOP in linear layers and attention, 5.7 in the head once, 394 in the decoder."""
+    with torch.device("meta"):
+        flops = image_flops(random_pipeline("d16", "var256"))
+    assert flops["blocks"] / 1e9 == pytest.approx(547.6 + 37.5 + 0.4, rel=0.01)
+    assert flops["head"] / 1e9 == pytest.approx(11.4 / 2, rel=0.01)
+    assert flops["decoder"] / 1e9 == pytest.approx(393.7, rel=0.01)
+
+
+def test_exponents_of_a_power_law():
+    names = ("seconds", "gflop", "linear_gflop", "attention_gflop", "peak_cache_mib")
+    points = [{"x": x, **dict.fromkeys(names, 3 * x**2), "attention_gflop": x**4 / 12} for x in (2, 4, 8)]
+    found = growth.exponents(points)
+    assert found["seconds_exponent"] == pytest.approx(2) and found["attention_gflop_exponent"] == pytest.approx(4)
+    assert growth.crossover(points) == pytest.approx(6)
+
+
+def test_growth_runs(tmp_path):
+    out = tmp_path / "growth.json"
+    words = ["--sides", "64,128", "--batches", "1,2", "--depths", "1,2", "--repeats", "1", "--out", str(out)]
+    assert growth.main(words) == 0
+    rows = json.loads(out.read_text())["rows"]
+    batch = next(row for row in rows if row["curve"] == "batch" and "fit_over" in row)
+    assert batch["gflop_exponent"] == pytest.approx(1)
+    assert out.with_suffix(".png").stat().st_size and out.with_suffix(".md").stat().st_size
+    draw_growth(rows, tmp_path / "again.png")
+
+
+def test_published_sizes_in_the_memory_benchmark():
+    row = memory.published("d30", "var256", 64, 1)
+    assert row["stored_of_official"] <= 0.42
+    assert row["peak_mib"] == row["drawing_mib"]
+
+
+def test_rows_of_sampling(tmp_path):
+    timed = {name: [run | {"stages": {"blocks": 0.5}} for run in runs(2.0, 2.0)] for name in ("official_float32",)}
+    timed["fast_bfloat16"] = [run | {"stages": {"blocks": 0.2}} for run in runs(1.0, 1.0)]
+    rows = sampling.rows_of(timed, 2, 1e9, {"float32": 10.0, "bfloat16": 20.0})
+    assert rows[1]["times_official_float32"] == 2 and rows[1]["images_per_s"] == 2
+    assert rows[1]["share_of_ceiling"] == pytest.approx(2 / 20) and rows[1]["rest_s"] == pytest.approx(0.8)
+    draw_sampling(rows, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "module, words, message",
+    [
+        (sampling, ["--size", "d7"], "--size must be one of d6, d8"),
+        (sampling, ["--rounds", "1,2,3"], "--rounds must be one number a batch"),
+        (sampling, ["--batches", "0"], "--batches must be whole numbers above 0"),
+        (sampling, ["--reference", "nowhere"], "must be a checkout of FoundationVision/VAR: it has no dist.py"),
+        (training, ["--batch", "0"], "--batch, --rounds and --threads must be 1 or more"),
+        (training, ["--reference", "nowhere"], "must be a checkout"),
+        (tokenizer, ["--rounds", "0"], "must be 1 or more"),
+        (growth, ["--sides", "64,100"], "--sides must be two or more of 64, 128"),
+        (memory, ["--batches", "x"], "--batches must be whole numbers above 0"),
+    ],
+)
+def test_mistakes_are_one_line(module, words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkout_is_told_by_its_files(tmp_path):
+    for name in ("dist.py", "models/__init__.py", "models/var.py", "models/vqvae.py"):
+        with pytest.raises(ValueError, match=f"it has no {name}"):
+            check_checkout(tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert check_checkout(tmp_path) == tmp_path
