@@ -15,12 +15,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from benchmarks.elastic_rows import once
 from evaluation.report import command_line, result, write_result
+
+if TYPE_CHECKING:
+    from evaluation.judge import Detection
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TAGS = ("single_object", "colors")  # what is trained on, and judged
@@ -191,18 +195,42 @@ def model_figures(options: argparse.Namespace, model: Model) -> dict:
     metadatas = prompts(options.per_tag, options.seed)
     found = drawn(pipeline, metadatas, best, seed=options.seed, batch_size=options.batch_size)
     write_pictures(run / "pictures.npz", found["images"], metadatas)
-    return row | distribution(found.pop("images"), options) | judged(found["correct"], metadatas)
+    row |= distribution(found["images"], options) | judged(found["correct"], metadatas)
+    return row | parts(found["found"], metadatas)
 
 
 def drawn(pipeline, metadatas: Sequence[dict], temperature: float, *, seed: int, batch_size: int) -> dict:
-    """One image a prompt, image i named seed + i: {"images": uint8 (h, w, 3) each, "correct": bools}."""
-    from evaluation.judge import judge
+    """One image a prompt, image i named seed + i: {"images": uint8 (h, w, 3) each, "correct": bools, "found": ...}.
+
+    What is found is the detections of each image, the largest first.
+    """
+    from evaluation.judge import apply_rules, detect
     from sample.images import image_stream, make_requests
 
     requests = make_requests([m["prompt"] for m in metadatas], seed=seed, metadata=list(metadatas))
     call = {"guidance_scale": 2.0, "top_p": TOP_P, "temperature": temperature}
     images = [image for _, image in image_stream(pipeline, requests, batch_size=batch_size, **call)]
-    return {"images": images, "correct": [judge(image, m).correct for image, m in zip(images, metadatas)]}
+    found = [sorted(detect(image), key=area, reverse=True) for image in images]
+    correct = [apply_rules(detections, m).correct for detections, m in zip(found, metadatas)]
+    return {"images": images, "correct": correct, "found": found}
+
+
+def area(detection: Detection) -> float:
+    """Of the box."""
+    left, top, right, bottom = detection.box
+    return (right - left) * (bottom - top)
+
+
+def parts(found: Sequence[list[Detection]], metadatas: Sequence[dict]) -> dict:
+    """How often the largest object has the shape, and the colour, of its caption, with Wilson intervals."""
+    from evaluation.judge import wilson
+
+    figures: dict = {}
+    for name, attribute, key in (("shape_right", "shape", "class"), ("colour_right", "colour", "color")):
+        named = [(ds, m["include"][0][key]) for ds, m in zip(found, metadatas) if key in m["include"][0]]
+        right = sum(bool(ds) and getattr(ds[0], attribute) == wanted for ds, wanted in named)
+        figures |= {name: right / len(named), f"{name}_ci95": wilson(right, len(named))}
+    return figures
 
 
 def distribution(images: Sequence[np.ndarray], options: argparse.Namespace) -> dict:

@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from benchmarks import bitwise_example
-from benchmarks.bitwise_example import CONFIGS, MODELS, compared, main, parser_of, prompts, renders, step, trained
-from evaluation.judge import judge
+from benchmarks.bitwise_example import (
+    CONFIGS,
+    MODELS,
+    compared,
+    main,
+    parser_of,
+    parts,
+    prompts,
+    renders,
+    step,
+    trained,
+)
+from evaluation.judge import detect, judge
 from train import train_tokenizer, train_var
 from train.train_tokenizer import begin_with, load_tokenizer
 from var.transformer import NextScaleTransformer
@@ -55,6 +66,13 @@ def test_prompts_and_renders_are_of_one_object() -> None:
     assert len(metadatas) == 60 and {m["tag"] for m in metadatas} == set(bitwise_example.TAGS)
     assert all(len(m["include"]) == 1 for m in metadatas) and any(m.get("unseen") for m in metadatas)
     assert all(judge(image, metadata).correct for image, metadata in renders(6, 0))
+
+
+def test_parts_of_a_caption() -> None:
+    images, metadatas = zip(*renders(8, 0))
+    found = [detect(image) for image in images]
+    assert (parts(found, metadatas)["shape_right"], parts(found, metadatas)["colour_right"]) == (1.0, 1.0)
+    assert parts([[]] * 8, metadatas)["colour_right"] == 0.0
 
 
 def test_rows_are_compared_in_pairs() -> None:
