@@ -30,7 +30,8 @@ class ExportConfig:
         out: folder of the pipeline; other files in it stay.
         vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
         dtype: float32, bfloat16 or float16.
-        guidance_scale, top_k, top_p, temperature: sampling defaults of the model.
+        guidance_scale, top_k, top_p, temperature, guidance_ramp: sampling defaults of the model; the second to fourth
+            may be one a scale.
     """
 
     model: str
@@ -38,9 +39,10 @@ class ExportConfig:
     vqvae: str | None = None
     dtype: str = "bfloat16"
     guidance_scale: float = 3.0
-    top_k: int = 0
-    top_p: float = 1.0
-    temperature: float = 1.0
+    top_k: int | list[int] = 0
+    top_p: float | list[float] = 1.0
+    temperature: float | list[float] = 1.0
+    guidance_ramp: str = "linear"
 
 
 def export(config: ExportConfig) -> float:
@@ -55,7 +57,7 @@ def export(config: ExportConfig) -> float:
     pipeline = load_pipeline(config.model, dtype=torch.float32, device="cpu")
     if config.vqvae is not None:
         pipeline.register_modules(vqvae=same_tokens(pipeline.vqvae, config.vqvae))
-    names = ("guidance_scale", "top_k", "top_p", "temperature")
+    names = ("guidance_scale", "top_k", "top_p", "temperature", "guidance_ramp")
     pipeline.register_to_config(sampling={name: getattr(config, name) for name in names})
     for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
