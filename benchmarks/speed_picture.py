@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from sample.images import atomically
 
@@ -32,8 +33,9 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
             axes.barh([row["variant"] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
             lefts = [left + width for left, width in zip(lefts, widths)]
         for row, left in zip(chosen, lefts):
-            axes.text(left, row["variant"], f" {row['images_per_s']:.2f} images/s", va="center", fontsize=8)
-        axes.set(title=f"batch {batch}", xlabel="seconds an image", xlim=(0, 1.35 * max(lefts)))
+            note = ", disturbed" if row["disturbed"] else ""
+            axes.text(left, row["variant"], f" {row['images_per_s']:.2f} images/s{note}", va="center", fontsize=8)
+        axes.set(title=f"batch {batch}", xlabel="seconds an image", xlim=(0, 1.5 * max(lefts)))
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 
@@ -55,7 +57,8 @@ def draw_growth(rows: Sequence[dict], path: Path) -> None:
                 label = f"{name}{'' if scale == 1 else ' / 100'}, {cache}: x^{fit[f'{name}_exponent']:.2f}"
                 axes.plot(x, [point[name] / scale for point in points], style, color=colour, label=label)
         axes.set(xscale="log", yscale="log", xlabel=curve, title=f"cost over {curve}")
-        axes.set_xticks(x, [str(value) for value in x], minor=False)
+        axes.set_xticks(x, [str(value) for value in x])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     save(figure, path)
