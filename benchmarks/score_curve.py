@@ -27,7 +27,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once (50)")
     parser.add_argument("--top-p", help="of the draws, one or one a scale after commas; the models' own by default")
-    parser.add_argument("--guidance", type=float, help="of the draws; the models' own by default")
+    parser.add_argument("--guidance", type=float, help="the same on every scale; the models' own by default")
     parser.add_argument("--out", type=Path, default=Path("results/scenes_curve.json"), help="result, table and picture")
     return parser
 
@@ -56,7 +56,8 @@ def measure(images: int, model: str, options: argparse.Namespace) -> dict:
     prompts = [metadata["prompt"] for metadata in metadatas]
     top_p = [float(p) for p in options.top_p.split(",")] if options.top_p else []
     settings = {"top_p": top_p if len(top_p) > 1 else top_p[0]} if top_p else {}
-    settings |= {} if options.guidance is None else {"guidance_scale": options.guidance}
+    if options.guidance is not None:
+        settings |= {"guidance_scale": options.guidance, "guidance_ramp": "constant"}
     requests = make_requests(prompts, per_prompt=1, seed=options.seed)
     made = [picture for _, picture in image_stream(pipeline, requests, batch_size=options.batch_size, **settings)]
     return {"images": images, "model_digest": model_digest(model), **judge_report(made, metadatas)}
