@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 from sample.images import atomically
+from sample.load import model_digest
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def measure(images: int, model: str, options: argparse.Namespace) -> dict:
     """One row: the judge's shares for one image of every prompt of the suite."""
     from evaluation.judge import judge_report
     from sample.images import image_stream, make_requests
-    from sample.load import load_pipeline, model_digest
+    from sample.load import load_pipeline
 
     pipeline = load_pipeline(model, device="cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -63,12 +64,13 @@ def measure(images: int, model: str, options: argparse.Namespace) -> dict:
     return {"images": images, "model_digest": model_digest(model), **judge_report(made, metadatas)}
 
 
-def kept_rows(options: argparse.Namespace) -> dict[int, dict]:
-    """Rows that an earlier run with the same settings has left in `options.out`, by images."""
+def kept_rows(options: argparse.Namespace) -> dict[tuple[int, str], dict]:
+    """Rows that an earlier run with the same settings has left in `options.out`, by images and model."""
     if not options.out.exists():
         return {}
     kept = json.loads(options.out.read_text(encoding="utf-8"))
-    return {row["images"]: row for row in kept["rows"]} if kept["settings"] == settings_of(options) else {}
+    same = kept["settings"] == settings_of(options)
+    return {(row["images"], row["model_digest"]): row for row in kept["rows"]} if same else {}
 
 
 def settings_of(options: argparse.Namespace) -> dict:
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         common = {"n": len(TAGS) * options.per_tag, "seeds": options.seed, "settings": settings_of(options)}
         done, rows = kept_rows(options), []
         for images, model in points:
-            rows.append(done.get(images) or measure(images, model, options))
+            rows.append(done.get((images, model_digest(model))) or measure(images, model, options))
             print(f"{images} images: {rows[-1]['overall']:.3f}", flush=True)
             write_result(options.out, result(rows, command=command, **common))
     except (ValueError, FileNotFoundError) as error:

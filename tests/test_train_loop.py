@@ -362,6 +362,7 @@ def cache(tokenizer_run, tmp_path_factory):
     (folder / "train" / "manifest.json").unlink()
     assert stage("cache_tokens", *arguments) == 0
     assert stage("cache_tokens", *arguments, "--cache.seed=1") == 2
+    assert stage("cache_tokens", *arguments, "--cache.latents=true") == 2  # its shards have none
     return folder
 
 

@@ -119,9 +119,9 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
     """
     path = folder / "plan.json"
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = {"latents": False, **json.loads(path.read_text(encoding="utf-8"))}  # older caches do not say
         for name, value in manifest.items():
-            if kept.get(name, value) != value:
+            if kept[name] != value:
                 raise ValueError(f"cache.folder {folder} was begun with another {name}: remove it or give another one")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
