@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.tables import write_lines
+from benchmarks.tables import measured
 from benchmarks.timing import (
     Job,
     Stages,
@@ -251,15 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    try:
-        content = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
+    content = measured(parser, options, measure, COLUMNS)
     from benchmarks.speed_picture import draw_sampling
-    from evaluation.report import write_result
 
-    write_result(options.out, content)
-    write_lines(options.out.with_suffix(".md"), content["rows"], COLUMNS)
     draw_sampling(content["rows"], options.out.with_suffix(".png"))
     print(f"written: {options.out}")
     return 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from evaluation.report import write_result
 from sample.images import write_text
 
 
@@ -28,3 +30,19 @@ def write_lines(path: Path, rows: Sequence[Mapping], names: Sequence[str]) -> No
     text = lines(rows, names)
     write_text(path, text + "\n")
     print(text)
+
+
+def measured(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict],
+    names: Sequence[str],
+) -> dict:
+    """Measure, write the result and its table to `options.out`, and give it back; a mistake is one line and exit 2."""
+    try:
+        content = measure(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    write_result(options.out, content)
+    write_lines(options.out.with_suffix(".md"), content["rows"], names)
+    return content

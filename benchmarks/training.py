@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import write_lines
+from benchmarks.tables import measured
 from benchmarks.timing import (
     Job,
     Timed,
@@ -189,14 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.batch, options.rounds, options.threads) < 1:
         parser.error("--batch, --rounds and --threads must be 1 or more")
-    try:
-        content = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    from evaluation.report import write_result
-
-    write_result(options.out, content)
-    write_lines(options.out.with_suffix(".md"), content["rows"], COLUMNS)
+    measured(parser, options, measure, COLUMNS)
     return 0
 
 
