@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from sample.graphs import GraphedSampler
 from var.layers import FeedForward, SelfAttention, attention
 
 if TYPE_CHECKING:
@@ -44,12 +45,14 @@ class FastSettings:
         convolutions: residual blocks in channels-last, weights packed, activations and sums fused (CPU).
         linears: weights of the transformer's linear layers packed, GELU fused (CPU).
         attention: attention as two bfloat16 matrix products with a float32 softmax between (CPU, bfloat16 models).
+        graphs: calls that come again are replayed as CUDA graphs (see `sample.graphs`).
     """
 
     fold: bool = True
     convolutions: bool = True
     linears: bool = True
     attention: bool = True
+    graphs: bool = True
 
 
 def can_pack() -> bool:
@@ -68,7 +71,9 @@ def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
     on_cpu = device.type == "cpu" and can_pack()
     halves = dtype == torch.bfloat16 and native_bfloat16() and hasattr(torch.backends.mkldnn, "matmul")
     packs = on_cpu and (dtype == torch.float32 or halves)
-    return FastSettings(fold=True, convolutions=packs, linears=packs, attention=on_cpu and halves)
+    return FastSettings(
+        fold=True, convolutions=packs, linears=packs, attention=on_cpu and halves, graphs=device.type == "cuda"
+    )
 
 
 def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None) -> NextScalePipeline:
@@ -90,7 +95,7 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     possible = supported(device, dtype)
     settings = settings or possible
-    for name in ("convolutions", "linears", "attention"):
+    for name in ("convolutions", "linears", "attention", "graphs"):
         if getattr(settings, name) and not getattr(possible, name):
             raise ValueError(f"fast setting {name} cannot be used on {device} in {dtype}: this machine lacks it")
     vqvae = pipeline.vqvae
@@ -103,6 +108,8 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
             _accelerate_transformer(model, settings)
+    if settings.graphs:
+        pipeline.graphed = GraphedSampler(vqvae)
     pipeline.accelerated = settings
     return pipeline
 

@@ -72,7 +72,12 @@ def generate(
     state = start(plan, quantizer, prompt, seeds, negative=negative)
     for hook in hooks:
         hook.on_start(state)
-    for stage in plan.stages:
+    return play(state, hooks, smooth=smooth)
+
+
+def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = False) -> GenerationState:
+    """Make every scale of a state's plan, one after the other; without gradients only (`generate`)."""
+    for stage in state.plan.stages:
         state.enter(stage)
         for k in stage.scales:
             logits = scale_logits(state, k)

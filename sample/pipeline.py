@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sample.draw import check_seeds
 from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
+from sample.graphs import GraphedSampler
 from sample.guidance import Guidance
 from sample.official import Flags, load_official
 from sample.plan import Plan
@@ -93,6 +94,7 @@ class NextScalePipeline(DiffusionPipeline):
         self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
         self.accelerated = None  # what `sample.fast.accelerate` exchanged
+        self.graphed: GraphedSampler | None = None  # replays calls without hooks; set by `accelerate` on CUDA
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a dtype or both; the quantiser and the output head stay float32."""
@@ -212,7 +214,10 @@ class NextScalePipeline(DiffusionPipeline):
         seeds = image_seeds(len(condition), seed=seed, generator=generator)
         with self.progress_bar(total=len(plan.schedule)) as bar:
             call = {"negative": negative, "hooks": (*hooks, *edit, *callback, ProgressHook(bar))}
-            if search is None:
+            if search is None and self.graphed is not None and not (smooth or hooks or edit or callback or negative):
+                made = self.graphed.generate(plan, condition, seeds)
+                bar.update(len(plan.schedule))
+            elif search is None:
                 made = generate(plan, self.vqvae.quantizer, condition, seeds, smooth=smooth, **call)
             elif smooth:
                 raise ValueError("search compares images as they are drawn: leave out smooth")
@@ -228,7 +233,8 @@ class NextScalePipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, f_hat_BCHW: torch.Tensor, output_type: str = "pil") -> Images:
         """Latents (B, C, H, W) to images as `NextScaleOutput.images` has them."""
-        return self.image_processor.postprocess(self.vqvae.decode(f_hat_BCHW).float(), output_type=output_type)
+        decode = self.vqvae.decode if self.graphed is None else self.graphed.decode
+        return self.image_processor.postprocess(decode(f_hat_BCHW).float(), output_type=output_type)
 
     def _canvases(self, image: Any, mask_image: Any, batch: int, copies: int, plan: Plan) -> list[Canvas]:
         """The picture of every image to be edited; none without `image`."""

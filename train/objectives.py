@@ -29,7 +29,7 @@ from tokenizer.losses import (
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from train.optimizers import Branch, OptimizerConfig
-from train.order import uniforms
+from train.order import image_draws, uniforms
 from train.session import Batch, Clock, Metrics, Objective, Processes
 from var.conditioning import ClassPrompt, Conditioning, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
@@ -382,8 +382,8 @@ class VarObjective(Objective):
         prompt = self.prompt(batch)
         if not self.training or self.config.drop == 0:
             return prompt
-        u_B = [uniforms(1, clock.seed, counter, 2)[0] for counter in batch["counter"]]
-        return drop_prompts(prompt, self.transformer.null_prompt(prompt), torch.tensor(u_B) < self.config.drop)
+        u_B = image_draws(batch["counter"], 1, clock.seed, 2, device=self.transformer.device)[:, 0]
+        return drop_prompts(prompt, self.transformer.null_prompt(prompt), u_B < self.config.drop)
 
     def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""

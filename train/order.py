@@ -5,16 +5,18 @@ images, g belongs to epoch g // n, and is the (g % n)-th image of that epoch's p
 run resumes by starting at another g, and any number of processes or workers sees the same images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import isqrt
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Sampler
 
 ROUNDS = 8
 MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step
 
 
 @lru_cache(maxsize=16)
@@ -54,6 +56,36 @@ def uniforms(count: int, *key: int) -> tuple[float, ...]:
     """`count` numbers in [0, 1) that depend on the non-negative integers of `key` alone."""
     words = np.random.SeedSequence(key).generate_state(count, np.uint64)
     return tuple(float(word >> np.uint64(11)) * 2.0**-53 for word in words)
+
+
+def image_draws(counters: Sequence[int], count: int, *key: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Numbers in [0, 1) that depend on an image's counter and the non-negative integers of `key` alone.
+
+    What `uniforms` is for one image, made for a whole batch where it is needed: (B, count) float32 on `device`, the same
+    bits on every device. Two rounds of splitmix64's finaliser, over the image and over the place.
+    """
+    base = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    images_B = torch.as_tensor(list(counters), dtype=torch.int64, device=device)
+    images_B = _mix_tensor(images_B * _signed(GOLDEN) + _signed(base))
+    words = _mix_tensor(images_B[:, None] + torch.arange(1, count + 1, device=device) * _signed(GOLDEN))
+    return _shifted(words, 40).float() * 2.0**-24
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 of the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift to the right of int64 words."""
+    return (words >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix_tensor(words: torch.Tensor) -> torch.Tensor:
+    """`_mix` of int64 words; products wrap."""
+    words = (words ^ _shifted(words, 30)) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ _shifted(words, 27)) * _signed(0x94D049BB133111EB)
+    return words ^ _shifted(words, 31)
 
 
 class KeyedDataset(Dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,13 +156,16 @@ def padded_length(longest: int, max_length: int) -> int:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> dict[str, torch.Tensor]:
     """{"input_ids": (B, T) int64, "mask": (B, T) bool}, cut at `max_length`; T is a `padded_length`."""
-    fits = max_length % TEXT_STEP == 0
-    made = tokenizer(
-        captions,
-        padding="longest" if fits else "max_length",
-        pad_to_multiple_of=TEXT_STEP if fits else None,
-        truncation=True,
-        max_length=max_length,
-        return_tensors="pt",
-    )
-    return {"input_ids": made.input_ids, "mask": made.attention_mask.bool()}
+    ids = [_caption_ids(tokenizer, caption, max_length) for caption in captions]
+    lengths_B = torch.tensor([len(row) for row in ids])
+    width = padded_length(int(lengths_B.max()), max_length)
+    padded_BT = torch.full((len(ids), width), tokenizer.pad_token_id)
+    for row, known in zip(padded_BT, ids):
+        row[: len(known)] = known
+    return {"input_ids": padded_BT, "mask": torch.arange(width) < lengths_B[:, None]}
+
+
+@lru_cache(maxsize=2**17)
+def _caption_ids(tokenizer: PreTrainedTokenizerBase, caption: str, max_length: int) -> torch.Tensor:
+    """(t,) int64. Captions come again, and a tokenizer of bytes takes longer over one than a GPU over its image."""
+    return torch.tensor(tokenizer(caption, truncation=True, max_length=max_length).input_ids)

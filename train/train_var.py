@@ -28,7 +28,7 @@ from train.images import CorruptLog
 from train.loop import run
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
-from train.order import uniforms
+from train.order import image_draws
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
@@ -242,8 +242,8 @@ def preparer(
             ids = quantizer.encode(f_BCHW, schedule)
         if flips or noise:
             draws = partial(draw_flips, largest=flips) if flips else partial(draw_noise, largest=noise)
-            drawn = draws(batch["counter"], quantizer.channels, schedule, seed=seed)
-            noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, [k.to(device) for k in drawn])
+            drawn = draws(batch["counter"], quantizer.channels, schedule, seed=seed, device=device)
+            noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, drawn)
             made["noisy_ids"] = torch.cat(noisy, dim=1)
         made["ids"] = torch.cat(ids, dim=1)
         made["inputs"] = quantizer.teacher_inputs(ids, schedule)
@@ -259,34 +259,45 @@ def batch_schedule(batch: Batch, vqvae: MultiScaleVQ) -> ScaleSchedule:
 
 
 def draw_flips(
-    counters: Sequence[int], bits: int, schedule: ScaleSchedule, *, largest: float, seed: int
+    counters: Sequence[int],
+    bits: int,
+    schedule: ScaleSchedule,
+    *,
+    largest: float,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> list[torch.Tensor]:
     """Which bits of each image are flipped: K bool tensors (B, l, bits), keyed by (seed, image counter).
 
     Each scale of each image has a share of its own, a whole percentage drawn evenly from 0 to `largest`.
     """
-    of_images = []
-    for counter in counters:
-        generator = torch.Generator().manual_seed(int(uniforms(1, seed, counter, 5)[0] * 2**53))
-        shares = torch.randint(round(100 * largest) + 1, (len(schedule),), generator=generator) / 100
-        draws = [torch.rand(n, bits, generator=generator) for n in schedule.lengths]
-        of_images.append([u < share for u, share in zip(draws, shares)])
-    return [torch.stack(of_scale) for of_scale in zip(*of_images)]
+    K = len(schedule)
+    u_BN = image_draws(counters, K + schedule.total * bits, seed, 5, device=device)
+    share_BK = (u_BN[:, :K] * (round(100 * largest) + 1)).floor() / 100
+    places = u_BN[:, K:].unflatten(1, (schedule.total, bits)).split(schedule.lengths, dim=1)
+    return [u_Bln < share_B[:, None, None] for u_Bln, share_B in zip(places, share_BK.unbind(dim=1))]
 
 
 def draw_noise(
-    counters: Sequence[int], channels: int, schedule: ScaleSchedule, *, largest: float, seed: int
+    counters: Sequence[int],
+    channels: int,
+    schedule: ScaleSchedule,
+    *,
+    largest: float,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> list[torch.Tensor]:
     """Noise for `MultiScaleQuantizer.corrected`: K tensors (B, C, h, w), keyed by (seed, image counter).
 
     Each scale of each image has a standard deviation of its own, drawn evenly from 0 to `largest`.
     """
-    of_images = []
-    for counter in counters:
-        generator = torch.Generator().manual_seed(int(uniforms(1, seed, counter, 5)[0] * 2**53))
-        sigmas = (torch.rand(len(schedule), generator=generator) * largest).tolist()
-        of_images.append([s * torch.randn(channels, *hw, generator=generator) for s, hw in zip(sigmas, schedule.sides)])
-    return [torch.stack(of_scale) for of_scale in zip(*of_images)]
+    K = len(schedule)
+    u_BN = image_draws(counters, K + schedule.total * channels, seed, 5, device=device)
+    sigma_BK = u_BN[:, :K] * largest
+    normal_BN = torch.erfinv((u_BN[:, K:] + 2.0**-25) * 2 - 1) * 2**0.5  # the shift keeps it off infinity
+    parts = normal_BN.split([n * channels for n in schedule.lengths], dim=1)
+    shaped = (n.unflatten(1, (channels, *hw)) for n, hw in zip(parts, schedule.sides))
+    return [normal * sigma_B[:, None, None, None] for normal, sigma_B in zip(shaped, sigma_BK.unbind(dim=1))]
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

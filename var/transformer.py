@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import sqrt
 
 import torch
@@ -245,8 +246,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _levels(self, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
         begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
-        ids = torch.tensor(schedule.level_ids[begin:end], device=self.level_embedding.weight.device)
-        return self.level_embedding(ids)
+        return self.level_embedding(_level_ids(schedule, self.level_embedding.weight.device)[begin:end])
 
     def _rope(self, schedule: ScaleSchedule, scales: range, device: torch.device) -> torch.Tensor | None:
         if self.config.positions == "learned":
@@ -289,6 +289,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 block.ada_offset_6D[2:].mul_(ada_gain)
         self.head.proj.weight.mul_(head_gain)
         self.head.ada[1].weight.mul_(ada_gain)
+
+
+@lru_cache(maxsize=None)  # not bounded: a recorded CUDA graph reads these again
+def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
+    """The scale of every token, (L,) int64: made once, as a copy to a GPU stops the loop."""
+    return torch.tensor(schedule.level_ids, device=device)
 
 
 def _check_sizes(*, width: int, heads: int, conditioning: str, positions: str) -> None:

@@ -1,0 +1,202 @@
+"""Sampling on a GPU beside the official code: `python -m benchmarks.sampling_gpu --reference VAR`.
+
+Random weights, one process, in turns: A B A B. The official code runs as its own demo does, in float16 autocast; ours in
+bfloat16, plainly and as CUDA graphs. A run is one call from labels to pixels on the GPU, on the wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.tables import measured
+from benchmarks.timing import spread
+
+SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+COLUMNS = ("size", "schedule", "batch", "variant", "seconds", "images_per_s", "times_official", "times_plain")
+COLUMNS += ("share_of_ceiling", "peak_gib", "weights_gib", "same_tokens")
+
+Run = Callable[[int], Any]
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
+    parser.add_argument("--size", default="d30", help="published size, random weights (d30)")
+    parser.add_argument("--schedule", default="var256", help="scales (var256)")
+    parser.add_argument("--width", type=int, default=160, help="of the tokenizer's finest level (160)")
+    parser.add_argument("--batches", default="1,64", help="images at once (1,64)")
+    parser.add_argument("--rounds", default="9,4", help="timed runs of each variant, by batch (9,4)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only to try the command (cuda)")
+    parser.add_argument("--out", type=Path, default=Path("results/speed_gpu.json"), help="result and table")
+    return parser
+
+
+def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Runs "plain" and "graphs" of our pipeline by batch size, and what is known of it."""
+    from benchmarks.models import image_flops, random_pipeline
+    from sample.fast import accelerate
+    from sample.graphs import GraphedSampler
+
+    with torch.device(device):
+        pipeline = random_pipeline(size, schedule, width=width).to(torch.bfloat16)
+    accelerate(pipeline)
+    graphed = pipeline.graphed or GraphedSampler(pipeline.vqvae)
+    chosen = {"top_k": SETTINGS["top_k"], "top_p": SETTINGS["top_p"], "guidance_scale": SETTINGS["cfg"]}
+
+    def call(batch: int, sampler: GraphedSampler | None) -> Any:
+        pipeline.graphed = sampler
+        made = pipeline(class_labels=[i % 1000 for i in range(batch)], seed=0, output_type="latent", **chosen)
+        return made.tokens, pipeline.decode(made.images, "pt")
+
+    runs: dict[str, Run] = {"plain": lambda batch: call(batch, None)}
+    if torch.device(device).type == "cuda":
+        runs["graphs"] = lambda batch: call(batch, graphed)
+    return runs, {"flops": sum(image_flops(pipeline).values()), "weights_gib": weights_gib(pipeline)}
+
+
+def weights_gib(pipeline: Any) -> float:
+    """Bytes of a pipeline's weights, in GiB."""
+    parts = (pipeline.transformer, pipeline.vqvae)
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters()) / 2**30
+
+
+def official_run(checkout: Path, size: str, schedule: str, width: int, device: str) -> Run:
+    """The official code's own call, weights as it initialises them."""
+    from benchmarks.reference import check_checkout
+    from tokenizer.schedule import ScaleSchedule
+    from var.presets import PRESETS
+
+    sys.path.insert(0, str(check_checkout(checkout).resolve()))
+    shape = PRESETS[size]
+    with contextlib.redirect_stdout(io.StringIO()):
+        vae, var = importlib.import_module("models").build_vae_var(
+            device=device,
+            patch_nums=tuple(h for h, _ in ScaleSchedule.of(schedule).sides),
+            V=4096,
+            Cvae=32,
+            ch=width,
+            num_classes=1000,
+            depth=shape["depth"],
+            shared_aln=shape.get("shared_ada", False),
+            attn_l2_norm=shape.get("qk_norm", True),
+        )
+    for model in (vae, var):
+        model.eval().requires_grad_(False)
+    kind = torch.device(device).type
+    half = torch.float16 if kind == "cuda" else torch.bfloat16
+
+    def run(batch: int) -> Any:
+        labels = torch.arange(batch, device=device) % 1000
+        with torch.inference_mode(), torch.autocast(kind, dtype=half, cache_enabled=True):
+            return var.autoregressive_infer_cfg(B=batch, label_B=labels, g_seed=0, more_smooth=False, **SETTINGS)
+
+    return run
+
+
+def timed(run: Run, batch: int, device: str) -> tuple[float, float]:
+    """(seconds, peak GiB) of one run."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    run(batch)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+
+
+def ceiling(device: str, size: int = 8192, repeats: int = 10) -> float:
+    """The fastest bfloat16 matrix product of this device, in FLOP/s."""
+    if torch.device(device).type != "cuda":
+        size, repeats = 1024, 3
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    runs = [timed(lambda _: a @ b, 1, device)[0] for _ in range(repeats)]
+    return 2 * size**3 / min(runs)
+
+
+def rows_of(
+    options: argparse.Namespace, runs: dict[str, Run], batch: int, rounds: int, known: dict[str, Any], best: float
+) -> list[dict[str, Any]]:
+    """A row a variant: the median and range of its rounds, and ratios round by round."""
+    for run in runs.values():  # kernels are chosen, graphs recorded
+        for _ in range(3):
+            run(batch)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(timed(run, batch, options.device))
+    rows = []
+    for name, measurements in found.items():
+        seconds = [s for s, _ in measurements]
+        row = {"size": options.size, "schedule": options.schedule, "batch": batch, "variant": name}
+        row |= spread("seconds", seconds)
+        row |= {"images_per_s": batch / row["seconds"], "peak_gib": max(gib for _, gib in measurements)}
+        row["share_of_ceiling"] = batch * known["flops"] / row["seconds"] / best
+        for base in ("official", "plain"):
+            if base in found and base != name:
+                row |= spread(f"times_{base}", [theirs / s for (theirs, _), s in zip(found[base], seconds)])
+        rows.append(row)
+    return rows
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, compare tokens, time; the result as `report.result` makes it."""
+    from benchmarks.models import check_size
+    from benchmarks.sampling import whole_numbers
+    from evaluation.report import command_line, result
+    from sample.load import resolve_device
+
+    check_size(options.size)
+    resolve_device(options.device)
+    batches, rounds = whole_numbers("--batches", options.batches), whole_numbers("--rounds", options.rounds)
+    if len(batches) != len(rounds):
+        raise ValueError(f"--rounds must be one number a batch, got {options.rounds!r} for {options.batches!r}")
+    shape = (options.size, options.schedule, options.width, options.device)
+    runs, known = our_runs(*shape)
+    if options.reference is not None:
+        runs = {"official": official_run(options.reference, *shape)} | runs
+    best, rows = ceiling(options.device), []
+    for batch, count in zip(batches, rounds):
+        made = rows_of(options, runs, batch, count, known, best)
+        if "graphs" in runs:
+            tokens = [torch.cat(runs[name](batch)[0], dim=1) for name in ("plain", "graphs")]
+            next(row for row in made if row["variant"] == "graphs")["same_tokens"] = bool(torch.equal(*tokens))
+        rows += made
+    for row in rows:
+        if row["variant"] != "official":
+            row["weights_gib"] = known["weights_gib"]
+    settings = {"device": device_name(options.device), "ceiling_tflop_per_s": best / 1e12, "sampling": SETTINGS}
+    settings |= {"gflop_per_image": known["flops"] / 1e9}
+    command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
+    return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
+
+
+def device_name(device: str) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result and its table."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    measured(parser, options, measure, COLUMNS)
+    print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
