@@ -1,7 +1,7 @@
 """Sampling on a GPU beside the official code: `python -m benchmarks.sampling_gpu --reference VAR`.
 
-Random weights, one process, in turns: A B A B. The official code runs as its own demo does, in float16 autocast; ours in
-bfloat16, plainly and as CUDA graphs. A run is one call from labels to pixels on the GPU, on the wall clock.
+Random weights, one process, in turns: A B A B. The official code runs as its own demo does, in float16 autocast; ours
+in bfloat16, plainly and as CUDA graphs. A run is one call from labels to pixels on the GPU, on the wall clock.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,51 @@ def mean_interval(values: np.ndarray) -> list[float]:
     return [float(values.mean() - half), float(values.mean() + half)]
 
 
-def usage(hits_KV: torch.Tensor, sides: Sequence[tuple[int, int]]) -> dict[str, float]:
+def usage(hits_KV: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
     """Shares of the codebook in use, from hit counts (K, V): per scale by VAR's threshold, and used at least once."""
     fair_K1 = hits_KV.sum(1, keepdim=True) / hits_KV.shape[1]
     shares: dict[str, float] = {}
     for name, used_KV in (("usage", hits_KV >= USED * fair_K1), ("used_once", hits_KV > 0)):
-        for (h, w), used_V in zip(sides, used_KV & (hits_KV > 0)):
-            shares[f"{name}_{h}x{w}"] = used_V.float().mean().item()
+        for scale, used_V in zip(scales, used_KV & (hits_KV > 0)):
+            shares[f"{name}_{scale}"] = used_V.float().mean().item()
         shares[f"{name}_any_scale"] = (used_KV & (hits_KV > 0)).any(0).float().mean().item()
     return shares
+
+
+def bit_usage(ones_Kn: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
+    """The same of bitwise tokens, which have no codebook, from the share of ones of every bit, (K, n) in [0, 1].
+
+    A bit is in use if both its values come, by VAR's threshold: each in 4 % of the tokens or more. Beside it the bits'
+    mean entropy, 1 where both values come alike.
+    """
+    rarer_Kn = torch.minimum(ones_Kn, 1 - ones_Kn)
+    entropy_Kn = -(torch.special.xlogy(ones_Kn, ones_Kn) + torch.special.xlogy(1 - ones_Kn, 1 - ones_Kn)) / log(2)
+    shares = {f"usage_{scale}": float(row) for scale, row in zip(scales, (rarer_Kn >= USED / 2).double().mean(1))}
+    return shares | {f"bit_entropy_{scale}": float(row) for scale, row in zip(scales, entropy_Kn.mean(1))}
+
+
+class Uses:
+    """How often every code, or every bit, comes at every scale."""
+
+    def __init__(self, model: MultiScaleVQ):
+        self.names, self.bitwise = model.schedule.names, model.config.bitwise
+        width = model.quantizer.channels if self.bitwise else model.config.vocab_size
+        self.hits_KV = torch.zeros(len(self.names), width, dtype=torch.int64)
+        self.tokens_K1 = torch.zeros(len(self.names), 1, dtype=torch.int64)
+
+    def add(self, ids: Sequence[torch.Tensor]) -> None:
+        """Tokens (B, l), or bits (B, l, n), of every scale."""
+        for k, ids_Bl in enumerate(ids):
+            values = ids_Bl.cpu()
+            self.tokens_K1[k] += values.shape[0] * values.shape[1]
+            width = self.hits_KV.shape[1]
+            self.hits_KV[k] += values.sum((0, 1)) if self.bitwise else torch.bincount(values.flatten(), minlength=width)
+
+    def shares(self) -> dict[str, float]:
+        """`usage`, or `bit_usage`."""
+        if self.bitwise:
+            return bit_usage(self.hits_KV.double() / self.tokens_K1, self.names)
+        return usage(self.hits_KV, self.names)
 
 
 @torch.no_grad()
@@ -121,11 +158,9 @@ def measure(model: MultiScaleVQ, *, n: int, usage_n: int, seed: int = 0, pairs: 
     if model.image_hw[0] != model.image_hw[1]:
         raise ValueError(f"scenes are square; this tokenizer makes images of {model.image_hw} pixels (h, w)")
     scenes = fresh_scenes(max(n, usage_n), seed)
-    hits_KV = torch.zeros(len(model.schedule), model.config.vocab_size, dtype=torch.int64)
-    originals, rebuilt = [], []
+    uses, originals, rebuilt = Uses(model), [], []
     for images, decoded, ids in reconstructions(model, scenes, decode=n):
-        for k, ids_Bl in enumerate(ids):
-            hits_KV[k] += torch.bincount(ids_Bl.flatten().cpu(), minlength=hits_KV.shape[1])
+        uses.add(ids)
         if decoded is not None:
             originals.append(images[: len(decoded)])
             rebuilt.append(decoded)
@@ -137,7 +172,7 @@ def measure(model: MultiScaleVQ, *, n: int, usage_n: int, seed: int = 0, pairs: 
     row |= {"ssim": float(ssim.mean()), "ssim_ci95": mean_interval(ssim)}
     row |= {f"accepted_{name}": value for name, value in verdicts.items() if name != "n"}
     row["accepted_originals"] = judge_report(original, metadatas)["overall"]
-    row |= {"usage_n": len(scenes), **usage(hits_KV, model.schedule.sides)}
+    row |= {"usage_n": len(scenes), **uses.shares()}
     return Measured(row, np.stack([original[:pairs], copy[:pairs]], axis=1))
 
 

@@ -25,6 +25,7 @@ from train.data import (
     build_stream,
     permute,
 )
+from train.order import image_draws
 from train.pixels import CorruptImage, crop, decode
 
 
@@ -181,6 +182,16 @@ def test_samplers_of_all_ranks_share_the_counters(world, start, count):
     assert [len(KeyedSampler(rank=r, world=world, start=start, stop=start + count)) for r in range(world)] == [
         len(part) for part in parts
     ]
+
+
+def test_image_draws_belong_to_an_image():
+    many = image_draws(range(300), 200, 3, 5)
+    assert many.shape == (300, 200) and many.dtype == torch.float32
+    assert torch.equal(image_draws([7, 299], 200, 3, 5), many[[7, 299]])
+    assert many.min() >= 0 and many.max() < 1
+    assert many.mean() == pytest.approx(0.5, abs=0.005) and many.var() == pytest.approx(1 / 12, abs=0.002)
+    for other in (image_draws(range(300), 200, 3, 6), image_draws(range(1, 301), 200, 3, 5), many.roll(1, dims=1)):
+        assert torch.corrcoef(torch.stack([many.flatten(), other.flatten()]))[0, 1].abs() < 0.02
 
 
 def test_sampler_arguments():

@@ -30,7 +30,7 @@ from evaluation.frechet import (
 from evaluation.report import command_line, markdown, result, write_result
 from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
 from evaluation.sources import geneval_tree, open_images, stored_moments
-from evaluation.tokenizer_quality import comparison, fresh_scenes, measure, usage
+from evaluation.tokenizer_quality import bit_usage, comparison, fresh_scenes, measure, usage
 from evaluation.verdicts import Judged, prompt_intervals
 from train.train_features import IGNORED, loss_of, save, targets, train
 
@@ -281,10 +281,17 @@ def test_a_tree_of_true_renders_is_judged_right(tmp_path):
 
 def test_codebook_use_follows_the_threshold():
     hits = torch.tensor([[10, 10, 0, 0], [997, 1, 1, 1]])
-    shares = usage(hits, [(1, 1), (2, 2)])
+    shares = usage(hits, ["1x1", "2x2"])
     assert shares["usage_1x1"] == 0.5 and shares["used_once_1x1"] == 0.5
     assert shares["usage_2x2"] == 0.25 and shares["used_once_2x2"] == 1.0
     assert shares["usage_any_scale"] == 0.5 and shares["used_once_any_scale"] == 1.0
+
+
+def test_bits_in_use():
+    ones = torch.tensor([[0.5, 0.5, 0.03, 0.97], [0.5, 0.25, 0.0, 0.5]], dtype=torch.float64)
+    shares = bit_usage(ones, ["1x1", "2x2"])
+    assert shares["usage_1x1"] == 0.5 and shares["usage_2x2"] == 0.75
+    assert shares["bit_entropy_2x2"] == pytest.approx((1 + 0.8113 + 0 + 1) / 4, abs=1e-4)
 
 
 def test_a_tokenizer_is_measured():

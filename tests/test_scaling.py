@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from evaluation.scaling import (
     weights_of,
     write_points,
 )
-from train.scaling import Ladder
+from train.scaling import Ladder, Rung, climb_all
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
@@ -202,6 +203,21 @@ def test_points_made_elsewhere_are_fitted(tmp_path, monkeypatch, capsys):
     assert row["exponent_ci95"][0] < row["exponent"] < row["exponent_ci95"][1] and content["n"] == 8
     assert "not annealed" in capsys.readouterr().err and Path("r/s.png").is_file() and Path("r/s.csv").is_file()
     picture(ladder_points(), "again.png")
+
+
+def test_several_runs_at_once_and_the_first_failure_ends_it(tmp_path, monkeypatch):
+    ladder = Ladder(Path("base.yaml"), tmp_path, [], {}, [Rung(f"r{i}", 0, {}) for i in range(5)])
+    barrier, climbed = Barrier(2, timeout=20), []
+
+    def climb(_, rung):
+        climbed.append(rung.name)
+        if rung.name in ("r4", "r3"):
+            barrier.wait()  # both are there at once
+        return 3 if rung.name == "r2" else 0
+
+    monkeypatch.setattr("train.scaling.climb", climb)
+    assert climb_all(ladder, 2) == 3
+    assert climbed[:2] in (["r4", "r3"], ["r3", "r4"]) and "r2" in climbed
 
 
 @pytest.mark.parametrize(

@@ -41,3 +41,7 @@ def test_published_token_counts():
 def test_unreadable_schedules_are_refused(spec):
     with pytest.raises(ValueError, match="schedule"):
         ScaleSchedule.of(spec)
+
+
+def test_scales_of_the_same_sides_have_names_of_their_own():
+    assert ScaleSchedule.of("1,2,2,2x3,4").names == ("1x1", "2x2", "2x2-2", "2x3", "4x4")

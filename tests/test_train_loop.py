@@ -295,6 +295,14 @@ def test_drop_prompts_keeps_the_others():
     assert prompt.classes_B.tolist() == [9, 2]
 
 
+def test_captions_are_padded_as_their_tokenizer_does():
+    tokenizer = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))[1]
+    captions = ["a ring", "a star that goes on for longer than the limit of the model", "a ring"]
+    made = tokenize(tokenizer, captions, 32)
+    like = tokenizer(captions, padding="longest", truncation=True, max_length=32, return_tensors="pt")
+    assert torch.equal(made["input_ids"], like.input_ids) and torch.equal(made["mask"], like.attention_mask.bool())
+
+
 def test_text_encoder_trains_along():
     torch.manual_seed(0)
     encoder, tokenizer = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))

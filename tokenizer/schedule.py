@@ -92,6 +92,13 @@ class ScaleSchedule:
         return [[h, w] for h, w in self.sides]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What to call each scale in a report: 4x4, and 4x4-2, 4x4-3 where the same sides come again."""
+        names = [f"{h}x{w}" for h, w in self.sides]
+        again = [names[:k].count(name) + 1 for k, name in enumerate(names)]
+        return tuple(name if n == 1 else f"{name}-{n}" for name, n in zip(names, again))
+
+    @property
     def text(self) -> str:
         """The sides as text: 1,2,3 or 1x2,2x4; `of` reads it back."""
         return ",".join(str(h) if h == w else f"{h}x{w}" for h, w in self.sides)

@@ -77,7 +77,7 @@ class DrafterObjective(VarObjective):
     def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
         """Means over the tokens of each drafted scale."""
         parts = value_L.detach().split(self.drafted.lengths)
-        return {f"{name}_{h}x{w}": part.mean() for (h, w), part in zip(self.drafted.sides, parts)}
+        return {f"{name}_{scale}": part.mean() for scale, part in zip(self.drafted.names, parts)}
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of the drafted tokens."""

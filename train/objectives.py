@@ -242,7 +242,7 @@ class TokenizerObjective(Objective):
     def statistics(self) -> dict[str, float]:
         """Share of codes in use, by scale and by any scale."""
         used_KV = self.usage_KV >= USED
-        names = [f"usage_{h}x{w}" for h, w in self.vqvae.schedule.sides]
+        names = [f"usage_{name}" for name in self.vqvae.schedule.names]
         return dict(zip([*names, "usage"], [*used_KV.float().mean(1).tolist(), used_KV.any(0).float().mean().item()]))
 
     def compile_parts(self) -> None:
@@ -421,7 +421,7 @@ class VarObjective(Objective):
         """Means over the tokens of each scale."""
         schedule = self.transformer.schedule
         parts = value_L.detach().split(schedule.lengths)
-        return {f"{name}_{h}x{w}": part.mean() for (h, w), part in zip(schedule.sides, parts)}
+        return {f"{name}_{scale}": part.mean() for scale, part in zip(schedule.names, parts)}
 
     def compile_parts(self) -> None:
         """Compile every block."""

@@ -61,7 +61,7 @@ def uniforms(count: int, *key: int) -> tuple[float, ...]:
 def image_draws(counters: Sequence[int], count: int, *key: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Numbers in [0, 1) that depend on an image's counter and the non-negative integers of `key` alone.
 
-    What `uniforms` is for one image, made for a whole batch where it is needed: (B, count) float32 on `device`, the same
+    What `uniforms` is for one image, made for a whole batch where it is needed: (B, count) float32 on `device`, equal
     bits on every device. Two rounds of splitmix64's finaliser, over the image and over the place.
     """
     base = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])

@@ -121,7 +121,7 @@ class ProgressiveObjective(VarObjective):
         """Means over the tokens of each of these scales."""
         schedule = self.transformer.schedule
         parts = value_L.detach().split(schedule.lengths[: schedule.ends.index(len(value_L)) + 1])
-        return {f"{name}_{h}x{w}": part.mean() for (h, w), part in zip(schedule.sides, parts)}
+        return {f"{name}_{scale}": part.mean() for scale, part in zip(schedule.names, parts)}
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of these scales' tokens."""

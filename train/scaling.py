@@ -11,6 +11,7 @@ import json
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands and sizes of the ladder")
     parser.add_argument("--fit-only", action="store_true", help="fit the runs that are there; train nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once: small models do not fill a GPU (1)")
     parser.add_argument("--bootstrap", type=int, default=400, help="resamples behind intervals (400; 0: none)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; table, points and picture beside it")
 
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give one of --config (a ladder to train) and --csv (points to fit)")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be 1 or more, got {args.jobs}")
     if args.bootstrap < 0:
         raise ValueError(f"--bootstrap must be 0 or more, got {args.bootstrap}")
     if args.csv is not None:
@@ -126,12 +130,20 @@ def run(args: argparse.Namespace) -> int:
     ladder = Ladder.read(args.config)
     if args.dry_run:
         return show(ladder)
-    if not args.fit_only:
-        for rung in ladder.rungs:
-            code = climb(ladder, rung)
-            if code:
-                return code
+    if not args.fit_only and (code := climb_all(ladder, args.jobs)):
+        return code
     return report(args, ladder_points(ladder))
+
+
+def climb_all(ladder: Ladder, jobs: int) -> int:
+    """Train and evaluate every rung, `jobs` at once; the exit code of the first that failed, else 0."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(climb, ladder, rung) for rung in reversed(ladder.rungs)}  # the longest begin first
+        for done in as_completed(waiting):
+            if code := done.result():
+                pool.shutdown(cancel_futures=True)  # those that run go on to their end
+                return code
+    return 0
 
 
 def show(ladder: Ladder) -> int:
@@ -156,7 +168,7 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
     config = MultiScaleVQ.load_config(base["tokens"]["tokenizer"])
     sizes = {name.removeprefix("transformer."): value for name, value in {**ladder.flags, **rung.flags}.items()}
     sizes = {**base["transformer"], **{name: value for name, value in sizes.items() if "." not in name}}
-    tokens = {name: config[name] for name in ("vocab_size", "latent_channels", "schedule")}
+    tokens = {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}
     text = {"text_width": base.get("text", {}).get("d_model", 0)} if sizes.get("conditioning") == "text" else {}
     with torch.device("meta"):
         return sum(p.numel() for p in NextScaleTransformer(**sizes, **tokens, **text).parameters())

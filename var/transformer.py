@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from math import sqrt
 
 import torch
@@ -291,7 +291,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.head.ada[1].weight.mul_(ada_gain)
 
 
-@lru_cache(maxsize=None)  # not bounded: a recorded CUDA graph reads these again
+@cache  # not bounded: a recorded CUDA graph reads these again
 def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     """The scale of every token, (L,) int64: made once, as a copy to a GPU stops the loop."""
     return torch.tensor(schedule.level_ids, device=device)
