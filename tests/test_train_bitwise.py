@@ -79,15 +79,16 @@ def test_flips_are_keyed_by_image(trained: Path) -> None:
     assert not any(flips.any() for flips in draw_flips(range(9), 24, schedule, largest=0.0, seed=1))
 
 
-def test_self_correction_prepares_noisy_inputs_beside_clean_ones(trained: Path) -> None:
+def test_self_correction_is_for_training(trained: Path) -> None:
     vqvae = MultiScaleVQ.from_pretrained(trained / "tokenizer/latest/vqvae").eval()
     image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = {"image": image, "label": torch.zeros(2, dtype=torch.int64), "counter": range(2)}
     with torch.no_grad():
-        made = preparer(vqvae, None, flips=0.3, seed=0)(batch)
-        plain = preparer(vqvae, None)(batch)
-    assert torch.equal(made["ids"], plain["ids"]) and torch.equal(made["inputs"], plain["inputs"])
-    assert made["noisy_ids"].shape == (2, 21, 24) and not torch.equal(made["noisy_inputs"], made["inputs"])
+        prepare, plain = preparer(vqvae, None, flips=0.3, seed=0), preparer(vqvae, None)(batch)
+        validation, made = prepare(batch), prepare({**batch, "training": True})
+    assert torch.equal(validation["ids"], plain["ids"]) and torch.equal(validation["inputs"], plain["inputs"])
+    assert made["ids"].shape == (2, 21, 24) and torch.equal(made["ids"][:, 0], plain["ids"][:, 0])
+    assert not torch.equal(made["ids"], plain["ids"]) and not torch.equal(made["inputs"], plain["inputs"])
 
 
 @pytest.fixture(scope="module")

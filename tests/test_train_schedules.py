@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokenizer.schedule import ScaleSchedule
+from train.muon import StackedMuon
 from train.objectives import token_weights
 from train.optimizers import Branch, OptimizerConfig, build_optimizers, is_decayed, is_hidden_matrix, set_rates
 from train.schedules import SCHEDULES, lr_factor, weight_decay_at
@@ -127,3 +128,21 @@ def test_lognorm_weights_are_the_published_ones():
     by_scale = [part.sum().item() for part in weights.split(schedule.lengths)]
     published = [0.0247, 0.0642, 0.1150, 0.1379, 0.1402, 0.1329, 0.1208, 0.1054, 0.0882, 0.0709]
     assert by_scale == pytest.approx(published, abs=1e-4)
+
+
+def test_stacked_muon_is_torchs():
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 8), (32, 8), (8, 32), (32, 8)]
+    plain = [nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    stacked = [nn.Parameter(p.detach().clone()) for p in plain]
+    settings = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    torchs, ours = torch.optim.Muon(plain, **settings), StackedMuon(stacked, **settings)
+    for _ in range(5):
+        for p, q in zip(plain, stacked):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        torchs.step()
+        ours.step_stacked(ours.param_groups[0])
+    for p, q in zip(plain, stacked):
+        assert (p - q).abs().max() < 0.003  # bfloat16 rounding; five steps move a weight by 0.1
+        assert torch.equal(torchs.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"])

@@ -128,7 +128,7 @@ class RefinerObjective(VarObjective):
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """Weighted divergence, and divergence and accuracy by scale; of bitwise tokens a mean over the bits."""
-        batch, prompt, (teacher,) = self.taught(batch), self.training_prompt(batch, clock), self.frozen
+        prompt, (teacher,) = self.training_prompt(batch, clock), self.frozen
         ids, inputs = batch["ids"], batch["inputs"]
         cond = self.transformer.condition(prompt)
         ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond).log_softmax(dim=-1)

@@ -138,13 +138,14 @@ def open_stream(session: Session) -> None:
 def micro_batches(session: Session) -> Iterator[Batch]:
     """This process's micro-batches from the session's present image on, on the device and prepared.
 
-    Each carries `counter`: the global image counters of its rows, which key whatever is drawn per image.
+    Each carries `counter`: the global image counters of its rows, which key whatever is drawn per image; and
+    `training`, which the batches of validation lack.
     """
     accelerator = session.accelerator
     world, size = accelerator.num_processes, session.config.micro(accelerator.num_processes)
     counter = session.images + accelerator.process_index
     for batch in session.stream or map_loader(session):
-        batch["counter"] = range(counter, counter + size * world, world)
+        batch |= {"counter": range(counter, counter + size * world, world), "training": True}
         counter += size * world
         yield on_device(session, batch)
 

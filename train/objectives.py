@@ -318,10 +318,10 @@ class VarObjective(Objective):
     """Cross-entropy of all tokens given all coarser scales (VAR, equation 3).
 
     A batch is {"ids": (B, L) int64 or, bitwise, (B, L, n), "inputs": (B, L - l of scale 0, C), "counter": B image
-    counters} and the prompt; in training {"noisy_ids", "noisy_inputs"} go before ids and inputs, and a
-    "schedule" is that of images of another shape than the model's own. The prompt is
-    {"label": (B,)}, or {"states": (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T),
-    "mask"} for the one that trains along.
+    counters} and the prompt; with self-correction, ids and inputs are of tokens that went wrong now and then. A
+    "schedule" is that of images of another shape than the model's own. The prompt is {"label": (B,)}, or {"states":
+    (B, T, E), "mask": (B, T) bool} from a frozen text encoder, or {"input_ids": (B, T), "mask"} for the one that trains
+    along.
 
     Attributes:
         attention: backend of self-attention in training, sdpa or flex; validation takes sdpa.
@@ -389,15 +389,8 @@ class VarObjective(Objective):
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""
         return self.predict(batch, clock, **self.passes(clock))
 
-    def taught(self, batch: Batch) -> Batch:
-        """The batch with the ids and inputs that are learnt from: in training those of self-correction, if any."""
-        if self.training and "noisy_ids" in batch:
-            return {**batch, "ids": batch["noisy_ids"], "inputs": batch["noisy_inputs"]}
-        return batch
-
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """`forward` with other arguments of the transformer."""
-        batch = self.taught(batch)
         ids_BL, schedule = batch["ids"], batch.get("schedule")
         if schedule is not None:
             passes = {**passes, "schedule": schedule}
@@ -435,9 +428,8 @@ class VarObjective(Objective):
 def first_scales(batch: Batch, schedule: ScaleSchedule, count: int) -> Batch:
     """The batch with the ids and inputs of its first `count` scales alone; no inputs (None) for the first scale."""
     end, first = schedule.ends[count - 1], schedule.lengths[0]
-    cut = {name: batch[name][:, :end] for name in ("ids", "noisy_ids") if name in batch}
-    inputs = (name for name in ("inputs", "noisy_inputs") if name in batch)
-    return {**batch, **cut, **{name: batch[name][:, : end - first] if end > first else None for name in inputs}}
+    inputs = batch["inputs"][:, : end - first] if end > first else None
+    return {**batch, "ids": batch["ids"][:, :end], "inputs": inputs}
 
 
 @contextlib.contextmanager

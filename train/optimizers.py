@@ -111,8 +111,10 @@ def _muon(config: OptimizerConfig, matrices: list[nn.Parameter]) -> torch.optim.
         raise ValueError(f"optimizer name muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw")
     if not matrices:
         raise ValueError("optimizer name muon finds no 2-D weight inside a block of this model: use adamw")
+    from train.muon import StackedMuon
+
     groups = [{"params": matrices, "decayed": True}]
-    return torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    return StackedMuon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progress: float) -> None:

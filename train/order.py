@@ -65,7 +65,10 @@ def image_draws(counters: Sequence[int], count: int, *key: int, device: torch.de
     bits on every device. Two rounds of splitmix64's finaliser, over the image and over the place.
     """
     base = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    images_B = torch.as_tensor(list(counters), dtype=torch.int64, device=device)
+    if isinstance(counters, range):  # made on the device: a copy would wait for it
+        images_B = torch.arange(counters.start, counters.stop, counters.step, device=device)
+    else:
+        images_B = torch.tensor(list(counters), dtype=torch.int64, device=device)
     images_B = _mix_tensor(images_B * _signed(GOLDEN) + _signed(base))
     words = _mix_tensor(images_B[:, None] + torch.arange(1, count + 1, device=device) * _signed(GOLDEN))
     return _shifted(words, 40).float() * 2.0**-24

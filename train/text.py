@@ -140,13 +140,18 @@ def text_reader(
         raise ValueError(f"transformer.text_length must be at most {longest} for this text encoder, got {max_length}")
 
     def read(captions: list[str], device: torch.device) -> Batch:
-        text = {name: value.to(device) for name, value in tokenize(tokenizer, captions, max_length).items()}
+        text = {name: moved(value, device) for name, value in tokenize(tokenizer, captions, max_length).items()}
         if frozen:
             encoded = encoder.to(device)(input_ids=text["input_ids"], attention_mask=text["mask"])
             text["states"] = encoded.last_hidden_state
         return text
 
     return read
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, without waiting for what a GPU is still doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def padded_length(longest: int, max_length: int) -> int:

@@ -226,7 +226,7 @@ def preparer(
     """What turns a batch of images or cached tokens into an objective's batch, with frozen models.
 
     `read` makes the text entries of captions (`train.text.text_reader` or a `TextCache`); None without text. With
-    `flips` (bits) or `noise` (codes) the batch has "noisy_ids" and "noisy_inputs" too, for training (self-correction).
+    `flips` (bits) or `noise` (codes) a batch for training has the ids and inputs of self-correction.
     """
 
     def prepare(batch: Batch) -> Batch:
@@ -235,18 +235,16 @@ def preparer(
         made = {"counter": batch["counter"], "label": batch["label"]}
         if schedule is not vqvae.schedule:
             made["schedule"] = schedule
-        if "ids" in batch:
-            ids, f_BCHW = list(batch["ids"].split(schedule.lengths, dim=1)), batch.get("latents")
-        else:
-            f_BCHW = vqvae.encode(to_images(batch)["image"])
-            ids = quantizer.encode(f_BCHW, schedule)
-        if flips or noise:
+        f_BCHW = batch.get("latents") if "ids" in batch else vqvae.encode(to_images(batch)["image"])
+        if batch.get("training") and (flips or noise):
             draws = partial(draw_flips, largest=flips) if flips else partial(draw_noise, largest=noise)
             drawn = draws(batch["counter"], quantizer.channels, schedule, seed=seed, device=device)
-            noisy, made["noisy_inputs"] = quantizer.corrected(f_BCHW, schedule, drawn)
-            made["noisy_ids"] = torch.cat(noisy, dim=1)
+            ids, made["inputs"] = quantizer.corrected(f_BCHW, schedule, drawn)
+        else:
+            cached = batch["ids"].split(schedule.lengths, dim=1) if "ids" in batch else None
+            ids = quantizer.encode(f_BCHW, schedule) if cached is None else list(cached)
+            made["inputs"] = quantizer.teacher_inputs(ids, schedule)
         made["ids"] = torch.cat(ids, dim=1)
-        made["inputs"] = quantizer.teacher_inputs(ids, schedule)
         return made if read is None else made | read(list(batch["caption"]), device)
 
     return prepare
