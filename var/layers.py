@@ -90,16 +90,8 @@ class SelfAttention(nn.Module):
         # Without the norm the official scale is 0.25 / sqrt(d).
         self.scale = 1.0 if qk_norm else 0.25 / (width // heads) ** 0.5
 
-    def forward(
-        self,
-        x_BlD: torch.Tensor,
-        mask: torch.Tensor | BlockMask | None = None,
-        rope_lf: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        begin: int = 0,
-    ) -> torch.Tensor:
-        """(B, l, D) to (B, l, D); keys of earlier scales come from `cache`, which also takes the new ones."""
+    def project(self, x_BlD: torch.Tensor, rope_lf: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each (B, H, l, d), of (B, l, D)."""
         q, k, v = (
             rearrange(project(x_BlD), "b l (h d) -> b h l d", h=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -110,9 +102,22 @@ class SelfAttention(nn.Module):
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         if rope_lf is not None:
             q, k = rotate(q, rope_lf), rotate(k, rope_lf)
+        return q, k, v
+
+    def read(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        begin: int = 0,
+    ) -> torch.Tensor:
+        """What the queries read, (B, l, D); keys of earlier scales come from `cache`, which also takes the new ones."""
         if cache is not None:
             k, v = cache.update(layer, k, v, begin=begin, q_BHld=q, scale=self.scale)
-        return self.to_out(self.attend(q, k, v, mask, self.scale))
+        return self.attend(q, k, v, mask, self.scale)
 
 
 class CrossAttention(nn.Module):
@@ -221,9 +226,28 @@ class Block(nn.Module):
         begin: int = 0,
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D)."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
-        attended = self.attn(modulate(x_BlD, scale1, shift1, self.norm_eps), mask, rope_lf, cache, layer, begin)
-        x_BlD = x_BlD + self._drop(attended * gamma1)
+        q, k, v = self.before(x_BlD, ada_B6D, rope_lf)
+        read_BlD = self.attn.read(q, k, v, mask, cache, layer, begin)
+        return self.after(x_BlD, read_BlD, ada_B6D, memory, memory_mask)
+
+    def before(
+        self, x_BlD: torch.Tensor, ada_B6D: torch.Tensor, rope_lf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """What goes into self-attention: queries, keys and values."""
+        _, _, scale_B1D, _, shift_B1D, _ = ada_B6D[:, :, None].unbind(dim=1)
+        return self.attn.project(modulate(x_BlD, scale_B1D, shift_B1D, self.norm_eps), rope_lf)
+
+    def after(
+        self,
+        x_BlD: torch.Tensor,
+        read_BlD: torch.Tensor,
+        ada_B6D: torch.Tensor,
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
+        memory_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The block's output, from its input and what self-attention read."""
+        gamma1, gamma2, _, scale2, _, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
+        x_BlD = x_BlD + self._drop(self.attn.to_out(read_BlD) * gamma1)
         if memory is not None:
             read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
             x_BlD = x_BlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
