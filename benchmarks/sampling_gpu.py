@@ -89,7 +89,7 @@ def official_run(checkout: Path, size: str, schedule: str, width: int, device: s
 
     sys.path.insert(0, str(check_checkout(checkout).resolve()))
     shape = PRESETS[size]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), torch.device(device):
         vae, var = importlib.import_module("models").build_vae_var(
             device=device,
             patch_nums=tuple(h for h, _ in ScaleSchedule.of(schedule).sides),
@@ -143,7 +143,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """A row a variant: the median and range of its rounds, and ratios round by round."""
     for run in runs.values():  # kernels are chosen, graphs recorded
-        for _ in range(3):
+        for _ in range(2):
             run(batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):

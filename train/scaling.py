@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Ladder:
 
     base: configuration of train.train_var.  folder: where the runs go.  launch: the words before `-m`.
     flags: over the base, for all sizes.  rungs: the runs, smallest first.  per_tag: prompts a tag of the evaluation, 0
-    for none.
+    for none.  evaluate: more options of the evaluation.
     """
 
     base: Path
@@ -48,6 +48,7 @@ class Ladder:
     flags: dict[str, Any]
     rungs: list[Rung]
     per_tag: int = 0
+    evaluate: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Ladder:
@@ -57,11 +58,11 @@ class Ladder:
         if not path.is_file():
             raise FileNotFoundError(f"--config {path} does not exist")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = {"base", "folder", "launch", "flags", "models", "per_tag"}
+        known = {"base", "folder", "launch", "flags", "models", "per_tag", "evaluate"}
         wrong = sorted(set(content) - known) + sorted({"base", "folder", "models"} - set(content))
         if wrong:
             raise ValueError(
-                f"--config {path} must hold base, folder, models, maybe launch, flags, per_tag: {wrong[0]}"
+                f"--config {path} must hold base, folder, models, maybe launch, flags, per_tag, evaluate: {wrong[0]}"
             )
         rungs = []
         for model in content["models"]:
@@ -76,6 +77,7 @@ class Ladder:
             content.get("flags", {}),
             rungs,
             content.get("per_tag", 0),
+            content.get("evaluate", {}),
         )
 
     def run_folder(self, rung: Rung) -> Path:
@@ -92,6 +94,7 @@ class Ladder:
         """The command that measures a trained rung."""
         run = self.run_folder(rung)
         words = ["--model", run, "--suite", "scenes", "--per-tag", self.per_tag, "--work", run / "evaluation"]
+        words += [f"--{name}={value}" for name, value in self.evaluate.items()]
         return [sys.executable, "-m", "nextscale", "evaluate", *map(str, words), "--out", str(run / "evaluation.json")]
 
 
