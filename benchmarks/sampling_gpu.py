@@ -24,7 +24,7 @@ from benchmarks.timing import spread
 
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("size", "schedule", "batch", "variant", "seconds", "images_per_s", "times_official", "times_plain")
-COLUMNS += ("share_of_ceiling", "peak_gib", "weights_gib", "same_tokens")
+COLUMNS += ("share_of_ceiling", "same_tokens")
 
 Run = Callable[[int], Any]
 
@@ -43,8 +43,8 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Runs of our pipeline by batch size, plain and, on a GPU, "graphs" and "compiled" (graphs too); what is known."""
+def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[str, Run], float]:
+    """Runs of our pipeline by batch size, plain and, on a GPU, "graphs" and "compiled" (and graphs); FLOPs of an image."""
     from dataclasses import replace
 
     from benchmarks.models import image_flops, random_pipeline
@@ -70,15 +70,8 @@ def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[st
         return call, pipeline
 
     made = {name: run_of(fast) for name, fast in settings.items()}
-    pipeline = made["plain"][1]
-    known = {"flops": sum(image_flops(pipeline).values()), "weights_gib": weights_gib(pipeline)}
-    return {name: run for name, (run, _) in made.items()}, known
-
-
-def weights_gib(pipeline: Any) -> float:
-    """Bytes of a pipeline's weights, in GiB."""
-    parts = (pipeline.transformer, pipeline.vqvae)
-    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters()) / 2**30
+    flops = sum(image_flops(made["plain"][1]).values())
+    return {name: run for name, (run, _) in made.items()}, flops
 
 
 def official_run(checkout: Path, size: str, schedule: str, width: int, device: str) -> Run:
@@ -116,17 +109,14 @@ def official_run(checkout: Path, size: str, schedule: str, width: int, device: s
     return run
 
 
-def timed(run: Run, batch: int, device: str) -> tuple[float, float]:
-    """(seconds, peak GiB) of one run."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+def timed(run: Run, batch: int, device: str) -> float:
+    """Seconds of one run, until the device has done all of it."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     run(batch)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    wait()
+    return time.perf_counter() - began
 
 
 def ceiling(device: str, size: int = 8192, repeats: int = 10) -> float:
@@ -134,31 +124,29 @@ def ceiling(device: str, size: int = 8192, repeats: int = 10) -> float:
     if torch.device(device).type != "cuda":
         size, repeats = 1024, 3
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    runs = [timed(lambda _: a @ b, 1, device)[0] for _ in range(repeats)]
+    runs = [timed(lambda _: a @ b, 1, device) for _ in range(repeats)]
     return 2 * size**3 / min(runs)
 
 
 def rows_of(
-    options: argparse.Namespace, runs: dict[str, Run], batch: int, rounds: int, known: dict[str, Any], best: float
+    options: argparse.Namespace, runs: dict[str, Run], batch: int, rounds: int, flops: float, best: float
 ) -> list[dict[str, Any]]:
     """A row a variant: the median and range of its rounds, and ratios round by round."""
     for run in runs.values():  # kernels are chosen, graphs recorded
         for _ in range(2):
             run(batch)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             found[name].append(timed(run, batch, options.device))
     rows = []
-    for name, measurements in found.items():
-        seconds = [s for s, _ in measurements]
+    for name, seconds in found.items():
         row = {"size": options.size, "schedule": options.schedule, "batch": batch, "variant": name}
         row |= spread("seconds", seconds)
-        row |= {"images_per_s": batch / row["seconds"], "peak_gib": max(gib for _, gib in measurements)}
-        row["share_of_ceiling"] = batch * known["flops"] / row["seconds"] / best
+        row |= {"images_per_s": batch / row["seconds"], "share_of_ceiling": batch * flops / row["seconds"] / best}
         for base in ("official", "plain"):
             if base in found and base != name:
-                row |= spread(f"times_{base}", [theirs / s for (theirs, _), s in zip(found[base], seconds)])
+                row |= spread(f"times_{base}", [theirs / s for theirs, s in zip(found[base], seconds)])
         rows.append(row)
     return rows
 
@@ -176,23 +164,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(batches) != len(rounds):
         raise ValueError(f"--rounds must be one number a batch, got {options.rounds!r} for {options.batches!r}")
     shape = (options.size, options.schedule, options.width, options.device)
-    runs, known = our_runs(*shape)
+    runs, flops = our_runs(*shape)
     if options.reference is not None:
         runs = {"official": official_run(options.reference, *shape)} | runs
     best, rows = ceiling(options.device), []
     for batch, count in zip(batches, rounds):
-        made = rows_of(options, runs, batch, count, known, best)
+        made = rows_of(options, runs, batch, count, flops, best)
         plain = torch.cat(runs["plain"](batch)[0], dim=1)
         for row in made:
             if row["variant"] not in ("official", "plain"):
                 tokens = torch.cat(runs[row["variant"]](batch)[0], dim=1)
                 row["same_tokens"] = float((tokens == plain).float().mean())
         rows += made
-    for row in rows:
-        if row["variant"] != "official":
-            row["weights_gib"] = known["weights_gib"]
     settings = {"device": device_name(options.device), "ceiling_tflop_per_s": best / 1e12, "sampling": SETTINGS}
-    settings |= {"gflop_per_image": known["flops"] / 1e9}
+    settings |= {"gflop_per_image": flops / 1e9}
     command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 
