@@ -44,7 +44,7 @@ def parser_of() -> argparse.ArgumentParser:
 
 
 def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[str, Run], float]:
-    """Runs of our pipeline by batch size, plain and, on a GPU, "graphs" and "compiled" (and graphs); FLOPs of an image."""
+    """Runs of our pipeline by batch size: plain; on a GPU "graphs" and "compiled" (with graphs); an image's FLOPs."""
     from dataclasses import replace
 
     from benchmarks.models import image_flops, random_pipeline

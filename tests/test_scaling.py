@@ -190,7 +190,7 @@ def test_the_shipped_ladder_is_long_enough():
     assert len(sizes) >= 6 and max(weights) / min(weights) >= 30
     assert len({r.name for r in ladder.rungs}) == len(ladder.rungs) > len(sizes)
     first = ladder.training(ladder.rungs[1])
-    assert "--run.seed=1" in first and "--transformer.width=32" in first and "train.train_var" in first
+    assert "--run.seed=1" in first and "--transformer.width=64" in first and "train.train_var" in first
 
 
 def test_points_made_elsewhere_are_fitted(tmp_path, monkeypatch, capsys):
