@@ -214,11 +214,8 @@ class NextScalePipeline(DiffusionPipeline):
         seeds = image_seeds(len(condition), seed=seed, generator=generator)
         with self.progress_bar(total=len(plan.schedule)) as bar:
             call = {"negative": negative, "hooks": (*hooks, *edit, *callback, ProgressHook(bar))}
-            if search is None and self.graphed is not None and not (smooth or hooks or edit or callback or negative):
-                made = self.graphed.generate(plan, condition, seeds)
-                bar.update(len(plan.schedule))
-            elif search is None:
-                made = generate(plan, self.vqvae.quantizer, condition, seeds, smooth=smooth, **call)
+            if search is None:
+                made = self._generate(plan, condition, seeds, smooth=smooth, **call)
             elif smooth:
                 raise ValueError("search compares images as they are drawn: leave out smooth")
             else:
@@ -229,6 +226,15 @@ class NextScalePipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         output = NextScaleOutput(images, list(made.seeds), made.tokens, made if search is not None else None)
         return output if return_dict else output.to_tuple()
+
+    def _generate(self, plan: Plan, condition: Prompt, seeds: list[int], **call: Any) -> GenerationState:
+        """By the loop; replayed where nothing but the progress bar looks on."""
+        *others, progress = call["hooks"]
+        if self.graphed is None or others or call["negative"] is not None or call["smooth"]:
+            return generate(plan, self.vqvae.quantizer, condition, seeds, **call)
+        made = self.graphed.generate(plan, condition, seeds)
+        progress.bar.update(len(plan.schedule))
+        return made
 
     @torch.no_grad()
     def decode(self, f_hat_BCHW: torch.Tensor, output_type: str = "pil") -> Images:
