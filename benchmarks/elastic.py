@@ -44,6 +44,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--official-refiner", metavar="SIZE", default="d16", help="its refiner (d16)")
     parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 images a row)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
+    parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")
     parser.add_argument("--repeats", type=int, default=5, help="calls that speed is measured over (5)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
@@ -53,9 +54,11 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Every row; the result as `report.result` makes it."""
-    from benchmarks.elastic_rows import against_full, all_rows, measure_row
+def measure(options: argparse.Namespace) -> dict | None:
+    """Every row; the result as `report.result` makes it, or None if only quality was asked for."""
+    from dataclasses import asdict
+
+    from benchmarks.elastic_rows import against_full, all_rows, row_quality, row_speed
     from evaluation.scenes import prompt_suite
     from sample.load import load_pipeline, model_digest
 
@@ -75,12 +78,18 @@ def measure(options: argparse.Namespace) -> dict:
     settings = {"models": digests, "bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     work = options.work or Path("cache/elastic") / "-".join(digest[:6] for digest in digests.values())
-    common = {"seed": options.seed, "batch_size": options.batch_size, "repeats": options.repeats, "folder": work}
+    common = {"batch_size": options.batch_size, "folder": work}
     metadatas = prompt_suite(options.per_tag, options.seed)
     found = []
     for row in rows:
-        found.append(measure_row(row, pipelines, metadatas, **common))
-        print(f"{row.name}: {found[-1]['score']:.3f}, {found[-1]['images_per_s']:.1f} images/s", flush=True)
+        drawn = row_quality(row, pipelines, metadatas, seed=options.seed, **common)
+        found.append({"row": row.name, **asdict(row), **drawn})
+        print(f"{row.name}: score {drawn['score']:.3f}", flush=True)
+    if options.quality_only:
+        return None
+    for row, figures in zip(rows, found):
+        figures |= row_speed(row, pipelines, metadatas, repeats=options.repeats, **common)
+        print(f"{row.name}: {figures['images_per_s']:.1f} images/s", flush=True)
     command = command_line("python -m benchmarks.elastic", vars(options), vars(parser_of().parse_args([])))
     return result(against_full(found), command=command, n=len(metadatas), seeds=options.seed, settings=settings)
 
@@ -152,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues", file=sys.stderr)
         return 130
+    if content is None:
+        return 0
     from benchmarks.elastic_picture import draw
     from sample.images import write_text
 

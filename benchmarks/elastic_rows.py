@@ -88,30 +88,43 @@ def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares
     return list(dict.fromkeys(allowed))
 
 
-def measure_row(
+def ready(row: Row, pipelines: Mapping[str, NextScalePipeline]) -> NextScalePipeline:
+    """The row's pipeline, with its refiner."""
+    pipeline = pipelines[row.model]
+    pipeline.register_modules(refiner=pipelines[row.refiner].transformer if row.refiner else None)
+    return pipeline
+
+
+def row_quality(
     row: Row,
     pipelines: Mapping[str, NextScalePipeline],
     metadatas: Sequence[dict],
     *,
     seed: int,
     batch_size: int,
+    folder: Path,
+) -> dict:
+    """What a row draws, kept in `folder`: found there it is not drawn again.
+
+    One image a prompt, image i named seed + i in every row (common random numbers).
+    """
+    settings = ["quality", asdict(row), len(metadatas), seed, batch_size]
+    return once(folder, settings, lambda: quality(ready(row, pipelines), row, metadatas, seed, batch_size))
+
+
+def row_speed(
+    row: Row,
+    pipelines: Mapping[str, NextScalePipeline],
+    metadatas: Sequence[dict],
+    *,
+    batch_size: int,
     repeats: int,
     folder: Path,
 ) -> dict:
-    """The figures of a row, kept in `folder`: found there they are not measured again.
-
-    Quality is of one image a prompt, image i named seed + i in every row (common random numbers). Speed and memory are
-    of `repeats` calls of `batch_size` prompts.
-    """
-    settings = [asdict(row), len(metadatas), seed, batch_size, repeats]
-
-    def figures() -> dict:
-        pipeline = pipelines[row.model]
-        pipeline.register_modules(refiner=pipelines[row.refiner].transformer if row.refiner else None)
-        prompts = [metadata["prompt"] for metadata in metadatas[:batch_size]]
-        return quality(pipeline, row, metadatas, seed, batch_size) | speed(pipeline, row, prompts, repeats)
-
-    return {"row": row.name, **asdict(row), **once(folder, settings, figures)}
+    """What a row costs, kept as well: speed and memory of `repeats` calls of the first `batch_size` prompts."""
+    prompts = [metadata["prompt"] for metadata in metadatas[:batch_size]]
+    settings = ["speed", asdict(row), batch_size, repeats]
+    return once(folder, settings, lambda: speed(ready(row, pipelines), row, prompts, repeats))
 
 
 def once(folder: Path, settings: list, figures: Callable[[], dict]) -> dict:
