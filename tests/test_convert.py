@@ -285,6 +285,10 @@ BAD = {
         lambda f, d: _saved(d / "b.pth", weights("var_tiny") | {"blocks.1.attn.zero_k_bias": torch.ones(64)}),
         r"blocks\.1\.attn\.zero_k_bias is not what",
     ),
+    "not a number": (
+        lambda f, d: _saved(d / "n.pth", weights("var_tiny") | {"blocks.1.ffn.fc2.bias": torch.full((64,), torch.nan)}),
+        r"blocks\.1\.ffn\.fc2\.bias holds numbers that are not finite",
+    ),
 }
 
 
