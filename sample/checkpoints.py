@@ -70,7 +70,7 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
     """Write a state dict to one safetensors file, a tensor at a time, atomically (to `path` + ".tmp", then renamed).
 
     Raises:
-        ValueError: if a weight is infinite or not a number.
+        ValueError: if a weight is not a number.
     """
     path, header, offset = Path(path), {"__metadata__": {"format": "pt"}}, 0
     for key, tensor in make_state().items():
@@ -85,8 +85,8 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
     with open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, tensor in stream(make_state):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{key} holds numbers that are not finite: the weights are of a run that had failed")
+            if tensor.is_floating_point() and torch.isnan(tensor).any():
+                raise ValueError(f"{key} holds NaN: the weights are of a run that had failed")
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     os.replace(temporary, path)
 
