@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--goldens", metavar="DIR", help="golden folders to compare with (default: tests/goldens)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m cuda` sees a GPU: what runs on a CPU is the same everywhere, and children are forked."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: object, request: object) -> None:
     """Every fixture is made from the same random state, whichever tests ran before."""

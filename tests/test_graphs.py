@@ -11,9 +11,6 @@ from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
 
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-
-
 def pipeline() -> NextScalePipeline:
     """A small class model."""
     torch.manual_seed(0)
@@ -75,7 +72,7 @@ def test_hooks_run_plainly() -> None:
     assert seen == [0, 1, 2, 3] * 3 and not recorded
 
 
-@on_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_draw_the_tokens_of_the_plain_path(dtype: torch.dtype) -> None:
     plain, graphed = (pipeline().to("cuda", dtype) for _ in range(2))
