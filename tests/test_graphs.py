@@ -11,6 +11,7 @@ from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
 
+
 def pipeline() -> NextScalePipeline:
     """A small class model."""
     torch.manual_seed(0)
