@@ -9,6 +9,7 @@ Shapes: B images, C latent channels, H W the latent grid, S scored scales.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -247,6 +248,12 @@ class SearchHook(Hook):
             images = to_images(decoded)
         if scored:
             self.history.append(self._score(state, images))
+        if final and contested and all_alike(state):
+            warnings.warn(
+                "search had nothing to choose from: the candidates of every image are the same to the last bit. Draw "
+                "with more chance: a larger top_p or top_k, or a higher temperature",
+                stacklevel=2,
+            )
         if step is not None and (contested or pictured):
             features = self._describe(state, images) if clustered else None
             rows = self._choose(state, step, features, images if pictured else None, scored)
@@ -306,6 +313,13 @@ class SearchHook(Hook):
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def all_alike(state: GenerationState) -> bool:
+    """Whether every row is equal to the first one of its image."""
+    first: dict[int, int] = {}
+    places = [first.setdefault(origin, row) for row, origin in enumerate(state.origins)]
+    return torch.equal(state.f_hat_BCHW, state.f_hat_BCHW[torch.tensor(places, device=state.f_hat_BCHW.device)])
 
 
 @dataclass

@@ -85,6 +85,15 @@ def test_an_image_does_not_depend_on_its_batch(run, pooling, potential):
     assert torch.equal(tokens_of(run([7, 5], **options)), together[[2, 0]])
 
 
+def test_candidates_that_are_all_the_same_are_noticed(run, tiny_class_model, recwarn):
+    options = {"candidates": 4, "steps": (Step(2, 1, "best"),)}
+    with pytest.warns(UserWarning, match="nothing to choose from.*top_p"):
+        run(plan=plain(tiny_class_model, top_k=1), **options)
+    recwarn.clear()
+    run(**options)
+    assert not [w for w in recwarn if "nothing to choose" in str(w.message)]
+
+
 def test_the_same_seed_twice_in_a_batch_is_the_same_image_twice(run):
     first, second = tokens_of(run([5, 5]))
     assert torch.equal(first, second)
