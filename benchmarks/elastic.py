@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict | None:
     """Every row; the result as `report.result` makes it, or None if only quality was asked for."""
     from dataclasses import asdict
 
-    from benchmarks.elastic_rows import against_full, all_rows, row_quality, row_speed
+    from benchmarks.elastic_rows import against_full, all_rows, ready, row_quality, row_speed
     from evaluation.scenes import prompt_suite
     from sample.load import load_pipeline, model_digest
 
@@ -74,6 +74,8 @@ def measure(options: argparse.Namespace) -> dict | None:
     rows = all_rows(depth, scales, bridge, list(folders), options.shares.split(","))
     groups = options.groups.split(",") if options.groups else None
     rows = [row for row in rows if groups is None or row.group in ("full", *groups)]
+    for row in rows:  # what cannot be run is told before anything is
+        ready(row, pipelines).make_plan(row.words)
     digests = {name: model_digest(folder) for name, folder in folders.items()}
     settings = {"models": digests, "bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
