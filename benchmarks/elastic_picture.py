@@ -54,7 +54,7 @@ def _scatter(axes: Axes, rows: Sequence[dict], cost: str, quality: str) -> None:
             [high - value for value, (_, high) in zip(y, intervals)],
         ]
         size = 14 if group == "full" else 6
-        name = f"{group}: {label}"
+        name = f"{group}: {label}" if label else group
         axes.errorbar(
             x, y, reach, marker=MARKS[group], ms=size, lw=1, elinewidth=0.5, color=colours[place % 20], label=name
         )
