@@ -226,8 +226,7 @@ class Block(nn.Module):
         begin: int = 0,
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D)."""
-        q, k, v = self.before(x_BlD, ada_B6D, rope_lf)
-        read_BlD = self.attn.read(q, k, v, mask, cache, layer, begin)
+        read_BlD = self.attn.read(*self.before(x_BlD, ada_B6D, rope_lf), mask, cache, layer, begin)
         return self.after(x_BlD, read_BlD, ada_B6D, memory, memory_mask)
 
     def before(
