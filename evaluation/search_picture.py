@@ -16,15 +16,17 @@ NAMES = {
 
 
 def draw_search(content: Mapping, path: Path) -> None:
-    """Draw a result of `evaluation.search_benchmark` to a PNG; panels without any row are left empty."""
+    """Draw a result of `evaluation.search_benchmark` to a PNG; the last panel only if there are rows for it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    curves, foresight, weaker = figure.subplots(1, 3)
-    _draw_curves(curves, content["rows"])
-    _draw_foresight(foresight, content["reward_by_scale"])
-    _draw_weaker(weaker, content["rows"], content["reward_by_scale"])
-    for axes in (curves, foresight, weaker):
+    count = 3 if any("+noise=" in row["row"] for row in content["rows"]) else 2
+    figure = Figure(figsize=(5 * count, 4.6), layout="constrained")
+    panels = figure.subplots(1, count)
+    _draw_curves(panels[0], content["rows"])
+    _draw_foresight(panels[1], content["reward_by_scale"])
+    if count > 2:
+        _draw_weaker(panels[2], content["rows"], content["reward_by_scale"])
+    for axes in panels:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -41,6 +43,10 @@ def _draw_curves(axes: object, rows: Sequence[Mapping]) -> None:
             bars = np.abs(np.array([row["score_ci95"] for row in own]).T - scores)
             axes.errorbar([row["compute"] for row in own], scores, bars, marker="o", ms=4, capsize=2, label=name)
     adaptive = [row for row in rows if "rounds=" in row["row"]]
+    written = sorted((row for row in rows if "/" in row["row"]), key=lambda row: row["compute"])
+    if written:
+        points = [row["compute"] for row in written], [row["score"] for row in written]
+        axes.plot(*points, "k*", ms=9, ls="none", label="steps written out")
     if adaptive:
         adaptive = sorted(adaptive, key=lambda row: row["compute"])
         points = [row["compute"] for row in adaptive], [row["score"] for row in adaptive]
@@ -60,7 +66,9 @@ def _draw_foresight(axes: object, rows: Sequence[Mapping]) -> None:
         ("auc_within_prompts", "the same, within prompts"),
         ("correlation", "correlation with the final reward"),
     ):
-        axes.plot(scales, [np.nan if row[name] is None else row[name] for row in own], marker="o", ms=4, label=label)
+        values = [np.nan if row[name] is None else row[name] for row in own]
+        if not np.isnan(values).all():
+            axes.plot(scales, values, marker="o", ms=4, label=label)
     axes.set(xlabel="after scale", xticks=scales, ylim=(None, 1.02))
     axes.set_title(f"What the reward ({first}) foretells", fontsize=10)
 
