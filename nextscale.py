@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return run_command(sys.argv[1:] if argv is None else list(argv))
+    except BrokenPipeError:  # whoever reads has seen enough (`| head`); what is buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise

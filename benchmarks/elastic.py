@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +57,6 @@ def parser_of() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> dict | None:
     """Every row; the result as `report.result` makes it, or None if only quality was asked for."""
-    from dataclasses import asdict
-
     from benchmarks.elastic_rows import against_full, all_rows, ready, row_quality, row_speed
     from evaluation.scenes import prompt_suite
     from sample.load import load_pipeline, model_digest

@@ -1,12 +1,12 @@
 """Sampling as CUDA graphs: a call that comes again is recorded once and replayed, without Python between its kernels.
 
-One graph holds the whole loop, from the condition to the last scale's codes, and one the decoder. The kernels are those
-of the plain path, so tokens and pixels are the same, bit by bit.
+One graph holds the whole loop, from the condition to the last scale's codes, and one the decoder. A recording replays
+the kernels of the call that was recorded, so tokens and pixels are its, bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -45,7 +45,7 @@ class Recorder:
         self.record, self.kept = record or record_graph, kept
         self.calls: list[Call] = []
 
-    def run(self, key: Hashable, function: Function, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def run(self, key: Any, function: Function, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """`function(*tensors)`; equal `key` and shapes must mean equal work. The result is the caller's own."""
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         place = next((i for i, call in enumerate(self.calls) if call.shapes == shapes and call.key == key), None)
@@ -87,6 +87,7 @@ class GraphedSampler:
     def __init__(self, vqvae: MultiScaleVQ, recorder: Recorder | None = None):
         self.vqvae, self.recorder = vqvae, recorder or Recorder()
 
+    @torch.no_grad()
     def generate(self, plan: Plan, prompt: Prompt, seeds: Sequence[int]) -> GenerationState:
         """As `sample.generate.generate`: the final state."""
         quantizer = self.vqvae.quantizer
@@ -103,6 +104,7 @@ class GraphedSampler:
         state.f_hat_BCHW, *state.tokens = self.recorder.run(plan, loop, given)
         return state
 
+    @torch.no_grad()
     def decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
         """As `MultiScaleVQ.decode`."""
         return self.recorder.run("decode", lambda f_hat: [self.vqvae.decode(f_hat)], [f_hat_BCHW])[0]

@@ -281,3 +281,12 @@ def test_two_processes_write_the_same_images(sample, text_folder, tmp_path):
             assert np.abs(pixels(tmp_path / "one" / path).astype(int) - pixels(tmp_path / "two" / path)).max() <= 1
     one, two = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("one", "two"))
     assert one.shape == (9, 8, 8, 3) and np.abs(one - two).max() <= 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    code = "import nextscale, sys\nnextscale.run_command = lambda argv: [print('x' * 99) for _ in range(9999)]\n"
+    command = ["bash", "-c", f'"{sys.executable}" -c "$0" | head -n 1; exit ${{PIPESTATUS[0]}}']
+    done = subprocess.run(
+        [*command, code + "sys.exit(nextscale.main([]))"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout == "x" * 99 + "\n" and not done.stderr

@@ -27,6 +27,7 @@ from train.data import (
 )
 from train.order import image_draws
 from train.pixels import CorruptImage, crop, decode
+from train.train_var import normal_of
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -192,6 +193,13 @@ def test_image_draws_belong_to_an_image():
     assert many.mean() == pytest.approx(0.5, abs=0.005) and many.var() == pytest.approx(1 / 12, abs=0.002)
     for other in (image_draws(range(300), 200, 3, 6), image_draws(range(1, 301), 200, 3, 5), many.roll(1, dims=1)):
         assert torch.corrcoef(torch.stack([many.flatten(), other.flatten()]))[0, 1].abs() < 0.02
+
+
+def test_noise_is_normal_and_finite():
+    ends = normal_of(torch.tensor([0.0, 0.5, 1 - 2.0**-24]))
+    assert torch.isfinite(ends).all() and ends[1] == 0 and ends[0] < -5 and ends[2] > 5
+    noise = normal_of(image_draws(range(300), 200, 3, 5))
+    assert noise.mean() == pytest.approx(0, abs=0.01) and noise.std() == pytest.approx(1, abs=0.01)
 
 
 def test_sampler_arguments():

@@ -193,6 +193,15 @@ def test_the_shipped_ladder_is_long_enough():
     assert "--run.seed=1" in first and "--transformer.width=64" in first and "train.train_var" in first
 
 
+def test_a_dry_run_needs_no_tokenizer(monkeypatch, tmp_path, capsys):
+    root = Path(nextscale.__file__).parent
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(root / "configs")
+    assert nextscale.main(["scaling", "--config", "configs/scaling/scenes.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "d2-w64-s0: size unknown, tokens.tokenizer" in said and "train.train_var" in said
+
+
 def test_points_made_elsewhere_are_fitted(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -87,9 +87,13 @@ def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
     def main(argv):
         toy_run(tmp_path, workers=1, die=lambda step: time.sleep(0.05))
 
-    child = start_child(lambda: os._exit(exit_code(main)))
+    def body():
+        os.setsid()
+        os._exit(exit_code(main))
+
+    child = start_child(body)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and curve(tmp_path))
-    os.kill(child.pid, number)
+    os.killpg(child.pid, number)  # data workers get it too, as from a terminal, from `timeout` or from a scheduler
     time.sleep(0.01)
     os.kill(child.pid, number)  # as a launcher does that forwards what its children already got
     child.join()

@@ -152,7 +152,10 @@ def climb_all(ladder: Ladder, jobs: int) -> int:
 def show(ladder: Ladder) -> int:
     """Print every command with the size of its model; 0."""
     for rung in ladder.rungs:
-        print(f"# {rung.name}: {rung_size(ladder, rung) / 1e6:.3g} M parameters")
+        try:
+            print(f"# {rung.name}: {rung_size(ladder, rung) / 1e6:.3g} M parameters")
+        except FileNotFoundError as error:
+            print(f"# {rung.name}: size unknown, {error}")
         for words in (ladder.training(rung), ladder.evaluation(rung) if ladder.per_tag else None):
             if words is not None:
                 print(shlex.join("python" if word == sys.executable else str(word) for word in words))
@@ -160,7 +163,10 @@ def show(ladder: Ladder) -> int:
 
 
 def rung_size(ladder: Ladder, rung: Rung) -> int:
-    """Parameters of a rung's transformer, counted without allocating it."""
+    """Parameters of a rung's transformer, counted without allocating it.
+
+    Raises FileNotFoundError if the tokenizer is not there yet.
+    """
     import torch
     import yaml
 
@@ -168,7 +174,10 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
     from var.transformer import NextScaleTransformer
 
     base = yaml.safe_load(ladder.base.read_text(encoding="utf-8"))
-    config = MultiScaleVQ.load_config(base["tokens"]["tokenizer"])
+    folder = Path(base["tokens"]["tokenizer"])
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"tokens.tokenizer {folder} is not trained yet")
+    config = MultiScaleVQ.load_config(folder)
     sizes = {name.removeprefix("transformer."): value for name, value in {**ladder.flags, **rung.flags}.items()}
     sizes = {**base["transformer"], **{name: value for name, value in sizes.items() if "." not in name}}
     tokens = {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}

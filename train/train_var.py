@@ -292,10 +292,15 @@ def draw_noise(
     K = len(schedule)
     u_BN = image_draws(counters, K + schedule.total * channels, seed, 5, device=device)
     sigma_BK = u_BN[:, :K] * largest
-    normal_BN = torch.erfinv((u_BN[:, K:] + 2.0**-25) * 2 - 1) * 2**0.5  # the shift keeps it off infinity
-    parts = normal_BN.split([n * channels for n in schedule.lengths], dim=1)
+    parts = normal_of(u_BN[:, K:]).split([n * channels for n in schedule.lengths], dim=1)
     shaped = (n.unflatten(1, (channels, *hw)) for n, hw in zip(parts, schedule.sides))
     return [normal * sigma_B[:, None, None, None] for normal, sigma_B in zip(shaped, sigma_BK.unbind(dim=1))]
+
+
+def normal_of(uniforms: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers, all finite, of float32 in [0, 1) by inverse CDF."""
+    largest = 1 - 2.0**-24  # below 1 in float32
+    return torch.erfinv((uniforms * 2 - 1).clamp(-largest, largest)) * 2**0.5
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

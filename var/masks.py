@@ -6,7 +6,7 @@ Shapes: Q query tokens, S key tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -49,7 +49,7 @@ def attention_mask(
     return _mask(levels[schedule.begins[scales.start] : end], levels[first_key:end], str(device), kind, backend)
 
 
-@lru_cache(maxsize=64)
+@cache  # not bounded: a recorded CUDA graph reads its masks again
 def _mask(
     query_levels: Sequence[int], key_levels: Sequence[int], device: str, kind: str, backend: str
 ) -> torch.Tensor | BlockMask:
