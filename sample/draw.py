@@ -71,12 +71,36 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Logits (..., V) with the least likely tokens, jointly at most 1 - p, at -inf; the likeliest stays."""
+    """Logits (..., V) with the least likely tokens, jointly at most 1 - p, at -inf; the likeliest stays.
+
+    On a CPU values are sorted without their places, which is several times as fast, but where equal ones are on both
+    sides of the border.
+    """
     if p >= 1:
         return logits
-    ordered, order = logits.sort(dim=-1)
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        ordered = torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1))
+        drop = least_likely(ordered, p)
+        border = drop.sum(dim=-1, keepdim=True)
+        least = ordered.gather(-1, border)
+        kept = logits.masked_fill(logits < least, -torch.inf)
+        split = ((border > 0) & (ordered.gather(-1, (border - 1).clamp(min=0)) == least))[..., 0]
+        if split.any():
+            kept[split] = _keep_top_p_by_place(logits[split], p)
+        return kept
+    return _keep_top_p_by_place(logits, p)
+
+
+def least_likely(ordered: torch.Tensor, p: float) -> torch.Tensor:
+    """Which of ascending logits (..., V) are jointly at most 1 - p, as bool; never the last one."""
     drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     drop[..., -1] = False
+    return drop
+
+
+def _keep_top_p_by_place(logits: torch.Tensor, p: float) -> torch.Tensor:
+    ordered, order = logits.sort(dim=-1)
+    drop = least_likely(ordered, p)
     return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
 
 
@@ -85,8 +109,7 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     if not 0 < k < logits.shape[-1] or p >= 1 or logits.device.type != "cpu":
         return keep_top_p(keep_top_k(logits, k), p)
     best, order = (found.flip(-1) for found in logits.topk(k, dim=-1))  # the least likely first, as `keep_top_p` has it
-    drop = best.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    drop[..., -1] = False
+    drop = least_likely(best, p)
     kept = torch.full_like(logits, -torch.inf).scatter(-1, order, best.masked_fill(drop, -torch.inf))
     tied = (logits == best[..., :1]).sum(-1) > (best == best[..., :1]).sum(-1)
     split = (drop[..., :-1] & ~drop[..., 1:] & (best[..., :-1] == best[..., 1:])).any(-1)
