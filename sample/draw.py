@@ -78,7 +78,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """
     if p >= 1:
         return logits
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+    if _sorts_values(logits):
         ordered = torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1))
         drop = least_likely(ordered, p)
         border = drop.sum(dim=-1, keepdim=True)
@@ -89,6 +89,11 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
             kept[split] = _keep_top_p_by_place(logits[split], p)
         return kept
     return _keep_top_p_by_place(logits, p)
+
+
+def _sorts_values(logits: torch.Tensor) -> bool:
+    """Whether `keep_top_p` may look for ties, which a GPU would have to be waited for."""
+    return logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def least_likely(ordered: torch.Tensor, p: float) -> torch.Tensor:

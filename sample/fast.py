@@ -306,7 +306,7 @@ def half_attention(
     mask: torch.Tensor | BlockMask | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`var.layers.attention` of bfloat16 tensors with float32 logits, few images at once; with a mask, the plain one."""
+    """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one."""
     if mask is not None:
         return attention(q_BHld, k_BHSd, v_BHSd, mask, scale)
     out_BHld = torch.empty_like(q_BHld, memory_format=torch.contiguous_format)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sample.draw import Filter, derive_seed, draw, image_uniforms, keep_top_k, keep_top_p
+from sample.draw import Filter, _keep_top_p_by_place, derive_seed, draw, image_uniforms, keep_top_k, keep_top_p
 from sample.generate import generate
 from sample.guidance import Guidance, mix
 from sample.plan import Plan, Stage, collaborative, plain
@@ -215,3 +215,12 @@ def test_streams_are_reproducible_and_distinct():
     assert not torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(8, SCHEDULE))
     keys = {derive_seed(a, b, c) for a in range(20) for b in range(5) for c in range(5)}
     assert len(keys) == 500 and all(0 <= key < 2**63 for key in keys)
+
+
+@given(st.integers(1, 40), st.floats(0.01, 0.99), st.integers(0, 2**31), st.booleans())
+def test_top_p_by_values_is_top_p_by_places(vocab, p, seed, coarse):
+    """With ties on the border as well (`coarse` logits), and with tokens that are forbidden already."""
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = logits.round() if coarse else logits
+    logits[0, : vocab // 2] = -torch.inf
+    assert torch.equal(keep_top_p(logits, p), _keep_top_p_by_place(logits, p))
