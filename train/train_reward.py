@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +28,19 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.features import SHIPPED as FEATURES
-from evaluation.judge import Detection, apply_rules
-from evaluation.scenes import COLOURS, RELATIONS, SHAPES, Scene, render, sample_scene, scene_metadata
+from evaluation.judge import UNKNOWN, Detection, apply_rules
+from evaluation.scenes import COLOURS, RELATIONS, SHAPES, render, sample_scene, scene_metadata
 from sample.rewards import to_images
 from sample.scene_reward import SHIPPED, SIDE, SceneReward, load_scene_reward, word_ids
 from tokenizer.model import MultiScaleVQ
+from train.spoil import roughen, spoil
 
 CAPTIONS = 6  # of a picture: its own, a wider one, three that differ in one thing, another scene's
-WIPED = 0.15  # share of pictures with an object half wiped out
-UNFINISHED = 0.4  # share of pictures that are reconstructions, where there is a tokenizer
+SPOILED = 0.35  # share of pictures with an object that is none of the shapes
+ROUGH = 0.15  # share of pictures with an object that is not quite true, and right all the same
+CONVOLUTIONS = 0.3  # their learning rate over that of the attention part
+DECODED = 0.8  # share of pictures that are reconstructions, where there is a tokenizer: a search shows nothing else
+FINISHED = 0.4  # share of batches of these that are of all scales
 POOL_STREAM, CHECK_STREAM = 11, 12  # independent streams of scenes of one seed
 
 Caption = tuple[tuple[str, ...], tuple[str, ...], int, str | None]  # shapes, colours, count, relation
@@ -115,28 +118,15 @@ def example(rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[bool]
     stranger = read_caption(sample_scene(rng, tag=scene.tag, split="train").metadata)
     captions = [own, wider(rng, own), *(another(rng, own) for _ in range(CAPTIONS - 3)), stranger]
     metadatas = [make_metadata(caption) for caption in captions]
-    image, whole = render(scene, SIDE), scene
-    if rng.random() < WIPED:
-        image, whole = wipe(rng, scene)
-    truth = [Detection(item.shape, item.colour, 1.0, item.box) for item in whole.objects]
-    return image, [m["prompt"] for m in metadatas], [apply_rules(truth, m).correct for m in metadatas]
-
-
-def wipe(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, Scene]:
-    """The render with a third to two thirds of one object wiped out, and the scene without that object."""
-    victim = int(rng.integers(len(scene.objects)))
-    rest = replace(scene, objects=tuple(item for i, item in enumerate(scene.objects) if i != victim))
-    x0, y0, x1, y1 = scene.objects[victim].box
-    share, side = rng.uniform(1 / 3, 2 / 3), rng.integers(4)
-    if side < 2:
-        cut = y0 + share * (y1 - y0)
-        y0, y1 = (y0, cut) if side == 0 else (cut, y1)
-    else:
-        cut = x0 + share * (x1 - x0)
-        x0, x1 = (x0, cut) if side == 2 else (cut, x1)
-    image, window = render(scene, SIDE), (slice(int(y0), int(np.ceil(y1))), slice(int(x0), int(np.ceil(x1))))
-    image[window] = render(rest, SIDE)[window]
-    return image, rest
+    chance, image, whole, spoiled = rng.random(), None, scene, []
+    if chance < SPOILED:
+        image, whole, _ = spoil(rng, scene)
+        spoiled = [Detection(UNKNOWN, UNKNOWN, 0.0, (0.0, 0.0, 1.0, 1.0))]
+    elif chance < SPOILED + ROUGH:
+        image = roughen(rng, scene)
+    truth = [Detection(item.shape, item.colour, 1.0, item.box) for item in whole.objects] + spoiled
+    labels = [apply_rules(truth, m).correct for m in metadatas]
+    return render(scene, SIDE) if image is None else image, [m["prompt"] for m in metadatas], labels
 
 
 @torch.no_grad()
@@ -147,26 +137,27 @@ def unfinished(vqvae: MultiScaleVQ, images_BCHW: torch.Tensor, scale: int) -> to
 
 
 def make_pool(
-    network: SceneReward, n: int, seed: int, stream: int, *, vqvae: MultiScaleVQ | None, scale: int | None = None
+    n: int, seed: int, stream: int, *, vqvae: MultiScaleVQ | None, scale: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cells (N, 64, F) float16, words (N, P, T) int64 and labels (N, P) float32 of `n` pictures.
+    """Images (N, 3, 64, 64) uint8, words (N, P, T) int64 and labels (N, P) float32 of `n` pictures.
 
-    scale: reconstruct every picture after this scale; at random, `UNFINISHED` of them, when None and with a tokenizer.
+    scale: reconstruct every picture after this scale; `DECODED` of them, after any, when None and with a tokenizer.
     """
     rng = np.random.default_rng((seed, stream))
-    cells, captions, labels = [], [], []
+    pictures, captions, labels = [], [], []
     for begin in tqdm(range(0, n, 64), desc="drawing", unit="batch", disable=None):
         images, texts, goods = zip(*(example(rng) for _ in range(min(64, n - begin))))
-        x_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").to(network.out.weight.device)
+        x_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
         if vqvae is not None:
-            some = len(x_BCHW) if scale is not None else round(UNFINISHED * len(x_BCHW))
-            after = scale if scale is not None else int(rng.integers(1, len(vqvae.schedule)))
-            x_BCHW = torch.cat([unfinished(vqvae, x_BCHW[:some], after), x_BCHW[some:]])
-        with torch.no_grad():
-            cells.append(network.cells(x_BCHW).half().cpu())
+            some, after, last = len(x_BCHW), scale, len(vqvae.schedule) - 1
+            if scale is None:
+                some, after = round(DECODED * some), int(rng.integers(min(1, last), last + 1))
+                after = last if rng.random() < FINISHED else after
+            x_BCHW = torch.cat([unfinished(vqvae, x_BCHW[:some].to(vqvae.device), after).cpu(), x_BCHW[some:]])
+        pictures.append(x_BCHW.cpu())
         captions += [word_ids(row) for row in texts]
         labels += goods
-    return torch.cat(cells), torch.stack(captions), torch.tensor(labels, dtype=torch.float32)
+    return torch.cat(pictures), torch.stack(captions), torch.tensor(labels, dtype=torch.float32)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -184,25 +175,29 @@ def new_network(seed: int, features: Path = FEATURES) -> SceneReward:
 def train(
     network: SceneReward, pool: tuple[torch.Tensor, ...], *, steps: int, seed: int, batch: int = 48, lr: float = 1.5e-3
 ) -> None:
-    """Fit the attention part in place; true and false captions weigh alike. `batch` is in pictures."""
-    cells_NMF, words_NPT, labels_NP = pool
+    """Fit the network in place; true and false captions weigh alike. `batch` is in pictures."""
+    images_NCHW, words_NPT, labels_NP = pool
     device = network.out.weight.device
-    own = [p for name, p in network.named_parameters() if not name.startswith(("levels.", "head."))]
-    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+    named = list(network.requires_grad_(True).named_parameters())
+    looking = [p for name, p in named if name.startswith(("levels.", "head."))]
+    reading = [p for name, p in named if not name.startswith(("levels.", "head."))]
+    groups = [{"params": reading, "lr": lr}, {"params": looking, "lr": lr * CONVOLUTIONS}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.15)
     generator = torch.Generator().manual_seed(seed)
     weight = (1 - labels_NP).sum() / labels_NP.sum()
     with tqdm(range(steps), desc="training", disable=None) as bar:
         for step in bar:
-            rows = torch.randint(len(cells_NMF), (batch,), generator=generator)
-            cells = repeat(cells_NMF[rows].to(device).float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
+            rows = torch.randint(len(images_NCHW), (batch,), generator=generator)
             words, labels = words_NPT[rows].flatten(0, 1).to(device), labels_NP[rows].flatten().to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                logits = network.logits(cells, words)
+                cells = network.cells(images_NCHW[rows].to(device))
+                logits = network.logits(repeat(cells, "n m f -> (n p) m f", p=words_NPT.shape[1]), words)
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(own, 1.0)
+            torch.nn.utils.clip_grad_norm_(looking + reading, 1.0)
             optimizer.step()
             schedule.step()
             if step % 20 == 0:
@@ -212,11 +207,11 @@ def train(
 @torch.no_grad()
 def check(network: SceneReward, pool: tuple[torch.Tensor, ...]) -> dict[str, float]:
     """`accuracy` with true and false captions weighing alike, and `auc`: how often a true one beats a false one."""
-    cells_NMF, words_NPT, labels_NP = pool
+    images_NCHW, words_NPT, labels_NP = pool
     found, device = [], network.out.weight.device
-    for begin in range(0, len(cells_NMF), 32):
+    for begin in range(0, len(images_NCHW), 32):
         rows = slice(begin, begin + 32)
-        cells = repeat(cells_NMF[rows].to(device).float(), "n m f -> (n p) m f", p=words_NPT.shape[1])
+        cells = repeat(network.cells(images_NCHW[rows].to(device)), "n m f -> (n p) m f", p=words_NPT.shape[1])
         found.append(network.logits(cells, words_NPT[rows].flatten(0, 1).to(device)).cpu())
     scores, good = torch.cat(found), labels_NP.flatten() > 0.5
     above = torch.searchsorted(scores[~good].sort().values, scores[good])
@@ -254,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(
             network,
-            make_pool(network, options.pool, options.seed, POOL_STREAM, vqvae=vqvae),
+            make_pool(options.pool, options.seed, POOL_STREAM, vqvae=vqvae),
             steps=options.steps,
             seed=options.seed,
         )
@@ -269,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for scale in scales:
         used = vqvae if scale is not None else None
         n = options.check if scale is None else max(options.check // 4, 2)
-        pool = make_pool(rounded, n, options.seed, CHECK_STREAM, vqvae=used, scale=scale)
+        pool = make_pool(n, options.seed, CHECK_STREAM, vqvae=used, scale=scale)
         name = "render" if scale is None else f"scale {scale}"
         facts["right"][name] = found = check(rounded, pool)
         print(f"{name}: accuracy {found['accuracy']:.4f}, auc {found['auc']:.4f}")
