@@ -17,7 +17,7 @@ from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 
 BUDGETS = (1, 2, 4, 8)
-COMPARED = ("best", "importance", "tts", "resample", "cluster", "random")
+COMPARED = ("best", "importance", "tts", "halving", "resample", "cluster", "random")
 NOISES = (2, 4, 8, 16)
 # TTS-VAR's own, Infinity-2B on GenEval: what our curve is read against.
 PAPER = {"plain": 0.695, "importance:8": 0.718, "best:8": 0.736, "tts:2": 0.740, "tts:8": 0.753}

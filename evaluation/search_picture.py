@@ -10,9 +10,14 @@ import numpy as np
 from sample.images import atomically
 
 NAMES = {
-    "best": "best of N", "importance": "importance sampling", "tts": "TTS-VAR", "resample": "resampling only",
-    "cluster": "clustering only", "random": "random selection",
-}  # fmt: skip
+    "best": "best of N",
+    "importance": "importance sampling",
+    "tts": "TTS-VAR",
+    "halving": "successive halving",
+    "resample": "resampling only",
+    "cluster": "clustering only",
+    "random": "random selection",
+}
 
 
 def draw_search(content: Mapping, path: Path) -> None:

@@ -75,12 +75,22 @@ def constant(n: float, num_scales: int, how: str) -> tuple[int, tuple[Step, ...]
     return max(1, int(n)), (Step(num_scales - 1, 1, how),)
 
 
+def halving(n: float, num_scales: int) -> tuple[int, tuple[Step, ...]]:
+    """Successive halving (Jamieson and Talwalkar 2016) late in the pyramid: 4 n candidates, the best 2 n after two
+    thirds of the scales, n after five sixths, then the best. Nothing is drawn and nothing goes on twice.
+    """
+    last = num_scales - 1
+    steps = {last * 2 // 3: max(1, round(2 * n)), last * 5 // 6: max(1, round(n)), last: 1}
+    return max(1, round(4 * n)), tuple(Step(scale, keep, "best") for scale, keep in steps.items())
+
+
 METHODS: dict[str, Callable[[float, int], tuple[int, tuple[Step, ...]]]] = {
     "tts": descending,
     "resample": lambda n, K: descending(n, K, "resample"),
     "cluster": lambda n, K: descending(n, K, "cluster"),
     "random": lambda n, K: descending(n, K, "random"),
     "best": lambda n, K: constant(n, K, "best"),
+    "halving": halving,
     "importance": lambda n, K: constant(n, K, "resample"),
 }
 
@@ -90,8 +100,8 @@ def make_steps(method: str, n: float, num_scales: int) -> tuple[int, tuple[Step,
 
     Args:
         method: "tts" (TTS-VAR), "resample", "cluster" or "random" (its schedule with one way of choosing), "best"
-            (best-of-N), "importance" (one of N drawn by its weight). Or the steps themselves, as in
-            "16 cluster@1:12 resample@3:4 best": 16 candidates, 12 after scale 1, 4 after scale 3, one at the end.
+            (best-of-N), "importance" (one of N drawn by its weight), "halving". Or the steps themselves, as in "16
+            cluster@1:12 resample@3:4 best": 16 candidates, 12 after scale 1, 4 after scale 3, one at the end.
         n: N of the method, ignored where steps are given; candidates that reach the last scale.
 
     Raises:

@@ -21,7 +21,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         metavar="METHOD",
-        help='tts, best, importance, resample, cluster, random; or steps: "16 cluster@1:12 resample@3:4 best"',
+        help='tts, halving, best, importance, resample, cluster, random; or steps: "16 cluster@1:12 resample@3:4 best"',
     )
     group.add_argument(
         "--reward",

@@ -280,6 +280,14 @@ def test_a_budget_picks_the_largest_schedule_that_fits(tiny_class_model):
         fit_budget("tts", 0.5, 3, cost)
 
 
+def test_halving_comes_late():
+    """After two thirds and five sixths of the scales, of any pyramid."""
+    assert [str(step) for step in make_steps("halving", 2, 7)[1]] == ["best@4:4", "best@5:2", "best@6:1"]
+    assert [str(step) for step in make_steps("halving", 1.5, 13)[1]] == ["best@8:3", "best@10:2", "best@12:1"]
+    for num_scales in (1, 2, 3, 4, 10):
+        check_steps(*make_steps("halving", 2, num_scales), num_scales)
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
