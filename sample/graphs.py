@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sample.state import GenerationState
 from tokenizer.model import MultiScaleVQ
 from var.conditioning import Prompt
 
-KEPT = 8  # calls remembered by a `Recorder`: a recorded one holds the memory it works in
+KEPT = 8  # calls remembered by a `Recorder`: a recorded one holds its inputs and results
 
 Function = Callable[..., Sequence[torch.Tensor]]
 Replay = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
@@ -59,6 +60,13 @@ class Recorder:
         return call.replay(tensors)
 
 
+@cache
+def shared_pool(device: torch.device) -> tuple[int, int]:
+    """The memory in which all graphs of a GPU work: they run one after the other, and results are copied out at once."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
 def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
     """A CUDA graph of `function` on copies of `tensors`, which must all be on one GPU."""
     with torch.cuda.device(tensors[0].device):
@@ -69,7 +77,7 @@ def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
             function(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=shared_pool(tensors[0].device)):
             outputs = function(*inputs)
 
     def replay(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
