@@ -62,7 +62,7 @@ class Recorder:
 
 @cache
 def shared_pool(device: torch.device) -> tuple[int, int]:
-    """The memory in which all graphs of a GPU work: they run one after the other, and results are copied out at once."""
+    """The memory in which all graphs of a GPU work: they run one after another, and results are copied out."""
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()
 
