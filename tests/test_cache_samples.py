@@ -91,7 +91,7 @@ def test_training_takes_them(text_folder, real_cache, enough, tmp_path):
     ("arguments", "words"),
     [
         (["--samples.images=13"], "samples.images must be a multiple of shard_size 4, got 13"),
-        (["--samples.rounds=0"], "samples.rounds must be 1 or more, got 0"),
+        (["--samples.candidates=0"], "samples.candidates must be 1 or more, got 0"),
         (["--samples.enough=2.0"], "samples.enough 2.0: fewer than one picture in"),
         (["--samples.val_cache=none"], "samples.val_cache has no none/val/manifest.json"),
         (["--samples.reward=none"], "reward must be"),
@@ -105,5 +105,5 @@ def test_mistakes_are_one_line(arguments, words, text_folder, real_cache, enough
 
 def test_a_plan_is_not_mixed_with_another(text_folder, real_cache, enough, tmp_path, capfd):
     assert samples(text_folder, real_cache, tmp_path / "one", enough) == 0
-    assert samples(text_folder, real_cache, tmp_path / "one", enough, "--samples.rounds=2") == 2
-    assert "was begun with another rounds" in capfd.readouterr().err
+    assert samples(text_folder, real_cache, tmp_path / "one", enough, "--samples.candidates=2") == 2
+    assert "was begun with another candidates" in capfd.readouterr().err

@@ -49,11 +49,11 @@ class SamplesConfig:
         model: a training run, or a pipeline folder.
         val_cache: folder of a cache of the data set: its validation split is taken over.
         images: pictures to keep.
-        rounds: pictures drawn of a caption at most, one after the other, until one is good enough.
+        candidates: pictures drawn of each caption; the best one is kept, if it is good enough.
         reward: what they are scored with, as of `nextscale sample --reward`.
         enough: least score of a picture that is kept.
         shard_size: pictures per file.
-        batch_size: captions tried at once.
+        batch_size: candidates drawn at once.
         dtype: of the drawing model: auto, float32, bfloat16 or float16.
         fast: auto, on or off, as of `nextscale sample --fast`.
         device: cpu, cuda, ...; what `accelerate` chooses when null.
@@ -64,9 +64,9 @@ class SamplesConfig:
     model: str
     val_cache: str
     images: int = 20_000
-    rounds: int = 4
+    candidates: int = 4
     reward: str = "scenes"
-    enough: float = 0.9
+    enough: float = 0.5
     shard_size: int = 1000
     batch_size: int = 96
     dtype: str = "bfloat16"
@@ -75,7 +75,7 @@ class SamplesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds", "shard_size", "batch_size"):
+        for name in ("images", "candidates", "shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"samples.{name} must be 1 or more, got {getattr(self, name)}")
         if self.images % self.shard_size:
@@ -101,7 +101,7 @@ def kept_samples(
     Raises:
         ValueError: if next to none is good enough.
     """
-    size, tried = config.batch_size, 0
+    size, tried = max(1, config.batch_size // search.candidates), 0
     for begin in range(0, MOST_TRIES * config.shard_size, size):
         seeds = [derive_seed(config.seed, STREAM, shard, begin + i) for i in range(size)]
         rows = [seed % len(data) for seed in seeds]
@@ -163,15 +163,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": config.seed,
         "latents": False,
         "model_digest": model_digest(config.model),
-        **{name: getattr(config, name) for name in ("rounds", "reward", "enough")},
+        **{name: getattr(config, name) for name in ("candidates", "reward", "enough")},
     }
     check_validation(validation, manifest)
     folder = Path(config.folder) / "train"
     folder.mkdir(parents=True, exist_ok=True)
     check_plan(folder, manifest, accelerator)
-    _, steps = make_steps("best", 1, len(pipeline.vqvae.schedule))
+    candidates, steps = make_steps("best", config.candidates, len(pipeline.vqvae.schedule))
     reward = load_reward(config.reward, device=device)
-    search = Search(candidates=1, steps=steps, reward=reward, rounds=config.rounds, enough=config.enough)
+    search = Search(candidates=candidates, steps=steps, reward=reward, enough=config.enough)
     shards = range(config.images // config.shard_size)
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     todo = [shard for shard in mine if not has_shard(folder, shard)]

@@ -1,4 +1,4 @@
-"""Train the scenes reward: `python -m train.train_reward --tokenizer FOLDER`, minutes on one CPU core.
+"""Train the scenes reward: `python -m train.train_reward --tokenizer FOLDER`, a quarter of an hour of one CPU core.
 
 A picture is paired with its own caption, with captions that differ from it in one thing (a shape, a colour, the count,
 the relation, who has which), and with another scene's; a pair is labelled by GenEval's rules on what was *drawn*, never
@@ -231,8 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw, train, check on fresh scenes, write the file."""
     parser = argparse.ArgumentParser(prog="python -m train.train_reward", description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", type=Path, help="folder of a scenes tokenizer: also learn unfinished pictures")
-    parser.add_argument("--steps", type=int, default=600, help="batches of 48 pictures, 6 captions each (default 600)")
-    parser.add_argument("--pool", type=int, default=6000, help="pictures to train on (default 6000)")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="batches of 48 pictures, 6 captions each (default 2000)"
+    )
+    parser.add_argument("--pool", type=int, default=12000, help="pictures to train on (default 12000)")
     parser.add_argument("--check", type=int, default=500, help="fresh pictures to check on (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and weights (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
