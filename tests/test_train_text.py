@@ -73,6 +73,9 @@ def test_captions_name_no_held_out_pair():
     items = Captions(300, seed=5)
     assert not any(scene_at(i, 5, "train").metadata.get("unseen") for i in range(len(items)))
     assert items[7]["caption"] == scene_at(7, 5, "train").caption
+    everything = Captions(300, seed=5, split="all")
+    assert any(scene_at(i, 5, "all").metadata.get("unseen") for i in range(300))
+    assert [everything[i]["caption"] for i in range(300)] == [scene_at(i, 5, "all").caption for i in range(300)]
 
 
 def test_an_encoder_learns_and_goes_into_a_transformer(tiny_vqvae, tmp_path):

@@ -5,8 +5,8 @@ agree, however well each of them is learned. Trained on those of its own picture
 prefers what it can draw (rejection sampling fine-tuning: RAFT, Dong et al. 2023; ReST, Gulcehre et al. 2023).
 `train.train_var --tokens.cache=FOLDER` then trains on them as on any cache.
 
-A shard is made of captions of its own, so processes share the work (`accelerate launch --num_processes 8 -m ...`, or
-several of the same command by hand), and the same command again goes on where it stopped.
+A shard is made of captions of its own, so processes share the work (`accelerate launch --num_processes 8 -m ...`), and
+the same command again goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A text encoder that learns from the loss of image tokens alone soon knows the words of a caption but not who has which
 colour or who is left of whom: that is a fraction of a nat in hundreds. Read off the captions themselves it takes
 minutes. Linear heads, dropped afterwards, ask the state of every byte for the facts of the object its phrase names and
-of the other one. Captions come without pictures, from the training split: no held-out pair is named.
+of the other one. Captions come without pictures.
 
 Shapes: B captions, T bytes of the longest (one token each), E width of the states, F facts of a byte.
 """
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ class CaptionConfig:
         num_captions: captions in an epoch.
         val_captions: captions of the validation.
         scene_tags: how often each tag is read (others: 1); alike when null.
+        split: train, or all: captions that name held-out pairs as well. No picture shows one either way.
         keep: weight of the squared distance to the states the encoder began with (of unit mean square, both): a
             transformer trained on those goes on from there; 0 lets them go.
     """
@@ -57,6 +59,7 @@ class CaptionConfig:
     num_captions: int = 1_000_000
     val_captions: int = 2000
     scene_tags: dict[str, float] | None = None
+    split: Literal["train", "all"] = "train"
     keep: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,14 +110,14 @@ def _first_phrase(item: dict) -> str:
 class Captions(Dataset):
     """Captions of drawn scenes with their facts: {"caption": str, "facts": (LONGEST, F) int64}."""
 
-    def __init__(self, n: int, *, seed: int, tags: dict[str, float] | None = None):
-        self.n, self.seed, self.shares = n, seed, tag_shares(tags)
+    def __init__(self, n: int, *, seed: int, tags: dict[str, float] | None = None, split: str = "train"):
+        self.n, self.seed, self.shares, self.split = n, seed, tag_shares(tags), split
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, index: int) -> dict:
-        metadata = scene_at(index, self.seed, "train", self.shares).metadata
+        metadata = scene_at(index, self.seed, self.split, self.shares).metadata
         return {"caption": metadata["prompt"], "facts": caption_facts(metadata)}
 
 
@@ -196,11 +199,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
 
     save_config(made, config, run_config.run_dir)
-    captions, tags = built.captions, built.captions.scene_tags
+    captions = built.captions
+    which = {"tags": captions.scene_tags, "split": captions.split}
     task = Task(
         objective=objective,
-        train_data=Captions(captions.num_captions, seed=run_config.seed, tags=tags),
-        val_data=Captions(captions.val_captions, seed=2**31 + run_config.seed, tags=tags),
+        train_data=Captions(captions.num_captions, seed=run_config.seed, **which),
+        val_data=Captions(captions.val_captions, seed=2**31 + run_config.seed, **which),
         prepare=prepare,
         export=export,
     )
