@@ -120,7 +120,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             reach = np.abs(bounds.T - right)
             axes.errorbar(places, right, reach, fmt="none", ecolor="black", capsize=3)
         axes.axhline(0.5, color="grey", ls="--", lw=1, label="a guess")
-        axes.set_xticks(range(len(CHANGES)), list(CHANGES))
+        axes.set_xticks(range(len(CHANGES)), [change.replace(" ", "\n", 1) for change in CHANGES])
         axes.set(ylabel="right caption is the likelier one", ylim=(0, 1))
         axes.set_title("Captions changed in one thing")
         figure.legend(loc="outside right upper")
