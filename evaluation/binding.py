@@ -10,21 +10,31 @@ Shapes: B images, L tokens, K scales.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from einops import rearrange
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.judge import wilson
 from evaluation.report import command_line, result, table, write_result
-from evaluation.scenes import COLOURS, SHAPES, Scene, render, sample_scene, scene_metadata
+from evaluation.scenes import (
+    COLOURS,
+    COUNT_WORDS,
+    OPPOSITE,
+    SHAPES,
+    Scene,
+    other_of,
+    read_caption,
+    render,
+    sample_scene,
+    scene_metadata,
+)
 from sample.images import atomically
 from sample.load import load_pipeline, model_digest
 from sample.pipeline import NextScalePipeline
@@ -36,34 +46,23 @@ CHANGES = {  # what is changed, and the tag of the captions it is changed in
     "colours exchanged": "color_attr",
     "relation turned round": "position",
 }
-TURNED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 STREAM = 21  # keeps these scenes apart from those of other purposes
 
 
 def changed(rng: np.random.Generator, metadata: dict, change: str) -> str:
     """The caption with one thing changed, another one drawn where there is a choice."""
-    include, tag = metadata["include"], metadata["tag"]
-    if change == "relation turned round":
-        named, relation = include[::-1], include[-1]["position"][0]
-        colours = tuple(item["color"] for item in named if "color" in item)
-        return scene_metadata(tag, _shapes(named), colours, relation=TURNED[relation])["prompt"]
-    if change == "colours exchanged":
-        return scene_metadata(tag, _shapes(include), tuple(item["color"] for item in include[::-1]))["prompt"]
-    (item,) = include
+    shapes, colours, count, relation = read_caption(metadata)
     if change == "shape":
-        return scene_metadata(tag, (_other(rng, SHAPES, item["class"]),))["prompt"]
-    if change == "colour":
-        return scene_metadata(tag, _shapes(include), (_other(rng, COLOURS, item["color"]),))["prompt"]
-    return scene_metadata(tag, _shapes(include), count=_other(rng, (2, 3, 4), item["count"]))["prompt"]
-
-
-def _shapes(include: Sequence[dict]) -> tuple[str, ...]:
-    return tuple(item["class"] for item in include)
-
-
-def _other(rng: np.random.Generator, all_of: Sequence, but: object):
-    left = [value for value in all_of if value != but]
-    return left[rng.integers(len(left))]
+        shapes = (other_of(rng, SHAPES, shapes),)
+    elif change == "colour":
+        colours = (other_of(rng, tuple(COLOURS), colours),)
+    elif change == "number":
+        count = other_of(rng, tuple(COUNT_WORDS), (count,))
+    elif change == "colours exchanged":
+        colours = colours[::-1]
+    else:
+        relation = OPPOSITE[relation]
+    return scene_metadata(metadata["tag"], shapes, colours, count=count, relation=relation)["prompt"]
 
 
 @torch.no_grad()
@@ -107,6 +106,9 @@ def rows_of(name: str, pipeline: NextScalePipeline, *, n: int, seed: int, batch_
 
 def draw(rows: Sequence[dict], path: Path) -> None:
     """How often the right caption is the likelier one, for each change and model; a guess is right half the time."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     models = list(dict.fromkeys(row["model"] for row in rows))
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -145,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.n < 2 or options.batch_size < 1 or options.seed < 0:
         parser.error("--n must be 2 or more, --batch-size 1 or more, --seed 0 or more")
+    if options.out is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--out also draws a picture and needs matplotlib: pip install 'nextscale[plots]'")
     rows, digests = [], {}
     try:
         for text in options.models.split(","):
@@ -154,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += rows_of(name or model, pipeline, n=options.n, seed=options.seed, batch_size=options.batch_size)
     except (ValueError, FileNotFoundError) as error:
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
     print(table(rows, ["model", "change", "nats", "right"]))
     if options.out is not None:
         command = command_line("python -m evaluation.binding", vars(options), vars(parser_of().parse_args([])))

@@ -11,6 +11,7 @@ caption always differ in shape and, where both colours are named, in colour (as 
 import functools
 import itertools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,8 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y), sign
 
+OPPOSITE = {a: b for a, (axis, sign) in RELATIONS.items() for b, way in RELATIONS.items() if way == (axis, -sign)}
+
 CANVAS = 64.0  # side of the canvas, in units; one unit is one pixel at size 64
 BORDER = 1.0  # free units between an object and the edge of the image
 GAP = 3.0  # free units between the bounding boxes of two objects
@@ -45,6 +48,8 @@ SHADING = 0.06  # half range of the brightness gradient across an object
 RELATION_THRESHOLD = 0.5  # GenEval's
 RELATION_MARGIN = 0.05  # drawn scenes clear the threshold by this much
 _UNIT = 1024  # samples along the side of a unit shape's area table
+
+Caption = tuple[tuple[str, ...], tuple[str, ...], int, str | None]  # shapes, colours, count, relation
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,21 @@ def scene_metadata(
     if colours:
         metadata["unseen"] = any(map(is_unseen, colours, shapes))
     return metadata
+
+
+def read_caption(metadata: dict) -> Caption:
+    """What a caption names, in the order it names it: the arguments of `scene_metadata`."""
+    include = metadata["include"]
+    named = include[::-1] if "position" in include[-1] else include
+    relation = include[-1]["position"][0] if "position" in include[-1] else None
+    colours = tuple(item["color"] for item in named if "color" in item)
+    return tuple(item["class"] for item in named), colours, named[0]["count"], relation
+
+
+def other_of(rng: np.random.Generator, all_of: Sequence, but: Sequence) -> object:
+    """One of `all_of` that is not in `but`, alike."""
+    left = [value for value in all_of if value not in but]
+    return left[rng.integers(len(left))]
 
 
 def caption_of(metadata: dict) -> str:

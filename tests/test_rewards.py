@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from evaluation.judge import Detection, apply_rules, detect, judge
-from evaluation.scenes import COLOURS, SHAPES, prompt_suite, render, sample_scene
+from evaluation.scenes import COLOURS, SHAPES, prompt_suite, read_caption, render, sample_scene
 from sample.reward_names import load_features, load_reward
 from sample.rewards import Aesthetic, Callback, ClipScore, PixelFeatures, VisionFeatures, to_images
 from sample.scene_reward import SHIPPED, SceneReward, SceneRewardFeatures, load_scene_reward, word_ids
 from train.spoil import WAYS, roughen, spoil
-from train.train_reward import another, example, main, make_metadata, read_caption, wider
+from train.train_reward import another, example, main, make_metadata, wider
 
 IMAGES = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

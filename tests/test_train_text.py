@@ -121,6 +121,7 @@ def test_kept_states_move_less(tmp_path):
         (["--captions.num_captions=0"], "captions.num_captions must be 1 or more"),
         (["--captions.scene_tags={stars: 1}"], "tag must be one of"),
         (["--text.train=false"], "text.train must be true"),
+        (["--captions.keep=1"], "captions.keep 1.0 keeps to an encoder: give text.pretrained"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, tmp_path, capfd):

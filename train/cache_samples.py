@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sample.draw import derive_seed
-from sample.load import load_pipeline, model_digest
+from sample.load import load_pipeline, model_digest, model_folder
 from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_reward
@@ -35,6 +35,7 @@ from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
+from train.train_tokenizer import load_tokenizer
 
 STREAM = 0x0A5E1F  # keeps the seeds of these pictures apart
 MOST_TRIES = 100  # captions tried for every picture that is to be kept
@@ -84,11 +85,10 @@ class SamplesConfig:
 
 @dataclass(frozen=True)
 class Kept:
-    """A picture that was kept: its tokens (L,), caption, label and score; and captions tried since the one before."""
+    """A picture that was kept: its tokens (L,), caption and score; and captions tried since the one before."""
 
     ids: np.ndarray
     caption: str
-    label: int
     score: float
     tried: int
 
@@ -111,7 +111,7 @@ def kept_samples(
         for i, score in enumerate(output.search.scores):
             tried += 1
             if score >= config.enough:
-                yield Kept(ids_BL[i], captions[i], -1, score, tried)
+                yield Kept(ids_BL[i], captions[i], score, tried)
                 tried = 0
     raise ValueError(f"samples.enough {config.enough}: fewer than one picture in {MOST_TRIES} reaches it")
 
@@ -131,7 +131,7 @@ def write_samples(
     facts = {"kept": share, "mean_score": float(np.mean(scores))}
     write_atomically(folder / f"{shard:05d}.kept.json", json.dumps(facts))
     ids_NL = np.stack([sample.ids for sample in kept]).astype(token_dtype(pipeline.vqvae.config.vocab_size))
-    write_shard(folder, shard, ids_NL, [{"label": sample.label, "caption": sample.caption} for sample in kept])
+    write_shard(folder, shard, ids_NL, [{"label": -1, "caption": sample.caption} for sample in kept])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,10 +151,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.text_encoder is None:
         raise ValueError(f"samples.model {config.model!r} reads no captions: rewards are of pictures and captions")
+    if built.data.streaming:
+        raise ValueError("data.streaming must be false: captions are drawn from all of the data")
     data = build_dataset(built.data, "train", seed=config.seed)
     validation = Path(config.val_cache) / "val"
     manifest = {
-        "tokenizer_hash": tokenizer_hash(load_pipeline(config.model, dtype="float32", device="cpu").vqvae),
+        "tokenizer_hash": tokenizer_hash(load_tokenizer(model_folder(config.model) / "vqvae")),
         "schedule": pipeline.vqvae.schedule.spec,
         "vocab_size": pipeline.vqvae.config.vocab_size,
         "num_classes": data.num_classes,

@@ -149,6 +149,8 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         return _say(error, 3)
     except Stopped as stopped:
         return _say(stopped, stopped.code)
+    except KeyboardInterrupt:
+        return _say(KeyboardInterrupt("interrupted; the same command goes on with what is missing"), 130)
     return 0
 
 

@@ -22,19 +22,22 @@ def spoil(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, Scene, st
     Returns:
         uint8 (64, 64, 3); the scene of the objects that are whole; a name of `WAYS`.
     """
-    victim = int(rng.integers(len(scene.objects)))
-    item = scene.objects[victim]
-    rest = replace(scene, objects=tuple(other for i, other in enumerate(scene.objects) if i != victim))
+    item, rest = pick(rng, scene)
     way = list(WAYS)[rng.integers(len(WAYS))]
     return paint(render(rest, SIDE), WAYS[way](rng, item), item.rgb), rest, way
 
 
 def roughen(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     """The render with one object a little too wide or too high, by up to 8 %: still right, uint8 (64, 64, 3)."""
-    victim = int(rng.integers(len(scene.objects)))
-    item = scene.objects[victim]
-    rest = replace(scene, objects=tuple(other for i, other in enumerate(scene.objects) if i != victim))
+    item, rest = pick(rng, scene)
     return paint(render(rest, SIDE), mask_of(item, stretch=_along(rng, rng.uniform(1.0, 1.08))), item.rgb)
+
+
+def pick(rng: np.random.Generator, scene: Scene) -> tuple[SceneObject, Scene]:
+    """One of the objects, and the scene without it."""
+    victim = int(rng.integers(len(scene.objects)))
+    rest = tuple(item for i, item in enumerate(scene.objects) if i != victim)
+    return scene.objects[victim], replace(scene, objects=rest)
 
 
 def paint(image: np.ndarray, mask_hw: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
@@ -52,7 +55,7 @@ def mask_of(item: SceneObject, *, shape: str | None = None, stretch: tuple[float
 
 def _wiped(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
     """A third to two thirds of it gone, from one side."""
-    mask, (x0, y0, x1, y1) = mask_of(item).copy(), item.box
+    mask, (x0, y0, x1, y1) = mask_of(item), item.box
     share, side = rng.uniform(1 / 3, 2 / 3), rng.integers(4)
     if side < 2:
         cut = int(y0 + share * (y1 - y0))

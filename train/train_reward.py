@@ -29,7 +29,17 @@ from tqdm import tqdm
 
 from evaluation.features import SHIPPED as FEATURES
 from evaluation.judge import UNKNOWN, Detection, apply_rules
-from evaluation.scenes import COLOURS, RELATIONS, SHAPES, render, sample_scene, scene_metadata
+from evaluation.scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Caption,
+    other_of,
+    read_caption,
+    render,
+    sample_scene,
+    scene_metadata,
+)
 from sample.rewards import to_images
 from sample.scene_reward import SHIPPED, SIDE, SceneReward, load_scene_reward, word_ids
 from tokenizer.model import MultiScaleVQ
@@ -43,19 +53,8 @@ DECODED = 0.8  # share of pictures that are reconstructions, where there is a to
 FINISHED = 0.4  # share of batches of these that are of all scales
 POOL_STREAM, CHECK_STREAM = 11, 12  # independent streams of scenes of one seed
 
-Caption = tuple[tuple[str, ...], tuple[str, ...], int, str | None]  # shapes, colours, count, relation
-
 
 # --- captions --------------------------------------------------------------------------------------------------------
-
-
-def read_caption(metadata: dict) -> Caption:
-    """What a caption names, in the order it names it: the arguments of `scene_metadata`."""
-    include = metadata["include"]
-    named = include[::-1] if "position" in include[-1] else include
-    relation = include[-1]["position"][0] if "position" in include[-1] else None
-    colours = tuple(item["color"] for item in named if "color" in item)
-    return tuple(item["class"] for item in named), colours, named[0]["count"], relation
 
 
 def make_metadata(caption: Caption) -> dict:
@@ -77,13 +76,13 @@ def another(rng: np.random.Generator, caption: Caption) -> Caption:
     ways += ["count", "count"] * (count > 1) + ["relation", "relation"] * (relation is not None)
     way, place = ways[rng.integers(len(ways))], rng.integers(len(shapes))
     if way == "shape":
-        return _put(shapes, place, _other(rng, SHAPES, shapes)), colours, count, relation
+        return _put(shapes, place, other_of(rng, SHAPES, shapes)), colours, count, relation
     if way == "colour":
-        return shapes, _put(colours, place, _other(rng, COLOURS, colours)), count, relation
+        return shapes, _put(colours, place, other_of(rng, COLOURS, colours)), count, relation
     if way == "count":
-        return shapes, colours, int(_other(rng, (2, 3, 4), (count,))), relation
+        return shapes, colours, int(other_of(rng, (2, 3, 4), (count,))), relation
     if way == "relation":
-        return shapes, colours, count, str(_other(rng, RELATIONS, (relation,)))
+        return shapes, colours, count, str(other_of(rng, RELATIONS, (relation,)))
     if colours and (relation is None or rng.random() < 0.5):
         return shapes, colours[::-1], count, relation
     return shapes[::-1], colours, count, relation
@@ -103,11 +102,6 @@ def _put(values: tuple[str, ...], place: int, value: object) -> tuple[str, ...]:
     return (*values[:place], str(value), *values[place + 1 :])
 
 
-def _other(rng: np.random.Generator, all_of: Sequence, but: Sequence) -> object:
-    left = [value for value in all_of if value not in but]
-    return left[rng.integers(len(left))]
-
-
 # --- the pool --------------------------------------------------------------------------------------------------------
 
 
@@ -118,15 +112,14 @@ def example(rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[bool]
     stranger = read_caption(sample_scene(rng, tag=scene.tag, split="train").metadata)
     captions = [own, wider(rng, own), *(another(rng, own) for _ in range(CAPTIONS - 3)), stranger]
     metadatas = [make_metadata(caption) for caption in captions]
-    chance, image, whole, spoiled = rng.random(), None, scene, []
+    chance, whole, spoiled = rng.random(), scene, []
     if chance < SPOILED:
         image, whole, _ = spoil(rng, scene)
         spoiled = [Detection(UNKNOWN, UNKNOWN, 0.0, (0.0, 0.0, 1.0, 1.0))]
-    elif chance < SPOILED + ROUGH:
-        image = roughen(rng, scene)
+    else:
+        image = roughen(rng, scene) if chance < SPOILED + ROUGH else render(scene, SIDE)
     truth = [Detection(item.shape, item.colour, 1.0, item.box) for item in whole.objects] + spoiled
-    labels = [apply_rules(truth, m).correct for m in metadatas]
-    return render(scene, SIDE) if image is None else image, [m["prompt"] for m in metadatas], labels
+    return image, [m["prompt"] for m in metadatas], [apply_rules(truth, m).correct for m in metadatas]
 
 
 @torch.no_grad()
@@ -154,7 +147,7 @@ def make_pool(
                 some, after = round(DECODED * some), int(rng.integers(min(1, last), last + 1))
                 after = last if rng.random() < FINISHED else after
             x_BCHW = torch.cat([unfinished(vqvae, x_BCHW[:some].to(vqvae.device), after).cpu(), x_BCHW[some:]])
-        pictures.append(x_BCHW.cpu())
+        pictures.append(x_BCHW)
         captions += [word_ids(row) for row in texts]
         labels += goods
     return torch.cat(pictures), torch.stack(captions), torch.tensor(labels, dtype=torch.float32)

@@ -10,6 +10,7 @@ Shapes: B captions, T bytes of the longest (one token each), E width of the stat
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +22,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from evaluation.scenes import COLOURS, RELATIONS, SHAPES, caption_of, scene_at, tag_shares
+from evaluation.scenes import (
+    COLOURS,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    read_caption,
+    scene_at,
+    scene_metadata,
+    tag_shares,
+)
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.loop import run
 from train.optimizers import Branch, OptimizerConfig
 from train.session import Batch, Clock, Metrics, Objective, Task
-from train.text import TextConfig, build_text_encoder, tokenize
+from train.text import TextConfig, build_text_encoder, text_reader
 
 IGNORED = -100
 LONGEST = 64  # bytes of a caption and its end token; scenes captions have at most 53
@@ -40,7 +50,6 @@ FACTS = {  # of a byte: the object of its phrase, and the other object of the ca
     "other_shape": 1 + len(SHAPES),  # 0: there is none
     "other_colour": 1 + len(COLOURS),
 }
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @dataclass(kw_only=True)
@@ -75,24 +84,22 @@ def caption_facts(metadata: dict) -> torch.Tensor:
 
     Bytes between two phrases ("and", "left of") and the end token count with the second one.
     """
-    include = metadata["include"]
-    relation = include[-1]["position"][0] if "position" in include[-1] else None
-    named = include[::-1] if relation else include  # GenEval names a relation's reference first
-    places = [relation, OPPOSITE[relation]] if relation else [None] * len(named)
+    shapes, colours, count, relation = read_caption(metadata)
+    places = (relation, OPPOSITE[relation]) if relation else (None, None)
     objects = [
         (
-            SHAPES.index(item["class"]),
-            1 + list(COLOURS).index(item["color"]) if "color" in item else 0,
-            PLACES.index(place),
-            COUNTS.index(item["count"]),
+            SHAPES.index(shape),
+            1 + list(COLOURS).index(colours[i]) if colours else 0,
+            PLACES.index(places[i]),
+            COUNTS.index(count),
         )
-        for item, place in zip(named, places, strict=True)
+        for i, shape in enumerate(shapes)
     ]
     rows = [(*own, *_other(objects, i)) for i, own in enumerate(objects)]
-    caption = metadata["prompt"].encode()
+    first = scene_metadata(metadata["tag"], shapes[:1], colours[:1], count=count)["prompt"]
     facts_TF = torch.full((LONGEST, len(FACTS)), IGNORED)
-    facts_TF[: len(caption) + 1] = torch.tensor(rows[-1])
-    facts_TF[: len(_first_phrase(named[0]).encode())] = torch.tensor(rows[0])
+    facts_TF[: len(metadata["prompt"].encode()) + 1] = torch.tensor(rows[-1])
+    facts_TF[: len(first.encode())] = torch.tensor(rows[0])
     return facts_TF
 
 
@@ -101,10 +108,6 @@ def _other(objects: list[tuple[int, ...]], index: int) -> tuple[int, int]:
         return 0, 0
     shape, colour, *_ = objects[1 - index]
     return 1 + shape, colour
-
-
-def _first_phrase(item: dict) -> str:
-    return caption_of({"include": [{name: item[name] for name in ("class", "count", "color") if name in item}]})
 
 
 class Captions(Dataset):
@@ -127,10 +130,12 @@ class TextObjective(Objective):
     The heads read the states as a transformer does, after a norm without weights (`var.conditioning.TextConditioner`).
     """
 
-    def __init__(self, encoder: nn.Module, start: nn.Module | None, config: CaptionConfig, optimizer: OptimizerConfig):
+    shardable = False  # the export takes the encoder whole
+
+    def __init__(self, encoder: nn.Module, config: CaptionConfig, optimizer: OptimizerConfig):
         super().__init__()
         self.encoder, self.config, self.optimizer = encoder, config, optimizer
-        self.start = start.requires_grad_(False) if start is not None and config.keep > 0 else None
+        self.start = copy.deepcopy(encoder).requires_grad_(False) if config.keep > 0 else None
         self.heads = nn.Linear(encoder.config.hidden_size, sum(FACTS.values()))
 
     def branches(self) -> dict[str, Branch]:
@@ -182,16 +187,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = made.instantiate(config)
     run_config: RunConfig = built.run
     torch.manual_seed(run_config.seed)
+    if not built.text.train:
+        raise ValueError("text.train must be true here: the text encoder is what is trained")
+    if built.captions.keep > 0 and built.text.pretrained is None:
+        raise ValueError(f"captions.keep {built.captions.keep} keeps to an encoder: give text.pretrained")
     encoder, tokenizer = build_text_encoder(built.text)
     if len(tokenizer("a ring").input_ids) != len("a ring") + 1:
         raise ValueError(f"text.pretrained {built.text.pretrained!r} must read a token a byte, as ByT5 does")
-    start = build_text_encoder(built.text)[0] if built.text.pretrained is not None else None
-    objective = TextObjective(encoder, start, built.captions, built.optimizer)
+    objective = TextObjective(encoder, built.captions, built.optimizer)
+    read = text_reader(encoder, tokenizer, LONGEST, frozen=False)
 
     def prepare(batch: Batch) -> Batch:
-        text = tokenize(tokenizer, list(batch["caption"]), LONGEST)
-        device = batch["facts"].device
-        text = {name: value.to(device) for name, value in text.items()}
+        text = read(list(batch["caption"]), batch["facts"].device)
         return {**text, "facts": batch["facts"][:, : text["mask"].shape[1]]}
 
     def export(folder: Path, trained: TextObjective, weights: dict | None) -> None:
