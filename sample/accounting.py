@@ -130,8 +130,11 @@ def _text_tokens(state: GenerationState) -> int:
 
 def token_flops(block: nn.Module) -> int:
     """FLOPs of a block's linear layers for one token."""
+    layers = ((name, getattr(module, "weight", None)) for name, module in block.named_modules())
     return 2 * sum(
-        p.numel() for name, p in block.named_parameters() if p.ndim == 2 and not name.startswith(ONCE_A_PROMPT)
+        prod(weight.shape)
+        for name, weight in layers
+        if weight is not None and weight.ndim == 2 and not name.startswith(ONCE_A_PROMPT)
     )
 
 
@@ -176,13 +179,19 @@ def plan_flops(plan: Plan, widths: Sequence[int] | None = None, *, text_tokens: 
 
 
 def counted_flops() -> FlopCounterMode:
-    """A context that counts the FLOPs of torch operations, attention on CPUs included."""
+    """A context that counts the FLOPs of torch operations, attention on CPUs and packed layers (`sample.fast`) too."""
 
     def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return 4 * prod(query) * key[-2]
 
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+    def packed(x: Any, weight: Any, more: Any = None, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        added = more is not None and len(more) == len(weight)  # then `weight` is a map, to be added to, and `more` is it
+        return 2 * prod(out_shape) * prod((more if added else weight)[1:])
+
+    counts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    names = ("_linear_pointwise", "_convolution_pointwise")
+    counts |= {getattr(torch.ops.mkldnn, name): packed for name in names if hasattr(torch.ops.mkldnn, name)}
+    return FlopCounterMode(display=False, custom_mapping=counts)
 
 
 def call_flops(function: Callable[..., Any], *arguments: Any) -> int:

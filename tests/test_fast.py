@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sample import fast
+from sample.accounting import call_flops, plan_flops
 from sample.draw import Filter, keep_likeliest, keep_top_k, keep_top_p
 from sample.generate import generate
 from sample.load import load_pipeline, resolve_dtype
@@ -163,6 +164,19 @@ def test_bfloat16_stays_near_the_plain_path():
     f_hat = torch.randn(2, 4, 4, 4)
     assert (ours.decode(f_hat, "pt") - whole.decode(f_hat, "pt")).abs().mean() < 0.02
     assert ours(**CALL).images.shape == (3, 3, 8, 8)
+
+
+@packs
+def test_operations_are_counted_on_the_fast_path_too():
+    """All but those that folding saves: 5 of 9 products of the convolution after an up-sampling."""
+    plain_path, other = pipeline(), pipeline()
+    fast.accelerate(other, fast.FastSettings(convolutions=True, linears=True))
+    f_hat = torch.randn(2, plain_path.vqvae.config.latent_channels, *plain_path.transformer.schedule.latent_hw)
+    for path in (plain_path, other):
+        path.counted = plan_flops(path.make_plan()), call_flops(path.vqvae.decode, f_hat)
+    assert plain_path.counted == other.counted and min(other.counted) > 1e5
+    folded = fast.accelerate(pipeline())
+    assert call_flops(folded.vqvae.decode, f_hat) < other.counted[1]
 
 
 def test_saved_as_the_plain_model(tmp_path):
