@@ -44,6 +44,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=256, help="candidates at once (256)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    parser.add_argument("--fast", default="auto", help="as of nextscale sample: on, auto (the default), off")
     parser.add_argument("--work", type=Path, help="where finished batches are kept (cache/search/...)")
     parser.add_argument("--out", type=Path, default=Path("results/search.json"), help="result, table and picture")
     return parser
@@ -53,28 +54,38 @@ def measure(options: argparse.Namespace) -> dict:
     """Run all rows; the result as `report.result` makes it, with the reward's accuracy under `reward_by_scale`."""
     from evaluation.reward_accuracy import by_scale
     from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, search_of
+    from evaluation.search_whole import choose_whole, is_whole, make_whole
     from sample.images import make_requests
     from sample.load import load_pipeline, model_digest
     from sample.reward_names import load_reward
     from sample.scene_reward import SHIPPED
 
     rows = [Row.of(text) for text in (options.rows.split(",") if options.rows else default_rows())]
-    pipeline = load_pipeline(options.model, dtype=options.dtype, device=options.device)
+    pipeline = load_pipeline(options.model, dtype=options.dtype, device=options.device, fast=options.fast)
     pipeline.set_progress_bar_config(disable=True)
     reward = load_reward(options.reward, device=pipeline.transformer.device)
     metadatas = prompt_suite(options.per_tag, options.seed)
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, per_prompt=options.n, seed=options.seed, metadata=metadatas)
-    plain = cost_of(pipeline, reward, None, metadatas).plain
+    plain = cost_of(pipeline, None, None, metadatas).plain
     searches = [search_of(row, pipeline, reward, metadatas) for row in rows]
     settings = {"model_digest": model_digest(options.model), "reward": options.reward, "per_tag": options.per_tag}
     settings |= {"images_per_prompt": options.n, "seed": options.seed, "dtype": str(pipeline.transformer.dtype)}
     if options.reward == "scenes":
         settings["reward_digest"] = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
     folder = options.work or Path("cache/search") / digest(settings)
-    found = []
+    found, sizes = [], {"folder": folder, "batch_size": options.batch_size}
     for row, search in zip(rows, searches):
-        batches = run_row(row, pipeline, requests, search, folder=folder, batch_size=options.batch_size)
+        if is_whole(search):
+            alike = [(r, s) for r, s in zip(rows, searches) if is_whole(s) and r.settings == row.settings]
+            most = max(s.candidates if s is not None else 1 for _, s in alike)
+            rewards = {s.reward.name: s.reward for r, s in alike if s is not None and s.reward and not r.oracle}
+            whole = make_whole(
+                pipeline, requests, {reward.name: reward} | rewards, most, settings=row.settings, **sizes
+            )
+            batches = choose_whole(search, whole, requests)
+        else:
+            batches = run_row(row, pipeline, requests, search, **sizes)
         found.append(row_of(row, search, batches, requests, plain, seed=options.seed))
         print(f"{row.text}: score {found[-1]['score']:.4f} at {found[-1]['compute']:.2f} x plain", flush=True)
     noisy = [NoisyReward(reward, noise) for noise in NOISES]

@@ -3,7 +3,7 @@
 A row is a text: plain; METHOD@B, with as many candidates as a budget of B plain images allows, within 5 % and with all
 networks; METHOD:N, with the N of the method; or steps, as 12/cluster@1:8/resample@4:3/best. Marks may follow: +oracle
 (the judge itself is the reward), +noise=S (the reward's log-odds get Gaussian noise of that size), +rounds=R+enough=P,
-+potential=max, +draw=systematic, +features=NAME, +sharpness=L.
++potential=max, +draw=systematic, +features=NAME, +sharpness=L, +guidance=T (of all candidates).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sample.search import Search
 from sample.search_cost import SearchCost
 
 MARKS: dict[str, Callable] = {
-    "noise": float, "rounds": int, "enough": float, "sharpness": float, "potential": str, "draw": str, "features": str
+    "noise": float, "rounds": int, "enough": float, "sharpness": float, "potential": str, "draw": str, "features": str,
+    "guidance": float,
 }  # fmt: skip
 SLACK = 1.05  # a row may cost so many times its budget: best-of-N has N rewards to pay besides N images
 _TEXT = re.compile(r"(\d+(?:/[\w@:]+)+|\w+)(?:([@:])([\d.]+))?((?:\+\w+(?:=[\w.:/-]+)?)*)")
@@ -55,6 +56,11 @@ class Row:
     n: float | None = None
     oracle: bool = False
     marks: dict = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict:
+        """What the pipeline is told besides the search."""
+        return {"guidance_scale": self.marks["guidance"]} if "guidance" in self.marks else {}
 
     @classmethod
     def of(cls, text: str) -> Row:
@@ -109,28 +115,33 @@ def search_of(row: Row, pipeline: NextScalePipeline, reward: Reward, metadatas: 
     """The search of a row; None for plain. Raises ValueError as its parts do."""
     if row.method == "plain":
         return None
-    marks, plan = dict(row.marks), pipeline.make_plan()
+    marks = {name: value for name, value in row.marks.items() if name != "guidance"}
+    plan = pipeline.make_plan(**row.settings)
     noise, features = marks.pop("noise", 0.0), load_features(marks.pop("features", "latent"))
     chosen = oracle_of(metadatas) if row.oracle else NoisyReward(reward, noise) if noise else reward
     options = {"reward": chosen, "features": features, **marks}
     if row.budget is None:
         candidates, steps = make_steps(row.method.replace("/", " "), row.n or 1, len(plan.schedule))
     else:
-        cost = cost_of(pipeline, chosen, features, metadatas)
+        cost = cost_of(pipeline, chosen, features, metadatas, **row.settings)
+        plain = cost_of(pipeline, None, None, metadatas).plain
         candidates, steps = fit_budget(
             row.method,
             row.budget * SLACK,
             len(plan.schedule),
-            lambda many, ways: cost.relative(Search(candidates=many, steps=ways, **options)),
+            lambda many, ways: cost.flops(Search(candidates=many, steps=ways, **options)) / plain,
         )
     return Search(candidates=candidates, steps=steps, **options)
 
 
-def cost_of(pipeline: NextScalePipeline, reward: Reward, features: object, metadatas: Sequence[dict]) -> SearchCost:
-    """What a search's parts cost on this pipeline, with the longest prompt of a suite."""
+def cost_of(
+    pipeline: NextScalePipeline, reward: Reward | None, features: object, metadatas: Sequence[dict], **settings: float
+) -> SearchCost:
+    """What a search's parts cost on this pipeline with these settings, with the longest prompt of a suite."""
     prompts = [metadata["prompt"] for metadata in metadatas]
     longest = pipeline.encode_prompt(prompts).mask_BT.shape[1]
-    return SearchCost.measure(pipeline, pipeline.make_plan(), reward, features, prompts[0], text_tokens=longest)
+    plan = pipeline.make_plan(**settings)
+    return SearchCost.measure(pipeline, plan, reward, features, prompts[0], text_tokens=longest)
 
 
 def run_row(
@@ -153,17 +164,17 @@ def run_row(
             batch = requests[begin : begin + size]
             path = folder / f"{name}-{size}" / f"{begin:06d}.json"
             if not path.exists():
-                made = json.dumps(_run_batch(pipeline, batch, search))
+                made = json.dumps(_run_batch(pipeline, batch, search, row.settings))
                 atomically(path, lambda partial, made=made: partial.write_text(made))
             batches.append(json.loads(path.read_text()))
             bar.update(len(batch))
     return batches
 
 
-def _run_batch(pipeline: NextScalePipeline, batch: Sequence[Request], search: Search | None) -> dict:
+def _run_batch(pipeline: NextScalePipeline, batch: Sequence[Request], search: Search | None, settings: dict) -> dict:
     ledger, begin = Ledger(), time.perf_counter()
     prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-    output = pipeline(prompts, seed=seeds, hooks=[ledger], search=search, output_type="latent")
+    output = pipeline(prompts, seed=seeds, hooks=[ledger], search=search, output_type="latent", **settings)
     decoded = output.search.decoded_BCHW if output.search is not None else None
     if decoded is None:
         decoded = ledger.call("decoder", pipeline.vqvae.decode, output.images)

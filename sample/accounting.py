@@ -185,7 +185,7 @@ def counted_flops() -> FlopCounterMode:
         return 4 * prod(query) * key[-2]
 
     def packed(x: Any, weight: Any, more: Any = None, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        added = more is not None and len(more) == len(weight)  # then `weight` is a map, to be added to, and `more` is it
+        added = more is not None and len(more) == len(weight)  # `weight` is a map to add to, `more` the weight
         return 2 * prod(out_shape) * prod((more if added else weight)[1:])
 
     counts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}

@@ -1,15 +1,17 @@
-"""The scenes reward: a small network that says how likely a picture, finished or not, shows its scenes caption.
+"""The scenes reward: how likely a picture, finished or not, shows its scenes caption.
 
-It was trained by `python -m train.train_reward` on renders and on their unfinished reconstructions, labelled by what
-was drawn. It is no part of the judge that scores results, and knows nothing of it.
+A small network, trained by `python -m train.train_reward`, says of 8 x 8 cells whether an object is centred there, how
+likely that is whole, its shape, colour, place and size. What the caption asks for is then worked out from these
+probabilities. It was trained on renders, labelled by what was drawn; it is no part of the judge that scores results.
 
-Shapes: B images, h w pixels, N cells of an image, D width, T words of a caption.
+Shapes: B images, h w pixels, N objects of an image (peaks among its cells), F numbers of a cell, S shapes, C colours.
 """
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,86 +24,140 @@ from sample.rewards import Prompts, eval_without_gradients, texts
 
 SHIPPED = Path(__file__).parent / "scene_reward.safetensors"
 SIDE = 64  # pixels along the side of the images it reads
-CHANNELS = (16, 32, 64, 128)  # at 64, 32, 16 and 8 cells a side
+CELLS = 8  # along a side
+CHANNELS = (24, 40, 80, 128)  # at 64, 32, 16 and 8 cells a side
+DEPTHS = (0, 1, 1, 1)  # residual blocks there
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-GRAMMAR = ("a", "an", "and", "two", "three", "four", "left", "right", "of", "above", "below")
-PLURALS = tuple(f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES)
-WORDS = {word: i for i, word in enumerate((*GRAMMAR, *SHAPES, *PLURALS, *COLOURS), start=1)}  # 0 is padding
-LONGEST = 10  # words: "a red star left of a blue heart" has 8
+COUNTS = ("two", "three", "four")
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y), sign
+SAYS = (1, 1, len(SHAPES), len(COLOURS), 3)  # of a cell: object there, whole, shape, colour; x, y from its centre, size
+MOST = 8  # objects looked at, the likeliest
+CLEAR, BLUR = 0.5, 0.05  # a relation holds from here on (GenEval's threshold), give or take
+
+_THING = rf"an? (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
+_COUNTED = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(SHAPES)})(?:s|(?<=s)es)")
 
 
-def word_ids(captions: Sequence[str]) -> torch.Tensor:
-    """Captions as (B, LONGEST) int64 word numbers, padded with 0.
+@dataclass(frozen=True)
+class Caption:
+    """What a caption names: one thing `count` times, or two things, each a colour (or None) and a shape."""
 
-    Raises:
-        ValueError: if one is empty, too long or has a word that scenes captions do not have.
+    things: tuple[tuple[str | None, str], ...]
+    count: int = 1
+    relation: str | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Caption:
+        """Read a caption of `evaluation.scenes`. Raises ValueError on any other text."""
+        words = " ".join(text.lower().split())
+        if match := _COUNTED.fullmatch(words):
+            return cls(((None, match[2]),), COUNTS.index(match[1]) + 2)
+        if match := _CAPTION.fullmatch(words):
+            things = ((match[1], match[2]), (match[4], match[5]))[: 1 + (match[3] is not None)]
+            return cls(things, relation=match[3] if match[3] in RELATIONS else None)
+        raise ValueError(f"reward scenes reads captions like 'a red star left of a ring'; cannot read {text!r}")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a network sees in images, object by object.
+
+    Attributes:
+        there_BN: probability that there is an object.
+        whole_BN: that it is whole, if there is one.
+        shape_BNS, colour_BNC: that it has a shape, a colour.
+        centre_BN2, size_BN: its place (x, y) and diameter, in cells.
     """
-    rows = torch.zeros(len(captions), LONGEST, dtype=torch.int64)
-    for row, caption in zip(rows, captions):
-        words = caption.lower().split()
-        unknown = [word for word in words if word not in WORDS]
-        if unknown or not 0 < len(words) <= LONGEST:
-            raise ValueError(
-                f"reward scenes reads captions of scenes, 1 to {LONGEST} words; cannot read {unknown or [caption]}"
-            )
-        row[: len(words)] = torch.tensor([WORDS[word] for word in words])
-    return rows
+
+    there_BN: torch.Tensor
+    whole_BN: torch.Tensor
+    shape_BNS: torch.Tensor
+    colour_BNC: torch.Tensor
+    centre_BN2: torch.Tensor
+    size_BN: torch.Tensor
+
+    def like(self, thing: tuple[str | None, str], row: int) -> torch.Tensor:
+        """That each object of an image is a whole one of this colour (or any) and shape: (N,)."""
+        colour, shape = thing
+        found = self.there_BN[row] * self.whole_BN[row] * self.shape_BNS[row, :, SHAPES.index(shape)]
+        return found if colour is None else found * self.colour_BNC[row, :, COLOURS.index(colour)]
+
+    def related(self, relation: str, row: int) -> torch.Tensor:
+        """That each object stands in a relation to each other one, by GenEval's rule: (N, N)."""
+        centre, size = self.centre_BN2[row], self.size_BN[row]
+        offset = centre[:, None] - centre[None, :]
+        shrunk = offset.sign() * (offset.abs() - 0.1 * (size[:, None] + size[None, :])[..., None]).clamp(min=0)
+        axis, sign = RELATIONS[relation]
+        vector = sign * shrunk[..., axis] / offset.norm(dim=-1).clamp(min=1e-6)
+        return ((vector - CLEAR) / BLUR).sigmoid()
+
+    def likelihood(self, caption: Caption, row: int) -> torch.Tensor:
+        """That an image shows a caption: a scalar."""
+        found = [self.like(thing, row) for thing in caption.things]
+        if caption.count > 1:
+            return exactly(found[0], self.there_BN[row] * (1 - self.whole_BN[row]), caption.count)
+        if caption.relation is not None:
+            pairs = found[0][:, None] * found[1][None, :] * self.related(caption.relation, row)
+            return 1 - (1 - pairs).prod()
+        return torch.stack([1 - (1 - each).prod() for each in found]).prod()
+
+
+def exactly(good_N: torch.Tensor, bad_N: torch.Tensor, count: int) -> torch.Tensor:
+    """That just `count` of independent events are good and none is bad: a scalar."""
+    found = good_N.new_zeros(count + 1)
+    found[0] = 1.0
+    for good, bad in zip(good_N, bad_N):
+        found = found * (1 - good - bad).clamp(min=0) + good * torch.cat([found.new_zeros(1), found[:-1]])
+    return found[count]
 
 
 class SceneReward(nn.Module):
-    """Convolutions find and name the objects of 8 x 8 cells; words then look at the cells and at the object counts.
-
-    The convolutions are those of the scenes feature network (same names). Args: width D, layers of attention.
-    """
+    """Convolutions that name the objects of 8 x 8 cells and say how whole they are."""
 
     name = "scenes"
 
-    def __init__(self, width: int = 128, layers: int = 3):
+    def __init__(self):
         super().__init__()
-        levels = [_block(3, CHANNELS[0], 1)]
-        levels += [
-            nn.Sequential(_block(low, high, 2), _block(high, high, 1)) for low, high in itertools.pairwise(CHANNELS)
-        ]
-        self.levels = nn.ModuleList(levels)
-        self.head = nn.Conv2d(CHANNELS[-1], 1 + len(SHAPES) + len(COLOURS), 1)
-        pairs = len(SHAPES) * len(COLOURS)
-        self.of_cell = nn.Linear(CHANNELS[-1] + self.head.out_channels, width)
-        self.of_counts = nn.Linear(pairs + len(SHAPES) + len(COLOURS) + 1, width)
-        self.place = nn.Parameter(torch.randn((SIDE // 8) ** 2, width) * 0.1)
-        self.word = nn.Embedding(len(WORDS) + 1, width, padding_idx=0)
-        self.order = nn.Parameter(torch.randn(LONGEST, width) * 0.1)
-        self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, 1)
+        levels = []
+        for low, high, blocks in zip((3, *CHANNELS), CHANNELS, DEPTHS):
+            levels += [_block(low, high, stride=1 if low == 3 else 2), *(Residual(high) for _ in range(blocks))]
+        self.levels = nn.Sequential(*levels)
+        self.head = nn.Conv2d(CHANNELS[-1], sum(SAYS), 1)
 
-    def cells(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, h, w), averaged to 64 x 64 if of another size, to cells (B, 64, 147): features, then logits."""
-        x = images_BCHW.to(self.out.weight)
+    def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w), averaged to 64 x 64 if of another size, to (B, 128, 8, 8)."""
+        x = images_BCHW.to(self.head.weight)
         if tuple(x.shape[-2:]) != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="area")
-        x = x / 127.5 - 1
-        for level in self.levels:
-            x = level(x)
-        return rearrange(torch.cat([x, self.head(x)], dim=1), "b c h w -> b (h w) c")
+        return self.levels(x / 127.5 - 1)
 
-    def logits(self, cells_BNF: torch.Tensor, words_BT: torch.Tensor) -> torch.Tensor:
-        """Cells and word numbers to the log-odds (B,) that the caption holds."""
-        memory = torch.cat([self.of_cell(cells_BNF) + self.place, self.of_counts(_counts(cells_BNF))[:, None]], dim=1)
-        x, padding = self.word(words_BT) + self.order, words_BT == 0
-        for layer in self.layers:
-            x = layer(x, memory, tgt_key_padding_mask=padding)
-        kept = (~padding)[..., None].to(x.dtype)
-        return self.out((self.norm(x) * kept).sum(dim=1) / kept.sum(dim=1))[:, 0]
+    def cells(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to what is said of every cell (B, F, 8, 8), see `SAYS`: logits, places, sizes."""
+        return self.head(self.features(images_BCHW))
+
+    def objects(self, images_BCHW: torch.Tensor) -> Objects:
+        """uint8 (B, 3, h, w) to the likeliest objects: peaks among the cells, with what their neighbours add."""
+        said = self.cells(images_BCHW).float()
+        there = said[:, :1].sigmoid()
+        peak = there == F.max_pool2d(there, 3, stride=1, padding=1)
+        mass = (F.avg_pool2d(there, 3, stride=1, padding=1) * 9).clamp(max=1) * peak
+        there_BN, places_BN = mass.flatten(1).topk(MOST)
+        cells_BFM = said.flatten(2)
+        cells_BNF = cells_BFM.gather(2, places_BN[:, None].expand(-1, cells_BFM.shape[1], -1)).mT
+        _, whole, shape, colour, where = cells_BNF.split(SAYS, dim=-1)
+        corner = torch.stack([places_BN % CELLS, places_BN // CELLS], dim=-1)
+        centre_BN2, size_BN = corner + 0.5 + where[..., :2], where[..., 2].clamp(min=0)
+        return Objects(there_BN, whole[..., 0].sigmoid(), shape.softmax(-1), colour.softmax(-1), centre_BN2, size_BN)
 
     @torch.no_grad()
     def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """uint8 (B, 3, h, w) and B captions to probabilities (B,)."""
-        words = word_ids(texts(prompts)).to(images_BCHW.device)
-        return self.logits(self.cells(images_BCHW), words).sigmoid().float().cpu()
+        captions: Sequence[Caption] = [Caption.of(text) for text in texts(prompts)]
+        seen = self.objects(images_BCHW)
+        seen = Objects(*(getattr(seen, name).cpu() for name in Objects.__dataclass_fields__))
+        return torch.stack([seen.likelihood(caption, row) for row, caption in enumerate(captions)])
 
 
 class SceneRewardFeatures:
@@ -115,7 +171,7 @@ class SceneRewardFeatures:
     @torch.no_grad()
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, h, w) to (B, 64, 128)."""
-        return self.network.cells(images_BCHW)[..., : CHANNELS[-1]].float().cpu()
+        return rearrange(self.network.features(images_BCHW), "b c h w -> b (h w) c").float().cpu()
 
 
 def load_scene_reward(path: str | Path | None = None, *, device: Any = "cpu") -> SceneReward:
@@ -131,14 +187,19 @@ def load_scene_reward(path: str | Path | None = None, *, device: Any = "cpu") ->
     return eval_without_gradients(network).to(device)
 
 
-def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity; (B, C, h, w) to the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = _block(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) to the same."""
+        return F.relu(x_BChw + self.second(self.first(x_BChw)))
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def _counts(cells_BNF: torch.Tensor) -> torch.Tensor:
-    """Expected numbers of objects in an image: of each pair, shape and colour, and of all (B, 99)."""
-    there, shape, colour = cells_BNF[..., CHANNELS[-1] :].split((1, len(SHAPES), len(COLOURS)), dim=-1)
-    there, shape, colour = there.sigmoid(), shape.softmax(dim=-1), colour.softmax(dim=-1)
-    pairs = torch.einsum("bno,bns,bnc->bsc", there, shape, colour)
-    return torch.cat([pairs.flatten(1), pairs.sum(2), pairs.sum(1), there.sum(1)], dim=1)

@@ -196,6 +196,44 @@ class Choice:
     images: torch.Tensor | None = None
 
 
+def pick(
+    search: Search,
+    step: Step,
+    count: int,
+    history: Sequence[torch.Tensor],
+    features_BTD: torch.Tensor | None,
+    generator: torch.Generator,
+) -> tuple[list[int], list[int] | None]:
+    """Which of one image's candidates go on, by number; and their clusters.
+
+    Args:
+        count: candidates there are, B.
+        history: their scores (B,) at every scored scale so far.
+        features_BTD: for step "cluster".
+    """
+    if count == 1 or (count <= step.keep and step.how != "resample"):
+        return list(range(count)), None
+    if step.how == "random":
+        return sorted(torch.randperm(count, generator=generator)[: step.keep].tolist()), None
+    if step.how == "cluster":
+        return representatives(POOLINGS[search.pooling](features_BTD), step.keep, generator)
+    if step.how == "best":
+        return sorted(history[-1].argsort(descending=True, stable=True)[: step.keep].tolist()), None
+    potential_B = POTENTIALS[search.potential](torch.stack(list(history), dim=1))
+    weights_B = weights_of(potential_B, search.sharpness)
+    return DRAWS[search.draw](weights_B, step.keep, generator), None
+
+
+def choices_of(seed: int, scale: int) -> torch.Generator:
+    """What decides, after a scale, about the candidates of the image with this seed."""
+    return torch.Generator().manual_seed(derive_seed(seed, scale, CHOICES))
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of `count` images that are, token for token, an image's candidates of a search that nothing ends early."""
+    return [seed, *(derive_seed(seed, 0, copy) for copy in range(1, count))]
+
+
 # --- the hook --------------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +322,10 @@ class SearchHook(Hook):
         rows: list[int] = []
         for origin in dict.fromkeys(state.origins):
             own = [row for row, of in enumerate(state.origins) if of == origin]
-            generator = torch.Generator().manual_seed(derive_seed(state.seeds[own[0]], step.scale, CHOICES))
+            generator = choices_of(state.seeds[own[0]], step.scale)
             features = features_BTD[own] if features_BTD is not None else None
-            kept, clusters = self._pick(step, own, features, generator)
+            history = [scores[own] for scores in self.history]
+            kept, clusters = pick(self.search, step, len(own), history, features, generator)
             rows += [own[place] for place in kept]
             scores = self.history[-1][own].tolist() if scored else None
             pictures = images_BCHW[own].cpu() if images_BCHW is not None else None
@@ -294,22 +333,6 @@ class SearchHook(Hook):
         state.select(rows)
         self.history = [scores[rows] for scores in self.history]
         return rows
-
-    def _pick(
-        self, step: Step, own: list[int], features_BTD: torch.Tensor | None, generator: torch.Generator
-    ) -> tuple[list[int], list[int] | None]:
-        """Which of one image's candidates (rows `own`) go on, by their place in `own`; and their clusters."""
-        if len(own) == 1 or (len(own) <= step.keep and step.how != "resample"):
-            return list(range(len(own))), None
-        if step.how == "random":
-            return sorted(torch.randperm(len(own), generator=generator)[: step.keep].tolist()), None
-        if step.how == "cluster":
-            return representatives(POOLINGS[self.search.pooling](features_BTD), step.keep, generator)
-        if step.how == "best":
-            return sorted(self.history[-1][own].argsort(descending=True, stable=True)[: step.keep].tolist()), None
-        potential_B = POTENTIALS[self.search.potential](torch.stack([scores[own] for scores in self.history], dim=1))
-        weights_B = weights_of(potential_B, self.search.sharpness)
-        return DRAWS[self.search.draw](weights_B, step.keep, generator), None
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

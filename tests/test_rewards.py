@@ -1,18 +1,42 @@
 """Rewards and features: tiny models of transformers, the scenes reward and its training, mistakes in one line."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evaluation.judge import Detection, apply_rules, detect, judge
-from evaluation.scenes import COLOURS, SHAPES, prompt_suite, read_caption, render, sample_scene
+from evaluation.judge import Detection, apply_rules, judge
+from evaluation.scenes import (
+    COLOURS,
+    COUNT_WORDS,
+    RELATION_THRESHOLD,
+    RELATIONS,
+    SHAPES,
+    TAGS,
+    prompt_suite,
+    read_caption,
+    render,
+    sample_scene,
+)
 from sample.reward_names import load_features, load_reward
 from sample.rewards import Aesthetic, Callback, ClipScore, PixelFeatures, VisionFeatures, to_images
-from sample.scene_reward import SHIPPED, SceneReward, SceneRewardFeatures, load_scene_reward, word_ids
-from train.spoil import WAYS, roughen, spoil
-from train.train_reward import another, example, main, make_metadata, wider
+from sample.scene_reward import (
+    SHIPPED,
+    Caption,
+    Objects,
+    SceneReward,
+    SceneRewardFeatures,
+    exactly,
+    load_scene_reward,
+)
+from tokenizer.schedule import ScaleSchedule
+from train.spoil import TOLERATED, WAYS, damage, mask_of, scramble, spoil, wholeness
+from train.train_reward import cells_of, loss_of, main, make_batch, mirrored
 
 IMAGES = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -150,19 +174,21 @@ def test_decoded_images_become_what_a_png_holds():
 
 
 def test_every_caption_of_scenes_can_be_read():
-    captions = [metadata["prompt"] for metadata in prompt_suite(60)]
-    words = word_ids(captions)
-    assert words.shape == (360, 10) and (words > 0).any(1).all()
-    assert len(torch.unique(words, dim=0)) == len(set(captions))
-    for bad in ("a mauve star", "", "a star " * 6):
+    for metadata in prompt_suite(60):
+        shapes, colours, count, relation = read_caption(metadata)
+        things = tuple(zip(colours or (None,) * len(shapes), shapes))
+        assert Caption.of(metadata["prompt"]) == Caption(things, count, relation)
+    for bad in ("a mauve star", "", "a star " * 6, "five stars", "a star left of", "starfish"):
         with pytest.raises(ValueError, match="reward scenes"):
-            word_ids([bad])
+            Caption.of(bad)
 
 
 def test_its_names_are_those_of_the_scenes():
     from sample import scene_reward
 
     assert scene_reward.SHAPES == SHAPES and tuple(COLOURS) == scene_reward.COLOURS
+    assert scene_reward.RELATIONS == RELATIONS and tuple(COUNT_WORDS.values()) == scene_reward.COUNTS
+    assert scene_reward.CLEAR == RELATION_THRESHOLD
 
 
 def renders(n, seed):
@@ -187,53 +213,148 @@ def test_the_shipped_reward_tells_captions_apart():
     assert isinstance(features, SceneRewardFeatures) and features(images[:2]).shape == (2, 64, 128)
 
 
-def test_captions_are_read_and_written_back():
-    rng = np.random.default_rng(0)
-    for metadata in prompt_suite(40):
-        caption = read_caption(metadata)
-        assert make_metadata(caption)["prompt"] == metadata["prompt"]
-        assert make_metadata(caption)["tag"] == metadata["tag"]
-        assert make_metadata(another(rng, caption))["prompt"] != metadata["prompt"]
-        make_metadata(wider(rng, caption))
+def seen_exactly(scenes, doubt=0.0):
+    """What a network that makes no mistake says, but for a doubt that each object is whole."""
+    objects = [scene.objects for scene in scenes]
+    there, whole, size = (torch.zeros(len(scenes), 8) for _ in range(3))
+    shape, colour = torch.zeros(len(scenes), 8, 8), torch.zeros(len(scenes), 8, 10)
+    centre = torch.rand(len(scenes), 8, 2)
+    for i, row in enumerate(objects):
+        for n, item in enumerate(row):
+            there[i, n], whole[i, n], size[i, n] = 1.0, 1.0 - doubt, item.diameter / 8
+            shape[i, n, SHAPES.index(item.shape)] = colour[i, n, tuple(COLOURS).index(item.colour)] = 1.0
+            centre[i, n] = torch.tensor([item.cx, item.cy]) / 8
+    return Objects(there, whole, shape, colour, centre, size)
 
 
-def test_examples_are_labelled_by_what_was_drawn():
-    rng = np.random.default_rng(1)
-    labels = np.array([example(rng)[2] for _ in range(400)])
-    assert 0.55 < labels[:, 0].mean() < 0.75  # its own caption, but for objects that were spoiled
-    assert 0.55 < labels[:, 1].mean() < 0.75  # a wider caption
-    assert labels[:, 2:5].mean() < 0.2 and labels[:, 5].mean() < 0.3
+@pytest.mark.parametrize("tag", TAGS)
+def test_certain_objects_are_scored_as_the_rules_of_geneval_have_it(tag):
+    """On true objects the likelihood of a caption is its verdict: near 0 or 1, for its own caption and others'."""
+    rng = np.random.default_rng(9)
+    scenes = [sample_scene(rng, tag=tag) for _ in range(40)]
+    seen, doubted = seen_exactly(scenes), seen_exactly(scenes, doubt=0.1)
+    for row, scene in enumerate(scenes):
+        truth = [Detection(item.shape, item.colour, 1.0, item.box) for item in scene.objects]
+        for other in (scene, scenes[row - 1]):
+            verdict = apply_rules(truth, other.metadata).correct
+            caption = Caption.of(other.caption)
+            assert (float(seen.likelihood(caption, row)) > 0.5) == verdict
+            if tag != "position":
+                assert float(seen.likelihood(caption, row)) == pytest.approx(float(verdict), abs=1e-5)
+        needed = len(scene.objects)
+        own = Caption.of(scene.caption)
+        expected = float(seen.likelihood(own, row)) * 0.9**needed
+        assert float(doubted.likelihood(own, row)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_spoiling_touches_one_object_only():
-    """The others and the background far from it are as drawn; what is left does not show the caption."""
-    rng, seen = np.random.default_rng(2), set()
-    for _ in range(60):
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), st.integers(1, 4))
+def test_exactly_so_many_good_ones_and_none_bad(pairs, count):
+    """Against the sum over all outcomes."""
+    events = [(good, (1 - good) * bad) for good, bad in pairs]
+    wanted = 0.0
+    for outcome in itertools.product((0, 1), repeat=len(events)):
+        if sum(outcome) == count:
+            wanted += np.prod([good if hit else 1 - good - bad for hit, (good, bad) in zip(outcome, events)])
+    good, bad = (torch.tensor(column, dtype=torch.float64) for column in zip(*events))
+    assert float(exactly(good, bad, count)) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_cells_say_what_is_centred_there():
+    scene = sample_scene(np.random.default_rng(3), tag="counting")
+    wholes = np.linspace(0.2, 0.9, len(scene.objects))
+    cells = cells_of(scene, wholes).reshape(8, 8, 7)
+    assert cells[..., 0].sum() == len(scene.objects)
+    for item, whole in zip(scene.objects, wholes):
+        there, sound, shape, colour, dx, dy, size = cells[int(item.cy / 8), int(item.cx / 8)].tolist()
+        assert (there, SHAPES[int(shape)], tuple(COLOURS)[int(colour)]) == (1.0, item.shape, item.colour)
+        assert sound == pytest.approx(whole) and size == pytest.approx(item.diameter / 8)
+        assert (int(item.cx / 8) + 0.5 + dx) * 8 == pytest.approx(item.cx, abs=1e-4)
+        assert (int(item.cy / 8) + 0.5 + dy) * 8 == pytest.approx(item.cy, abs=1e-4)
+
+
+def test_damage_is_none_for_what_is_as_drawn_and_one_for_what_is_missing():
+    rng = np.random.default_rng(2)
+    for _ in range(40):
         scene = sample_scene(rng)
-        image, rest, way = spoil(rng, scene)
-        seen.add(way)
-        assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
-        assert len(rest.objects) == len(scene.objects) - 1
-        gone = next(item for item in scene.objects if item not in rest.objects)
-        assert (image != render(scene)).any()
-        y, x = np.nonzero((image != render(rest)).any(-1))
-        reach = 1.5 * gone.diameter  # the longest way that a stretched, skewed or smeared object goes
-        assert (np.hypot(x + 0.5 - gone.cx, y + 0.5 - gone.cy) < reach).all()
-        truth = [Detection(item.shape, item.colour, 1.0, item.box) for item in rest.objects]
-        assert not apply_rules(truth, scene.metadata).correct
-    assert seen == set(WAYS)
+        clean, rest = render(scene), replace(scene, objects=scene.objects[1:])
+        found = damage(render(rest), clean, scene)
+        assert damage(clean, clean, scene).tolist() == [0.0] * len(scene.objects)
+        assert found[0] == pytest.approx(1, abs=0.3) and (found[1:] < 0.02).all()
+        assert damage(255 - clean, clean, scene).min() > 0.3
+    assert wholeness(np.array([0.0, TOLERATED, 1.0])) == pytest.approx([1, 0.5, 0], abs=0.01)
 
 
-def test_the_judge_mistrusts_what_was_spoiled_and_takes_what_was_roughened():
-    rng = np.random.default_rng(5)
-    spoiled = []
-    for _ in range(120):
-        image, rest, _ = spoil(rng, sample_scene(rng))
-        clear = [found for found in detect(image) if found.shape in SHAPES]
-        spoiled.append(len(clear) <= len(rest.objects))
-    assert np.mean(spoiled) > 0.9
-    scenes = [sample_scene(rng) for _ in range(40)]
-    assert np.mean([judge(roughen(rng, scene), scene.metadata).correct for scene in scenes]) > 0.95
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_drawing_wrongly_go_from_slight_to_bad(way):
+    rng, found = np.random.default_rng(4), []
+    for _ in range(60):
+        item = sample_scene(rng, tag="colors").objects[0]
+        mask, true = WAYS[way](rng, item), mask_of(item)
+        assert mask.shape == (64, 64) and mask.min() >= -1e-9 and mask.max() <= 1 + 1e-9
+        found.append(np.abs(mask - true).sum() / true.sum())
+    assert min(found) < 0.25 and max(found) > 0.12 and max(found) > 2 * min(found)
+
+
+def test_the_judge_mistrusts_what_is_damaged_and_takes_what_is_not():
+    """Damage and the judge were made apart and agree."""
+    rng, whole, broken = np.random.default_rng(5), [], []
+    for _ in range(400):
+        scene = sample_scene(rng, tag="colors")
+        image = spoil(rng, scene)
+        found = damage(image, render(scene), scene)[0]
+        if found < 0.1 or found > 0.3:
+            (whole if found < 0.1 else broken).append(judge(image, scene.metadata).correct)
+    assert len(whole) > 15 and np.mean(whole) > 0.85
+    assert len(broken) > 20 and np.mean(broken) < 0.3
+
+
+def test_scrambling_touches_one_object_of_the_chosen_only():
+    schedule, rng = ScaleSchedule.of("1,2,4,8"), np.random.default_rng(6)
+    scenes = [sample_scene(rng) for _ in range(16)]
+    ids = [torch.arange(16 * h * w).reshape(16, h * w) for h, w in schedule.sides]
+    bits = [torch.stack([x, -x], dim=-1) for x in ids]
+    touched = scramble(np.random.default_rng(7), ids, schedule, scenes, range(5, 16))
+    assert all(torch.equal(new[:5], old[:5]) for new, old in zip(touched, ids))
+    assert torch.equal(touched[0], ids[0])  # what is where stays
+    assert sum(any((new[i] != old[i]).any() for new, old in zip(touched, ids)) for i in range(5, 16)) > 5
+    assert all((new < len(old.flatten())).all() for new, old in zip(touched, ids))
+    again = scramble(np.random.default_rng(7), bits, schedule, scenes, range(5, 16))
+    assert all(torch.equal(new[..., 0], old) and torch.equal(new[..., 1], -old) for new, old in zip(again, touched))
+
+
+def test_a_batch_without_a_tokenizer_is_as_drawn():
+    pool = make_batch(np.random.default_rng(8), 24, vqvae=None, scale=None)
+    assert pool.images_NCHW.shape == (24, 3, 64, 64) and pool.images_NCHW.dtype == torch.uint8
+    assert pool.cells_NMF.shape == (24, 64, 7) and 24 <= pool.cells_NMF[..., 0].sum() <= 96
+    whole = pool.cells_NMF[..., 1][pool.cells_NMF[..., 0] > 0]
+    assert 0.2 < whole.mean() < 0.8 and whole.min() < 0.1 and whole.max() > 0.9
+
+
+def test_mirrored_pictures_have_mirrored_cells():
+    pool = make_batch(np.random.default_rng(10), 4, vqvae=None, scale=None)
+    again = mirrored(mirrored(pool))
+    assert torch.equal(again.images_NCHW, pool.images_NCHW) and torch.equal(again.cells_NMF, pool.cells_NMF)
+    there = pool.cells_NMF[..., 0].reshape(4, 8, 8)
+    assert torch.equal(mirrored(pool).cells_NMF[..., 0].reshape(4, 8, 8), there.flip(2))
+    offsets = [p.cells_NMF[..., 4].sum() for p in (pool, mirrored(pool))]
+    assert float(offsets[0]) == pytest.approx(-float(offsets[1]), abs=1e-5)
+
+
+def test_the_loss_is_least_for_what_is_true():
+    pool = make_batch(np.random.default_rng(11), 8, vqvae=None, scale=None)
+    true = pool.cells_NMF.reshape(8, 8, 8, 7)
+    said = torch.zeros(8, 23, 8, 8)
+    said[:, 0] = 40 * true[..., 0] - 20
+    said[:, 1] = torch.logit(true[..., 1], eps=1e-6)
+    said[:, 2:10] = 20 * torch.nn.functional.one_hot(true[..., 2].long(), 8).permute(0, 3, 1, 2)
+    said[:, 10:20] = 20 * torch.nn.functional.one_hot(true[..., 3].long(), 10).permute(0, 3, 1, 2)
+    said[:, 20:] = true[..., 4:].permute(0, 3, 1, 2)
+    least = loss_of(said, pool.cells_NMF)
+    for channel in range(23):
+        worse = said.clone()
+        worse[:, channel] += 30.0
+        assert loss_of(worse, pool.cells_NMF) > least
 
 
 def test_training_takes_a_few_steps_and_writes_what_loads(tmp_path, capsys):
@@ -245,7 +366,7 @@ def test_training_takes_a_few_steps_and_writes_what_loads(tmp_path, capsys):
     words = ["--steps", "2", "--pool", "8", "--check", "8", "--out", str(tmp_path / "reward.safetensors")]
     assert main([*words, "--tokenizer", str(tmp_path / "vqvae")]) == 0
     printed = capsys.readouterr().out
-    assert "scale 2: accuracy" in printed and "render: accuracy" in printed
+    assert "scale 2: named" in printed and "render: named" in printed
     loaded = load_scene_reward(tmp_path / "reward.safetensors")
     shipped = load_scene_reward()
     trained = {n for n, p in loaded.named_parameters() if not torch.equal(p, shipped.get_parameter(n))}

@@ -9,7 +9,10 @@ import torch
 from evaluation import search_benchmark
 from evaluation.reward_accuracy import auc, auc_within
 from evaluation.scenes import prompt_suite, render, sample_scene
-from evaluation.search_runs import NoisyReward, Row, oracle_of
+from evaluation.search_runs import NoisyReward, Row, oracle_of, row_of, run_row, search_of
+from evaluation.search_whole import choose_whole, is_whole, make_whole
+from sample.images import make_requests
+from sample.load import load_pipeline
 from sample.rewards import Callback
 from sample.scene_reward import load_scene_reward
 
@@ -84,8 +87,36 @@ def test_the_benchmark_runs_resumes_and_writes(text_folder, tmp_path, monkeypatc
     assert content["paper"]["tts:2"] == 0.740
     assert (tmp_path / "results/search.md").is_file() and (tmp_path / "results/search.png").stat().st_size > 10_000
     monkeypatch.setattr("evaluation.search_runs._run_batch", None)  # nothing is made again
+    monkeypatch.setattr("evaluation.search_whole._make_batch", None)
     monkeypatch.setattr("evaluation.reward_accuracy.by_scale", None)
     assert search_benchmark.main(words) == 0
     assert json.loads((tmp_path / "results/search.json").read_text())["rows"] == content["rows"]
     with pytest.raises(SystemExit, match="2"):
         search_benchmark.main([*words, "--rows", "luck@2"])
+
+
+def test_choosing_among_images_made_once_is_the_search_itself(text_folder, tmp_path):
+    """The same verdicts, scores and costs, whatever the number of candidates made."""
+    pipeline = load_pipeline(str(text_folder))
+    pipeline.set_progress_bar_config(disable=True)
+    metadatas, reward = prompt_suite(1), load_scene_reward()
+    prompts = [metadata["prompt"] for metadata in metadatas]
+    requests = make_requests(prompts, per_prompt=2, seed=3, metadata=metadatas)
+    common = {"folder": tmp_path, "batch_size": 20}
+    whole = make_whole(pipeline, requests, {"scenes": reward}, 4, settings={}, **common)
+    for text in ("plain", "best:2", "best:4", "importance:3", "importance:3+draw=systematic", "best:3+oracle"):
+        row = Row.of(text)
+        search = search_of(row, pipeline, reward, metadatas)
+        assert is_whole(search)
+        found = [
+            row_of(row, search, batches, requests, 1e9, seed=0)
+            for batches in (
+                choose_whole(search, whole, requests),
+                run_row(row, pipeline, requests, search, folder=tmp_path / text, batch_size=20),
+            )
+        ]
+        for name in ("score", "single_object", "tokens_per_image", "decoder_calls_per_image"):
+            assert found[0][name] == found[1][name], (text, name)
+        assert found[0]["compute"] == pytest.approx(found[1]["compute"], rel=0.05)  # texts are padded by the batch
+    assert not is_whole(search_of(Row.of("tts:2"), pipeline, reward, metadatas))
+    assert not is_whole(search_of(Row.of("best:1+rounds=2+enough=0.9"), pipeline, reward, metadatas))

@@ -1,0 +1,134 @@
+"""Searches that choose among whole images (none, best-of-N, importance sampling) choose among the same ones: these are
+made, scored and judged once for all such rows of the search benchmark.
+
+Shapes: R requests of a batch, M candidates made of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from evaluation.judge import judge
+from sample.accounting import Ledger
+from sample.images import Request, atomically, to_uint8
+from sample.pipeline import NextScalePipeline
+from sample.rewards import Reward, to_images
+from sample.search import Search, candidate_seeds, choices_of, pick
+
+
+def is_whole(search: Search | None) -> bool:
+    """Whether a search, or none, only chooses among finished images."""
+    return search is None or (len(search.steps) == 1 and search.rounds == 1 and not search.also_score)
+
+
+def make_whole(
+    pipeline: NextScalePipeline,
+    requests: Sequence[Request],
+    rewards: Mapping[str, Reward],
+    candidates: int,
+    *,
+    settings: Mapping,
+    folder: Path,
+    batch_size: int,
+) -> list[dict]:
+    """`candidates` finished images of every request, in batches.
+
+    Args:
+        rewards: by name; all score all images.
+        settings: of the pipeline's call.
+        folder: batches lie there, a JSON file each; those that are there are not made again.
+
+    Returns:
+        Of each batch: `correct` [R][M], `scores` by reward [R][M], `seconds`, `ledger` (fields of all its images).
+    """
+    key = hashlib.sha256(json.dumps([sorted(rewards), sorted(settings.items())]).encode()).hexdigest()[:8]
+    size, batches = max(1, batch_size // candidates), []
+    with tqdm(total=len(requests), desc="whole images", unit="image", disable=None, leave=False) as bar:
+        for begin in range(0, len(requests), size):
+            batch = requests[begin : begin + size]
+            path = folder / f"whole-{candidates}-{key}-{size}" / f"{begin:06d}.json"
+            if not path.exists():
+                made = json.dumps(_make_batch(pipeline, batch, rewards, candidates, settings))
+                atomically(path, lambda partial, made=made: partial.write_text(made))
+            batches.append(json.loads(path.read_text()))
+            bar.update(len(batch))
+    return batches
+
+
+def _make_batch(
+    pipeline: NextScalePipeline,
+    batch: Sequence[Request],
+    rewards: Mapping[str, Reward],
+    candidates: int,
+    settings: Mapping,
+) -> dict:
+    ledger, begin = Ledger(), time.perf_counter()
+    prompts = [request.prompt for request in batch for _ in range(candidates)]
+    seeds = [seed for request in batch for seed in candidate_seeds(request.seed, candidates)]
+    output = pipeline(prompts, seed=seeds, hooks=[ledger], output_type="latent", **settings)
+    decoded = ledger.call("decoder", pipeline.vqvae.decode, output.images)
+    images = to_images(decoded.detach())
+    scores = {}
+    for i, (name, reward) in enumerate(rewards.items()):
+        scores[name] = ledger.call("reward" if i == 0 else f"unpaid {name}", reward, images, prompts)
+    seconds = time.perf_counter() - begin
+    finished = to_uint8(pipeline.image_processor.postprocess(decoded.detach().float(), output_type="np"))
+    metadatas = [request.metadata for request in batch for _ in range(candidates)]
+    correct = torch.tensor([judge(image, metadata).correct for image, metadata in zip(finished, metadatas)])
+    return {
+        "correct": correct.view(-1, candidates).tolist(),
+        "scores": {name: found.view(-1, candidates).tolist() for name, found in scores.items()},
+        "seconds": seconds,
+        "ledger": {"tokens": ledger.tokens, "model_flops": ledger.model_flops, "flops": ledger.flops},
+    }
+
+
+def choose_whole(search: Search | None, batches: Sequence[dict], requests: Sequence[Request]) -> list[dict]:
+    """What a search gives that chooses among the first of the images made: batches as `search_runs.run_row` has them.
+
+    Costs are those of the candidates it looks at. `seconds` are their share of the time that all took.
+    """
+    found, waiting = [], iter(requests)
+    name = search.reward.name if search is not None and search.reward is not None else None
+    paid = search is not None and search.candidates > 1 and name in batches[0]["scores"]
+    for batch in batches:
+        made = len(batch["correct"]) * len(batch["correct"][0])
+        used = len(batch["correct"]) * (search.candidates if search is not None else 1)
+        chosen = [
+            _choose(search, request, batch, row, name) for row, request in zip(range(len(batch["correct"])), waiting)
+        ]
+        ledger = batch["ledger"]
+        flops = ledger["model_flops"] + ledger["flops"]["decoder"] + paid * ledger["flops"].get("reward", 0)
+        found.append(
+            {
+                "correct": [batch["correct"][row][place] for row, place in enumerate(chosen)],
+                "scores": [batch["scores"][name][row][place] if paid else None
+                           for row, place in enumerate(chosen)],
+                "rounds": [1] * len(chosen),
+                "seconds": batch["seconds"] * used / made,
+                "ledger": {
+                    "tokens": ledger["tokens"] * used // made,
+                    "calls": {"decoder": used, "reward": used * paid},
+                    "flops": flops * used / made,
+                },
+            }
+        )  # fmt: skip
+    return found
+
+
+def _choose(search: Search | None, request: Request, batch: dict, row: int, name: str | None) -> int:
+    """The number of the candidate that a search gives for a request."""
+    if search is None or search.candidates == 1:
+        return 0
+    step = search.steps[-1]
+    scores = batch["correct"][row] if name == "oracle" else batch["scores"].get(name, batch["correct"])[row]
+    history = [torch.tensor(scores[: search.candidates], dtype=torch.float32)]
+    kept, _ = pick(search, step, search.candidates, history, None, choices_of(request.seed, step.scale))
+    return kept[0]
