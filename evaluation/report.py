@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "scipy")
+WIDE = 8  # rows of a result that a table shows side by side
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -132,21 +133,26 @@ def figure(row: Mapping, name: str) -> str:
 
 
 def markdown(rows: Sequence[Mapping]) -> str:
-    """The rows as a Markdown table, one line per figure and one column per row; intervals in brackets."""
-    names = dict.fromkeys(name for row in rows for name in row if not name.endswith("_ci95"))
-    lines = ["| figure |" + " value |" * len(rows), "|---|" + "---|" * len(rows)]
-    for name in names:
-        cells = " | ".join(figure(row, name) if name in row else "" for row in rows)
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
+    """The rows as a Markdown table: one line per figure, or one per row where there are more than `WIDE`; intervals in
+    brackets.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith("_ci95")))
+    cells = [[figure(row, name) if name in row else "" for name in names] for row in rows]
+    if len(rows) > WIDE:
+        head, *lines = names, *cells
+    else:
+        head, *lines = ["figure", *["value"] * len(rows)], *zip(names, *cells)
+    rule = f"|{'---|' * len(head)}"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def table(rows: Sequence[Mapping], names: Sequence[str]) -> str:
-    """The named figures of the rows for a terminal: one aligned line per figure that is there."""
+    """The named figures of the rows for a terminal: one aligned line per figure that is there, or one per row where
+    there are more than `WIDE`.
+    """
     present = [name for name in names if any(name in row for row in rows)]
-    width = max(map(len, present), default=0)
-    cells = {name: [figure(row, name) if name in row else "-" for row in rows] for name in present}
-    widths = [max(len(cells[name][i]) for name in present) for i in range(len(rows))] if present else []
-    return "\n".join(
-        f"{name:<{width}}  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(cells[name], widths)) for name in present
-    )
+    lines = [[name, *(figure(row, name) if name in row else "-" for row in rows)] for name in present]
+    if len(rows) > WIDE:
+        lines = list(zip(*lines))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)) for line in lines)

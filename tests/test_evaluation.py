@@ -27,7 +27,7 @@ from evaluation.frechet import (
     kernel_distance,
     moments,
 )
-from evaluation.report import command_line, markdown, result, write_result
+from evaluation.report import WIDE, command_line, markdown, result, table, write_result
 from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
 from evaluation.sources import geneval_tree, open_images, stored_moments
 from evaluation.tokenizer_quality import bit_usage, comparison, fresh_scenes, measure, usage
@@ -351,6 +351,9 @@ def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
     assert {"command", "commit", "hardware", "date", "versions", "seeds", "n", "settings", "rows"} == stored.keys()
     assert str(tmp_path) not in (tmp_path / "x.json").read_text()
     assert "| score | 0.5 [0.4, 0.6] |" in markdown([row])
+    many = [{"row": i, **({"score": 0.25} if i else {})} for i in range(WIDE + 1)]
+    assert markdown(many).splitlines()[:4] == ["| row | score |", "|---|---|", "| 0 |  |", "| 1 | 0.25 |"]
+    assert table(many, ["row", "score", "none"]).splitlines()[1:3] == ["0    -    ", "1    0.25 "]
 
 
 # -------------------------------------------------------------------------------------------------------- command line
