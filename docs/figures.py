@@ -9,10 +9,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.scenes import render, scene_at
+from evaluation.judge import judge
+from evaluation.scenes import render, scene_at, scene_metadata
+from evaluation.sheet import RIGHT, WRONG
 from sample.images import write_png
 from sample.load import load_pipeline
+from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline
+from sample.reward_names import load_reward
+from sample.scene_reward import Caption
+from sample.search import Search
 from tokenizer.model import MultiScaleVQ
 
 SIDE, GAP = 128, 6  # pixels
@@ -62,6 +68,36 @@ def samples(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np.
     return stack(rows, axis=0)
 
 
+def searched(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np.ndarray:
+    """The same seeds without a search (above) and with one (below), framed by the judge; uint8 (h, w, 3)."""
+    candidates, steps = make_steps("best", 1, len(pipeline.transformer.schedule))
+    search = Search(candidates=candidates, steps=steps, reward=load_reward("scenes"), rounds=8, enough=0.5)
+    panels = []
+    for prompt in PROMPTS:
+        made = [pipeline(prompt, num_images_per_prompt=each, seed=0, search=way).images for way in (None, search)]
+        rows = [stack([framed(np.asarray(image), metadata_of(prompt)) for image in row], axis=1) for row in made]
+        panel = stack(rows, axis=0)
+        panels.append(np.concatenate([label(prompt, panel.shape[1]), panel]))
+    rows = [stack(panels[i : i + columns], axis=1) for i in range(0, len(panels), columns)]
+    return stack(rows, axis=0)
+
+
+def metadata_of(prompt: str) -> dict:
+    """A scenes caption as the judge wants it."""
+    caption = Caption.of(prompt)
+    colours, shapes = zip(*caption.things)
+    named = {"colours": tuple(filter(None, colours)), "count": caption.count, "relation": caption.relation}
+    return scene_metadata("counting" if caption.count > 1 else "two_object", shapes, **named)
+
+
+def framed(image: np.ndarray, metadata: dict, width: int = 4) -> np.ndarray:
+    """Enlarged, in a green frame if the judge finds it right, in a red one else."""
+    colour = RIGHT if judge(image, metadata).correct else WRONG
+    made = np.full((SIDE + 2 * width, SIDE + 2 * width, 3), colour, np.uint8)
+    made[width:-width, width:-width] = enlarge(image)
+    return made
+
+
 def label(text: str, width: int) -> np.ndarray:
     """A line of text on white, uint8 (h, width, 3)."""
     image = Image.new("RGB", (width, 26), "white")
@@ -92,6 +128,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     write_png(args.out / "pyramid.png", pyramid(pipeline.vqvae, render(scene_at(11, seed=1))))
     write_png(args.out / "samples.png", samples(pipeline))
+    write_png(args.out / "search.png", searched(pipeline))
 
 
 if __name__ == "__main__":

@@ -47,15 +47,14 @@ def _draw_curves(axes: object, rows: Sequence[Mapping]) -> None:
             scores = np.array([row["score"] for row in own])
             bars = np.abs(np.array([row["score_ci95"] for row in own]).T - scores)
             axes.errorbar([row["compute"] for row in own], scores, bars, marker="o", ms=4, capsize=2, label=name)
-    adaptive = [row for row in rows if "rounds=" in row["row"]]
-    written = sorted((row for row in rows if "/" in row["row"]), key=lambda row: row["compute"])
-    if written:
-        points = [row["compute"] for row in written], [row["score"] for row in written]
-        axes.plot(*points, "k*", ms=9, ls="none", label="steps written out")
-    if adaptive:
-        adaptive = sorted(adaptive, key=lambda row: row["compute"])
-        points = [row["compute"] for row in adaptive], [row["score"] for row in adaptive]
-        axes.plot(*points, "k--s", ms=4, label="rounds until it is enough")
+    for mark, style, label in (
+        ("/", {"marker": "*", "ms": 9, "ls": "none"}, "steps written out"),
+        ("rounds=", {"marker": "s", "ms": 4, "ls": "--"}, "rounds until it is enough"),
+        ("+oracle", {"marker": "x", "ms": 6, "ls": "none"}, "the judge itself as reward"),
+    ):
+        own = sorted((row["compute"], row["score"]) for row in rows if mark in row["row"])
+        if own:
+            axes.plot(*zip(*own), color="black", label=label, **style)
     axes.set(xscale="log", xlabel="FLOPs of an image, in plain images", ylabel="score (mean of six tags)")
     axes.set_title("Score against compute, 95 % intervals over prompts", fontsize=10)
     axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
