@@ -62,7 +62,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Objects:
-    """What a network sees in images, object by object.
+    """What a network sees in images, object by object: B images, N objects.
 
     Attributes:
         there_BN: probability that there is an object.
@@ -79,13 +79,13 @@ class Objects:
     size_BN: torch.Tensor
 
     def like(self, thing: tuple[str | None, str], row: int) -> torch.Tensor:
-        """That each object of an image is a whole one of this colour (or any) and shape: (N,)."""
+        """Probabilities that the objects of an image are whole ones of this colour (or any) and shape: (N,)."""
         colour, shape = thing
         found = self.there_BN[row] * self.whole_BN[row] * self.shape_BNS[row, :, SHAPES.index(shape)]
         return found if colour is None else found * self.colour_BNC[row, :, COLOURS.index(colour)]
 
     def related(self, relation: str, row: int) -> torch.Tensor:
-        """That each object stands in a relation to each other one, by GenEval's rule: (N, N)."""
+        """How surely each object stands in a relation to each other one, by GenEval's rule: (N, N) in [0, 1]."""
         centre, size = self.centre_BN2[row], self.size_BN[row]
         offset = centre[:, None] - centre[None, :]
         shrunk = offset.sign() * (offset.abs() - 0.1 * (size[:, None] + size[None, :])[..., None]).clamp(min=0)
@@ -94,7 +94,7 @@ class Objects:
         return ((vector - CLEAR) / BLUR).sigmoid()
 
     def likelihood(self, caption: Caption, row: int) -> torch.Tensor:
-        """That an image shows a caption: a scalar."""
+        """Probability that an image shows a caption, objects taken as independent: a scalar."""
         found = [self.like(thing, row) for thing in caption.things]
         if caption.count > 1:
             return exactly(found[0], self.there_BN[row] * (1 - self.whole_BN[row]), caption.count)
@@ -105,7 +105,9 @@ class Objects:
 
 
 def exactly(good_N: torch.Tensor, bad_N: torch.Tensor, count: int) -> torch.Tensor:
-    """That just `count` of independent events are good and none is bad: a scalar."""
+    """Probability that just `count` of N things are good ones and none is a bad one: a scalar. A thing is good, bad or
+    neither, independently of the others.
+    """
     found = good_N.new_zeros(count + 1)
     found[0] = 1.0
     for good, bad in zip(good_N, bad_N):

@@ -247,6 +247,20 @@ def test_certain_objects_are_scored_as_the_rules_of_geneval_have_it(tag):
         assert float(doubted.likelihood(own, row)) == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_object_between_two_cells_is_one_object(monkeypatch):
+    """Two cells that are half sure make one object that is there, and further ones stay apart."""
+    said = torch.full((1, 23, 8, 8), -9.0)
+    said[0, 0, 2, 3], said[0, 0, 2, 4] = 0.01, -0.01  # logits of a half
+    said[0, 0, 6, 1] = 9.0
+    said[0, 20:, 2, 3] = torch.tensor([0.5, 0.0, 2.0])  # its place, from the cell's centre, and size
+    network = SceneReward().eval()
+    monkeypatch.setattr(network, "cells", lambda images: said)
+    seen = network.objects(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    order = seen.size_BN[0].argsort(descending=True)
+    assert seen.there_BN[0].sort(descending=True).values[:3].tolist() == pytest.approx([1, 1, 0], abs=0.03)
+    assert seen.centre_BN2[0, order[0]].tolist() == [4.0, 2.5] and float(seen.size_BN[0, order[0]]) == 2.0
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), st.integers(1, 4))
 def test_exactly_so_many_good_ones_and_none_bad(pairs, count):
