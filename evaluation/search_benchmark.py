@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict:
     """Run all rows; the result as `report.result` makes it, with the reward's accuracy under `reward_by_scale`."""
     from evaluation.reward_accuracy import by_scale
     from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, search_of
-    from evaluation.search_whole import choose_whole, is_whole, make_whole
+    from evaluation.search_whole import candidates_of, choose_whole, is_whole, make_whole, rewards_of
     from sample.images import make_requests
     from sample.load import load_pipeline, model_digest
     from sample.reward_names import load_reward
@@ -74,16 +74,15 @@ def measure(options: argparse.Namespace) -> dict:
     settings |= {"images_per_prompt": options.n, "seed": options.seed, "dtype": str(pipeline.transformer.dtype)}
     if options.reward == "scenes":
         settings["reward_digest"] = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
+    if options.fast != "auto":
+        settings["fast"] = options.fast
     folder = options.work or Path("cache/search") / digest(settings)
     found, sizes = [], {"folder": folder, "batch_size": options.batch_size}
     for row, search in zip(rows, searches):
         if is_whole(search):
-            alike = [(r, s) for r, s in zip(rows, searches) if is_whole(s) and r.settings == row.settings]
-            most = max(s.candidates if s is not None else 1 for _, s in alike)
-            rewards = {s.reward.name: s.reward for r, s in alike if s is not None and s.reward and not r.oracle}
-            whole = make_whole(
-                pipeline, requests, {reward.name: reward} | rewards, most, settings=row.settings, **sizes
-            )
+            alike = [other for r, other in zip(rows, searches) if is_whole(other) and r.settings == row.settings]
+            shared = {"rewards": rewards_of(alike, reward), "candidates": max(map(candidates_of, alike))}
+            whole = make_whole(pipeline, requests, **shared, settings=row.settings, **sizes)
             batches = choose_whole(search, whole, requests)
         else:
             batches = run_row(row, pipeline, requests, search, **sizes)

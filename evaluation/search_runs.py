@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.judge import judge, score
+from evaluation.search_whole import ORACLE
 from evaluation.verdicts import prompt_intervals
 from sample.accounting import Ledger
 from sample.images import Request, atomically, to_uint8
@@ -108,7 +109,7 @@ def oracle_of(metadatas: Sequence[dict]) -> Callback:
     def correct(images: np.ndarray, prompts: list) -> list[float]:
         return [float(judge(image, by_prompt[prompt]).correct) for image, prompt in zip(images, prompts)]
 
-    return Callback(correct, "oracle")
+    return Callback(correct, ORACLE)
 
 
 def search_of(row: Row, pipeline: NextScalePipeline, reward: Reward, metadatas: Sequence[dict]) -> Search | None:

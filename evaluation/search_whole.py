@@ -22,10 +22,23 @@ from sample.pipeline import NextScalePipeline
 from sample.rewards import Reward, to_images
 from sample.search import Search, candidate_seeds, choices_of, pick
 
+ORACLE = "oracle"  # the name of the judge as a reward, for rows that are marked so
+
 
 def is_whole(search: Search | None) -> bool:
     """Whether a search, or none, only chooses among finished images."""
     return search is None or (len(search.steps) == 1 and search.rounds == 1 and not search.also_score)
+
+
+def candidates_of(search: Search | None) -> int:
+    """How many images a search chooses among."""
+    return search.candidates if search is not None else 1
+
+
+def rewards_of(searches: Sequence[Search | None], reward: Reward) -> dict[str, Reward]:
+    """The rewards of several searches and one more, by name; the judge is none."""
+    used = [reward, *(search.reward for search in searches if search is not None and search.reward is not None)]
+    return {reward.name: reward for reward in used if reward.name != ORACLE}
 
 
 def make_whole(
@@ -100,10 +113,9 @@ def choose_whole(search: Search | None, batches: Sequence[dict], requests: Seque
     paid = search is not None and search.candidates > 1 and name in batches[0]["scores"]
     for batch in batches:
         made = len(batch["correct"]) * len(batch["correct"][0])
-        used = len(batch["correct"]) * (search.candidates if search is not None else 1)
-        chosen = [
-            _choose(search, request, batch, row, name) for row, request in zip(range(len(batch["correct"])), waiting)
-        ]
+        used = len(batch["correct"]) * candidates_of(search)
+        scores = batch["correct"] if name == ORACLE else batch["scores"].get(name, batch["correct"])
+        chosen = [_choose(search, request, row) for row, request in zip(scores, waiting)]
         ledger = batch["ledger"]
         flops = ledger["model_flops"] + ledger["flops"]["decoder"] + paid * ledger["flops"].get("reward", 0)
         found.append(
@@ -123,12 +135,10 @@ def choose_whole(search: Search | None, batches: Sequence[dict], requests: Seque
     return found
 
 
-def _choose(search: Search | None, request: Request, batch: dict, row: int, name: str | None) -> int:
-    """The number of the candidate that a search gives for a request."""
-    if search is None or search.candidates == 1:
+def _choose(search: Search | None, request: Request, scores: Sequence[float]) -> int:
+    """The number of the candidate that a search gives for a request, by the scores of all that were made."""
+    if candidates_of(search) == 1:
         return 0
-    step = search.steps[-1]
-    scores = batch["correct"][row] if name == "oracle" else batch["scores"].get(name, batch["correct"])[row]
-    history = [torch.tensor(scores[: search.candidates], dtype=torch.float32)]
+    step, history = search.steps[-1], [torch.tensor(scores[: search.candidates], dtype=torch.float32)]
     kept, _ = pick(search, step, search.candidates, history, None, choices_of(request.seed, step.scale))
     return kept[0]
