@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,17 @@ def test_processes_do_not_change_the_run(tmp_path):
     )
 
 
+def test_waiting_for_data_is_told(tmp_path):
+    """A share of the time: the toy's loader is most of its work, a step that sleeps makes it little."""
+    assert in_child(toy_run, tmp_path / "fast") == 0
+    assert in_child(toy_run, tmp_path / "slow", die=lambda step: time.sleep(0.3)) == 0
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("fast", "slow")]
+    fast, slow = ([json.loads(line) for line in own] for own in lines)
+    shares = [[row["data_wait"] for row in rows if row["kind"] == "train"] for rows in (fast, slow)]
+    assert all(0 < share < 1 for share in (*shares[0], *shares[1])) and len(shares[0]) == 4
+    assert sum(shares[1]) < sum(shares[0]) / 2
+
+
 def sharded_run(folder: Path, steps: int) -> None:
     """The toy with its parameters split over two processes (FSDP2), step by step as `run` does."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -79,7 +91,7 @@ def sharded_run(folder: Path, steps: int) -> None:
     while session.step < steps:
         train_step(session, batches)
         if session.step % 3 == 0:
-            log_training(session, 0.0)
+            log_training(session, images_per_s=0.0, data_wait=0.0)
         if session.step % 6 == 0:
             validate(session)
         if session.step % 4 == 0:

@@ -151,7 +151,8 @@ def in_processes(count: int, work: Callable, *arguments, **settings) -> list[int
 def curve(folder: Path, kind: str | None = None) -> list[dict]:
     """The lines of metrics.jsonl without their timings."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows if kind in (None, row["kind"])]
+    untimed = [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")} for row in rows]
+    return [row for row in untimed if kind in (None, row["kind"])]
 
 
 def final_state(folder: Path) -> dict:

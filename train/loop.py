@@ -59,9 +59,10 @@ def run(task: Task, config: RunConfig) -> dict[str, float]:
             stopping = must_stop(session)
             if session.step % config.log_every == 0 or done:
                 check_finite(session)
-                speed = (session.images - logged_at) / (time.monotonic() - clock)
-                bar.set_postfix_str(log_training(session, speed))
-                clock, logged_at = time.monotonic(), session.images
+                seconds = time.monotonic() - clock
+                speed, wait = (session.images - logged_at) / seconds, session.waited / seconds
+                bar.set_postfix_str(log_training(session, images_per_s=speed, data_wait=wait))
+                clock, logged_at, session.waited = time.monotonic(), session.images, 0.0
             if done or session.step % config.validate_every == 0:
                 last = validate(session)
             if done or stopping or session.step % config.checkpoint_every == 0:
@@ -144,10 +145,19 @@ def micro_batches(session: Session) -> Iterator[Batch]:
     accelerator = session.accelerator
     world, size = accelerator.num_processes, session.config.micro(accelerator.num_processes)
     counter = session.images + accelerator.process_index
-    for batch in session.stream or map_loader(session):
+    for batch in clocked(session, session.stream or map_loader(session)):
         batch |= {"counter": range(counter, counter + size * world, world), "training": True}
         counter += size * world
         yield on_device(session, batch)
+
+
+def clocked(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; the seconds until each was there are added to `session.waited`."""
+    begin = time.monotonic()
+    for batch in batches:
+        session.waited += time.monotonic() - begin
+        yield batch
+        begin = time.monotonic()
 
 
 def map_loader(session: Session) -> Iterable[Batch]:

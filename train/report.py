@@ -41,12 +41,17 @@ def open_tensorboard(session: Session) -> None:
     session.writer = SummaryWriter(str(Path(session.config.run_dir) / "tensorboard"), purge_step=session.images + 1)
 
 
-def log_training(session: Session, images_per_s: float) -> str:
-    """Write the means since the last log and start anew; returns the bar's text. Every process must call it."""
+def log_training(session: Session, *, images_per_s: float, data_wait: float) -> str:
+    """Write the means since the last log and start anew; returns the bar's text. Every process must call it.
+
+    Args:
+        data_wait: share of the time that the loop waited for data. No device was idle for longer for want of data.
+    """
     means = session.meter.means(session.processes)
     session.meter = Meter()
     rates = {f"lr_{name}": group[0].param_groups[0]["lr"] for name, group in session.optimizers.items()}
-    figures = {**means, **rates, **session.objective.statistics(), "images_per_s": round(images_per_s, 3)}
+    figures = {**means, **rates, **session.objective.statistics()}
+    figures |= {"images_per_s": round(images_per_s, 3), "data_wait": round(data_wait, 5)}
     write_metrics(session, "train", figures)
     return f"loss {means['loss']:.4f}"
 

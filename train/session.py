@@ -161,6 +161,7 @@ class Session:
         ema: averages of the first branch's parameters; None without averaging.
         stream: position in streamed data; None for map-style data, whose position is the step.
         step: optimiser steps done.
+        waited: seconds since the last log that the loop waited for data.
         meter: metrics since the last log.
         stop_signal: the first signal to stop that arrived.
         writer: tensorboard's, on the main process if asked for.
@@ -175,6 +176,7 @@ class Session:
     ema: EMAModel | None = None
     stream: StreamLoader | None = None
     step: int = 0
+    waited: float = 0.0
     meter: Meter = field(default_factory=Meter)
     stop_signal: int | None = None
     writer: Any = None
