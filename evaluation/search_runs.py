@@ -25,7 +25,7 @@ from evaluation.search_whole import ORACLE
 from evaluation.verdicts import prompt_intervals
 from sample.accounting import Ledger
 from sample.images import Request, atomically, to_uint8
-from sample.methods import METHODS, fit_budget, make_steps
+from sample.methods import METHODS, SLACK, fit_budget, make_steps
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_features
 from sample.rewards import Callback, Prompts, Reward
@@ -36,7 +36,6 @@ MARKS: dict[str, Callable] = {
     "noise": float, "rounds": int, "enough": float, "sharpness": float, "potential": str, "draw": str, "features": str,
     "guidance": float,
 }  # fmt: skip
-SLACK = 1.05  # a row may cost so many times its budget: best-of-N has N rewards to pay besides N images
 _TEXT = re.compile(r"(\d+(?:/[\w@:]+)+|\w+)(?:([@:])([\d.]+))?((?:\+\w+(?:=[\w.:/-]+)?)*)")
 
 

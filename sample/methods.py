@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+SLACK = 1.05  # a search may cost so many times its budget: best-of-N has N rewards to pay besides N images
 HOWS = ("cluster", "resample", "random", "best")
 
 # TTS-VAR (section 4, for Infinity's 13 scales), candidates in units of N: 8 N run scales 0 to 2, then 6 N, ...

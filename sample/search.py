@@ -135,7 +135,8 @@ class Search:
             raise ValueError(f"reward is needed to {(needy or ['stop early'])[0]}: name one")
 
     def __str__(self) -> str:
-        return " ".join(map(str, (self.candidates, *self.steps)))
+        steps = " ".join(map(str, (self.candidates, *self.steps)))
+        return steps if self.rounds == 1 else f"{steps}, up to {self.rounds} rounds until {self.enough:g}"
 
     def step(self, k: int) -> Step | None:
         """What happens after scale k."""

@@ -31,7 +31,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--potential", help="value, max, sum or difference of the scores so far (value)")
     group.add_argument("--sharpness", type=float, help="lambda in the weights exp(lambda * potential) (10)")
     group.add_argument("--draw", help="multinomial, or systematic: less variance (multinomial)")
-    group.add_argument("--budget", type=float, help="instead of --n: what an image may cost, in plain images")
+    group.add_argument(
+        "--budget", type=float, help="instead of --n: what an image may cost, within 5 %%, in plain images"
+    )
     group.add_argument("--rounds", type=int, help="attempts, until an image scores --enough (1)")
     group.add_argument("--enough", type=float, help="a score, in the reward's units")
     group.add_argument("--images", type=int, help="with a search: images of each prompt (1)")
@@ -84,7 +86,7 @@ def make_search(
     """
     if args.search is None:
         return None
-    from sample.methods import fit_budget, make_steps
+    from sample.methods import SLACK, fit_budget, make_steps
     from sample.reward_names import load_features, load_reward
     from sample.search import Search
     from sample.search_cost import SearchCost
@@ -105,5 +107,5 @@ def make_search(
         def cost(candidates: int, steps: tuple) -> float:
             return costs.relative(Search(candidates=candidates, steps=steps, **options))
 
-        candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
+        candidates, steps = fit_budget(args.search, args.budget * SLACK, num_scales, cost)
     return Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
