@@ -38,12 +38,19 @@ def auc_within(scores: np.ndarray, good: np.ndarray, groups: np.ndarray) -> floa
 
 
 def by_scale(
-    pipeline: NextScalePipeline, requests: Sequence[Request], rewards: Sequence[Reward], *, batch_size: int
+    pipeline: NextScalePipeline,
+    requests: Sequence[Request],
+    reward: Reward,
+    *,
+    weaker: Sequence[Reward] = (),
+    batch_size: int,
 ) -> list[dict]:
-    """A row for each reward and scale: `auc`, `auc_within_prompts`, and `correlation` with the reward at the end.
+    """A row for each scale: `auc`, `auc_within_prompts`, and `correlation` with the reward at the end.
 
-    All are of the reward on pictures decoded after that scale against the judge's verdict on the finished ones.
+    All are of the reward on pictures decoded after that scale against the judge's verdict on the finished ones. Of the
+    `weaker` rewards there is one row each, of the finished pictures.
     """
+    rewards = [reward, *weaker]
     scores: dict[tuple[int, int], list[float]] = {}
     good: list[bool] = []
     for begin in tqdm(range(0, len(requests), batch_size), desc="reward by scale", disable=None, leave=False):
@@ -54,8 +61,8 @@ def by_scale(
         good += [judge(image, request.metadata).correct for image, request in zip(finished, batch)]
         for k, f_hat in enumerate(history.f_hats):
             images = to_images(pipeline.vqvae.decode(f_hat).detach())
-            for i, reward in enumerate(rewards):
-                scores.setdefault((i, k), []).extend(reward(images, prompts).tolist())
+            for i, each in enumerate(rewards if k == len(history.f_hats) - 1 else rewards[:1]):
+                scores.setdefault((i, k), []).extend(each(images, prompts).tolist())
     verdicts, groups = np.array(good), np.array([request.group for request in requests])
     last = max(k for _, k in scores)
     rows = []

@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict:
     from evaluation.reward_accuracy import by_scale
     from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, search_of
     from evaluation.search_whole import candidates_of, choose_whole, is_whole, make_whole, rewards_of
-    from sample.images import make_requests
+    from sample.images import make_requests, write_text
     from sample.load import load_pipeline, model_digest
     from sample.reward_names import load_reward
     from sample.scene_reward import SHIPPED
@@ -91,8 +91,8 @@ def measure(options: argparse.Namespace) -> dict:
     noisy = [NoisyReward(reward, noise) for noise in NOISES]
     scales = folder / "reward_by_scale.json"
     if not scales.exists():
-        made = json.dumps(by_scale(pipeline, requests, [reward, *noisy], batch_size=options.batch_size))
-        scales.write_text(made)
+        made = by_scale(pipeline, requests, reward, weaker=noisy, batch_size=options.batch_size)
+        write_text(scales, json.dumps(made))
     command = command_line("python -m evaluation.search_benchmark", vars(options), vars(parser_of().parse_args([])))
     content = result(found, command=command, n=len(requests), seeds=options.seed, settings=settings)
     return {**content, "prompts": len(prompts), "reward_by_scale": json.loads(scales.read_text()), "paper": PAPER}
