@@ -25,10 +25,14 @@ PAPER = {"plain": 0.695, "importance:8": 0.718, "best:8": 0.736, "tts:2": 0.740,
 
 
 def default_rows() -> list[str]:
-    """Every method at every budget, the paper's N = 2, rounds until enough, the judge as reward, weaker rewards."""
+    """Every method at every budget, the paper's N = 2, rounds until enough, both without guidance, the judge as reward,
+    weaker rewards.
+    """
     rows = ["plain", *(f"{method}@{budget}" for method in COMPARED for budget in BUDGETS[1:]), "tts:2"]
     rows += [f"best:1+rounds={rounds}+enough={ENOUGH}" for rounds in (2, 4, 8, 16)]
-    rows += ["best@8+oracle", "tts@8+oracle"]
+    rows += [f"best:1+rounds={rounds}+enough={ENOUGH}+guidance=0" for rounds in (4, 8, 16)]
+    rows += [f"best@{budget}+guidance=0" for budget in BUDGETS[1:]]
+    rows += ["best@8+oracle"]
     rows += [f"best@4+noise={noise}" for noise in NOISES]
     return rows + [f"tts@4+noise={noise}" for noise in NOISES[1::2]]
 

@@ -47,12 +47,14 @@ def _draw_curves(axes: object, rows: Sequence[Mapping]) -> None:
             scores = np.array([row["score"] for row in own])
             bars = np.abs(np.array([row["score_ci95"] for row in own]).T - scores)
             axes.errorbar([row["compute"] for row in own], scores, bars, marker="o", ms=4, capsize=2, label=name)
-    for mark, style, label in (
-        ("/", {"marker": "*", "ms": 9, "ls": "none"}, "steps written out"),
-        ("rounds=", {"marker": "s", "ms": 4, "ls": "--"}, "rounds until it is enough"),
-        ("+oracle", {"marker": "x", "ms": 6, "ls": "none"}, "the judge itself as reward"),
+    guided = [row for row in rows if "+guidance=" not in row["row"]]
+    for mark, of, style, label in (
+        ("/", rows, {"marker": "*", "ms": 9, "ls": "none"}, "steps written out"),
+        ("rounds=", guided, {"marker": "s", "ms": 4, "ls": "--"}, "rounds until it is enough"),
+        ("rounds=", [r for r in rows if r not in guided], {"marker": "s", "ms": 4, "ls": ":"}, "... without guidance"),
+        ("+oracle", rows, {"marker": "x", "ms": 6, "ls": "none"}, "the judge itself as reward"),
     ):
-        own = sorted((row["compute"], row["score"]) for row in rows if mark in row["row"])
+        own = sorted((row["compute"], row["score"]) for row in of if mark in row["row"])
         if own:
             axes.plot(*zip(*own), color="black", label=label, **style)
     axes.set(xscale="log", xlabel="FLOPs of an image, in plain images", ylabel="score (mean of six tags)")
