@@ -42,7 +42,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.search_benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, a training run")
     parser.add_argument("--reward", default="scenes", help="as of nextscale sample; must give probabilities for noise")
-    parser.add_argument("--rows", help="rows after commas, see evaluation.search_runs (the default: all of the issue)")
+    parser.add_argument(
+        "--rows", help="rows after commas, see evaluation.search_runs (the default: those of results/search.md)"
+    )
     parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 prompts)")
     parser.add_argument("--n", type=int, default=4, help="images of each prompt (4)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
@@ -58,7 +60,7 @@ def parser_of() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace) -> dict:
     """Run all rows; the result as `report.result` makes it, with the reward's accuracy under `reward_by_scale`."""
     from evaluation.reward_accuracy import by_scale
-    from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, search_of
+    from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, same_as_before, search_of
     from evaluation.search_whole import candidates_of, choose_whole, is_whole, make_whole, rewards_of
     from sample.images import make_requests, write_text
     from sample.load import load_pipeline, model_digest
@@ -81,6 +83,7 @@ def measure(options: argparse.Namespace) -> dict:
     if options.fast != "auto":
         settings["fast"] = options.fast
     folder = options.work or Path("cache/search") / digest(settings)
+    same_as_before(folder / "settings.json", settings | {"noises": list(NOISES)})
     found, sizes = [], {"folder": folder, "batch_size": options.batch_size}
     for row, search in zip(rows, searches):
         if is_whole(search):

@@ -24,8 +24,8 @@ from evaluation.judge import judge, score
 from evaluation.search_whole import ORACLE
 from evaluation.verdicts import prompt_intervals
 from sample.accounting import Ledger
-from sample.images import Request, atomically, to_uint8
-from sample.methods import METHODS, SLACK, fit_budget, make_steps
+from sample.images import Request, atomically, to_uint8, write_text
+from sample.methods import METHODS, fit_budget, make_steps
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_features
 from sample.rewards import Callback, Prompts, Reward
@@ -127,7 +127,7 @@ def search_of(row: Row, pipeline: NextScalePipeline, reward: Reward, metadatas: 
         plain = cost_of(pipeline, None, None, metadatas).plain
         candidates, steps = fit_budget(
             row.method,
-            row.budget * SLACK,
+            row.budget,
             len(plan.schedule),
             lambda many, ways: cost.flops(Search(candidates=many, steps=ways, **options)) / plain,
         )
@@ -159,16 +159,26 @@ def run_row(
     """
     size = max(1, batch_size // (search.candidates if search is not None else 1))
     name, batches = re.sub(r"[^\w.=@:+-]", "_", row.text), []
+    own = folder / f"{name}-{size}"
+    same_as_before(own / "search.json", {"row": row.text, "search": str(search)})
     with tqdm(total=len(requests), desc=row.text, unit="image", disable=None, leave=False) as bar:
         for begin in range(0, len(requests), size):
             batch = requests[begin : begin + size]
-            path = folder / f"{name}-{size}" / f"{begin:06d}.json"
+            path = own / f"{begin:06d}.json"
             if not path.exists():
                 made = json.dumps(_run_batch(pipeline, batch, search, row.settings))
                 atomically(path, lambda partial, made=made: partial.write_text(made))
             batches.append(json.loads(path.read_text()))
             bar.update(len(batch))
     return batches
+
+
+def same_as_before(path: Path, settings: dict) -> None:
+    """Note what a folder's batches were made with. Raises ValueError if that was something else."""
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        differ = ", ".join(name for name in {**before, **settings} if before.get(name) != settings.get(name))
+        raise ValueError(f"{path.parent} holds results of another {differ}: give another --work, or remove it")
+    write_text(path, json.dumps(settings))
 
 
 def _run_batch(pipeline: NextScalePipeline, batch: Sequence[Request], search: Search | None, settings: dict) -> dict:
@@ -222,7 +232,7 @@ def row_of(
         "decoder_calls_per_image": calls["decoder"],
         "reward_calls_per_image": calls["reward"],
         "rounds": float(np.mean([r for batch in batches for r in batch["rounds"]])),
-        "s_per_image": sum(batch["seconds"] for batch in batches) / n,
+        **({} if batches[0]["seconds"] is None else {"s_per_image": sum(b["seconds"] for b in batches) / n}),
         "score": scores.pop("overall"),
         "score_ci95": scores.pop("overall_ci95"),
         **scores,

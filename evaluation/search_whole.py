@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def make_whole(
         folder: batches lie there, a JSON file each; those that are there are not made again.
 
     Returns:
-        Of each batch: `correct` [R][M], `scores` by reward [R][M], `seconds`, `ledger` (fields of all its images).
+        Of each batch: `correct` [R][M], `scores` by reward [R][M], `ledger` (fields of all its images).
     """
     key = hashlib.sha256(json.dumps([sorted(rewards), sorted(settings.items())]).encode()).hexdigest()[:8]
     size, batches = max(1, batch_size // candidates), []
@@ -82,7 +81,7 @@ def _make_batch(
     candidates: int,
     settings: Mapping,
 ) -> dict:
-    ledger, begin = Ledger(), time.perf_counter()
+    ledger = Ledger()
     prompts = [request.prompt for request in batch for _ in range(candidates)]
     seeds = [seed for request in batch for seed in candidate_seeds(request.seed, candidates)]
     output = pipeline(prompts, seed=seeds, hooks=[ledger], output_type="latent", **settings)
@@ -91,14 +90,12 @@ def _make_batch(
     scores = {}
     for i, (name, reward) in enumerate(rewards.items()):
         scores[name] = ledger.call("reward" if i == 0 else f"unpaid {name}", reward, images, prompts)
-    seconds = time.perf_counter() - begin
     finished = to_uint8(pipeline.image_processor.postprocess(decoded.detach().float(), output_type="np"))
     metadatas = [request.metadata for request in batch for _ in range(candidates)]
     correct = torch.tensor([judge(image, metadata).correct for image, metadata in zip(finished, metadatas)])
     return {
         "correct": correct.view(-1, candidates).tolist(),
         "scores": {name: found.view(-1, candidates).tolist() for name, found in scores.items()},
-        "seconds": seconds,
         "ledger": {"tokens": ledger.tokens, "model_flops": ledger.model_flops, "flops": ledger.flops},
     }
 
@@ -106,11 +103,12 @@ def _make_batch(
 def choose_whole(search: Search | None, batches: Sequence[dict], requests: Sequence[Request]) -> list[dict]:
     """What a search gives that chooses among the first of the images made: batches as `search_runs.run_row` has them.
 
-    Costs are those of the candidates it looks at. `seconds` are their share of the time that all took.
+    Costs are those of the candidates it looks at; how long these alone would have taken is not known.
     """
     found, waiting = [], iter(requests)
     name = search.reward.name if search is not None and search.reward is not None else None
-    paid = search is not None and search.candidates > 1 and name in batches[0]["scores"]
+    looks = candidates_of(search) > 1 and search.calls()["reward"] > 0
+    paid = looks and name in batches[0]["scores"]
     for batch in batches:
         made = len(batch["correct"]) * len(batch["correct"][0])
         used = len(batch["correct"]) * candidates_of(search)
@@ -121,13 +119,12 @@ def choose_whole(search: Search | None, batches: Sequence[dict], requests: Seque
         found.append(
             {
                 "correct": [batch["correct"][row][place] for row, place in enumerate(chosen)],
-                "scores": [batch["scores"][name][row][place] if paid else None
-                           for row, place in enumerate(chosen)],
+                "scores": [float(scores[row][place]) if looks else None for row, place in enumerate(chosen)],
                 "rounds": [1] * len(chosen),
-                "seconds": batch["seconds"] * used / made,
+                "seconds": None,
                 "ledger": {
                     "tokens": ledger["tokens"] * used // made,
-                    "calls": {"decoder": used, "reward": used * paid},
+                    "calls": {"decoder": used, "reward": used * looks},
                     "flops": flops * used / made,
                 },
             }

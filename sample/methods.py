@@ -126,7 +126,7 @@ def make_steps(method: str, n: float, num_scales: int) -> tuple[int, tuple[Step,
 def fit_budget(
     method: str, budget: float, num_scales: int, cost: Callable[[int, tuple[Step, ...]], float]
 ) -> tuple[int, tuple[Step, ...]]:
-    """The largest search of a method that costs at most `budget`: its schedule for some N in eighths.
+    """The largest search of a method that costs at most `SLACK` times `budget`: its schedule for some N in eighths.
 
     At N = 1 that is the paper's, 8 candidates to begin with and one at the end, and not plain generation.
 
@@ -137,13 +137,13 @@ def fit_budget(
         ValueError: if not even one candidate fits.
     """
     found = constant(1, num_scales, "best")
-    if cost(*found) > budget:
+    if cost(*found) > SLACK * budget:
         raise ValueError(f"budget {budget:g} is below the cost of one candidate, {cost(*found):g}")
     if method not in METHODS:
         raise ValueError(f"budget chooses the schedule of {', '.join(METHODS)}; {method!r} is one already")
     for eighths in range(1, 8 * 1024):
         made = METHODS[method](eighths / 8, num_scales)
-        if cost(*made) > budget:
+        if cost(*made) > SLACK * budget:
             break
         found = made
     return found

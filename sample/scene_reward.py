@@ -2,7 +2,8 @@
 
 A small network, trained by `python -m train.train_reward`, says of 8 x 8 cells whether an object is centred there, how
 likely that is whole, its shape, colour, place and size. What the caption asks for is then worked out from these
-probabilities. It was trained on renders, labelled by what was drawn; it is no part of the judge that scores results.
+probabilities. It was trained on renders and their
+reconstructions, labelled by what was drawn; it is no part of the judge that scores results.
 
 Shapes: B images, h w pixels, N objects of an image (peaks among its cells), F numbers of a cell, S shapes, C colours.
 """

@@ -86,7 +86,7 @@ def make_search(
     """
     if args.search is None:
         return None
-    from sample.methods import SLACK, fit_budget, make_steps
+    from sample.methods import fit_budget, make_steps
     from sample.reward_names import load_features, load_reward
     from sample.search import Search
     from sample.search_cost import SearchCost
@@ -107,5 +107,5 @@ def make_search(
         def cost(candidates: int, steps: tuple) -> float:
             return costs.relative(Search(candidates=candidates, steps=steps, **options))
 
-        candidates, steps = fit_budget(args.search, args.budget * SLACK, num_scales, cost)
+        candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
     return Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)

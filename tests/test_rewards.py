@@ -299,6 +299,16 @@ def test_damage_is_none_for_what_is_as_drawn_and_one_for_what_is_missing():
     assert wholeness(np.array([0.0, TOLERATED, 1.0])) == pytest.approx([1, 0.5, 0], abs=0.01)
 
 
+def test_spoiling_leaves_the_rest_of_a_picture(monkeypatch):
+    monkeypatch.setattr("train.spoil.FURTHER", 0.0)
+    rng = np.random.default_rng(12)
+    for _ in range(60):
+        scene = sample_scene(rng)
+        y, x = np.nonzero((spoil(rng, scene) != render(scene)).any(-1))
+        far = [np.hypot(x + 0.5 - item.cx, y + 0.5 - item.cy) / item.diameter for item in scene.objects]
+        assert not len(x) or min(distance.max() for distance in far) < 1.6
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_drawing_wrongly_go_from_slight_to_bad(way):
     rng, found = np.random.default_rng(4), []
@@ -330,7 +340,22 @@ def test_scrambling_touches_one_object_of_the_chosen_only():
     bits = [torch.stack([x, -x], dim=-1) for x in ids]
     touched = scramble(np.random.default_rng(7), ids, schedule, scenes, range(5, 16))
     assert all(torch.equal(new[:5], old[:5]) for new, old in zip(touched, ids))
-    assert torch.equal(touched[0], ids[0])  # what is where stays
+    assert torch.equal(touched[0], ids[0])  # the first scale stays
+    for i in range(5, 16):
+        boxes = [item.box for item in scenes[i].objects]
+        changed = [np.nonzero((new[i] != old[i]).numpy())[0].tolist() for new, old in zip(touched, ids)]
+        inside = [
+            all(
+                (p % w + 1) * 64 / w > x0
+                and p % w * 64 / w < x1
+                and (p // w + 1) * 64 / h > y0
+                and p // w * 64 / h < y1
+                for (h, w), places in zip(schedule.sides, changed)
+                for p in places
+            )
+            for x0, y0, x1, y1 in boxes
+        ]
+        assert any(inside)  # all within one object
     assert sum(any((new[i] != old[i]).any() for new, old in zip(touched, ids)) for i in range(5, 16)) > 5
     assert all((new < len(old.flatten())).all() for new, old in zip(touched, ids))
     again = scramble(np.random.default_rng(7), bits, schedule, scenes, range(5, 16))

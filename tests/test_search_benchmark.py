@@ -1,6 +1,7 @@
 """The search benchmark on a tiny random model: rows read, run, resumed, written; the reward's accuracy measured."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from evaluation import search_benchmark
 from evaluation.reward_accuracy import auc, auc_within
 from evaluation.scenes import prompt_suite, render, sample_scene
-from evaluation.search_runs import NoisyReward, Row, oracle_of, row_of, run_row, search_of
+from evaluation.search_runs import NoisyReward, Row, oracle_of, row_of, run_row, same_as_before, search_of
 from evaluation.search_whole import choose_whole, is_whole, make_whole
 from sample.images import make_requests
 from sample.load import load_pipeline
@@ -95,28 +96,43 @@ def test_the_benchmark_runs_resumes_and_writes(text_folder, tmp_path, monkeypatc
         search_benchmark.main([*words, "--rows", "luck@2"])
 
 
-def test_choosing_among_images_made_once_is_the_search_itself(text_folder, tmp_path):
-    """The same verdicts, scores and costs, whatever the number of candidates made."""
+def test_choosing_among_images_made_once_is_the_search_itself(text_folder, tmp_path, monkeypatch):
+    """The same candidates win, with the same scores and costs, whatever the number of candidates made."""
+    monkeypatch.setattr("evaluation.search_runs.judge", by_a_pixel)
+    monkeypatch.setattr("evaluation.search_whole.judge", by_a_pixel)
     pipeline = load_pipeline(str(text_folder))
     pipeline.set_progress_bar_config(disable=True)
-    metadatas, reward = prompt_suite(1), load_scene_reward()
+    metadatas = prompt_suite(1)
+    reward = Callback(lambda images, prompts: (images.reshape(len(images), -1).mean(1) / 255).tolist(), "brightness")
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, per_prompt=2, seed=3, metadata=metadatas)
     common = {"folder": tmp_path, "batch_size": 20}
-    whole = make_whole(pipeline, requests, {"scenes": reward}, 4, settings={}, **common)
+    whole = make_whole(pipeline, requests, {reward.name: reward}, 4, settings={}, **common)
+    assert len({score for batch in whole for row in batch["scores"]["brightness"] for score in row}) > 20
+    assert len({good for batch in whole for row in batch["correct"] for good in row}) == 2
     for text in ("plain", "best:2", "best:4", "importance:3", "importance:3+draw=systematic", "best:3+oracle"):
         row = Row.of(text)
         search = search_of(row, pipeline, reward, metadatas)
         assert is_whole(search)
-        found = [
-            row_of(row, search, batches, requests, 1e9, seed=0)
-            for batches in (
-                choose_whole(search, whole, requests),
-                run_row(row, pipeline, requests, search, folder=tmp_path / text, batch_size=20),
-            )
-        ]
-        for name in ("score", "single_object", "tokens_per_image", "decoder_calls_per_image"):
-            assert found[0][name] == found[1][name], (text, name)
-        assert found[0]["compute"] == pytest.approx(found[1]["compute"], rel=0.05)  # texts are padded by the batch
+        made = choose_whole(search, whole, requests), run_row(row, pipeline, requests, search, **common)
+        for name in ("correct", "scores"):
+            one, two = ([value for batch in batches for value in batch[name]] for batches in made)
+            assert one == (two if name == "correct" or None in two else pytest.approx(two, abs=1e-3)), (text, name)
+        one, two = (row_of(row, search, batches, requests, 1e9, seed=0) for batches in made)
+        for name in ("tokens_per_image", "decoder_calls_per_image", "reward_calls_per_image"):
+            assert one[name] == two[name], (text, name)
+        assert one["compute"] == pytest.approx(two["compute"], rel=0.05)  # texts are padded by the batch
     assert not is_whole(search_of(Row.of("tts:2"), pipeline, reward, metadatas))
     assert not is_whole(search_of(Row.of("best:1+rounds=2+enough=0.9"), pipeline, reward, metadatas))
+
+
+def by_a_pixel(image, metadata):
+    """A judge whose verdicts differ among pictures of noise."""
+    return SimpleNamespace(correct=bool(image[3, 5, 0] // 8 % 2))
+
+
+def test_results_of_another_search_are_not_taken_for_this_one(tmp_path):
+    same_as_before(tmp_path / "a" / "search.json", {"search": "2 best@2:1"})
+    same_as_before(tmp_path / "a" / "search.json", {"search": "2 best@2:1"})
+    with pytest.raises(ValueError, match="another search"):
+        same_as_before(tmp_path / "a" / "search.json", {"search": "3 best@2:1"})

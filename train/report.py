@@ -45,7 +45,8 @@ def log_training(session: Session, *, images_per_s: float, data_wait: float) -> 
     """Write the means since the last log and start anew; returns the bar's text. Every process must call it.
 
     Args:
-        data_wait: share of the time that the loop waited for data. No device was idle for longer for want of data.
+        data_wait: share of the time that this process waited for batches to train on; validation and checkpoints count
+            as time, not as waiting.
     """
     means = session.meter.means(session.processes)
     session.meter = Meter()

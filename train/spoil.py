@@ -45,7 +45,7 @@ def scramble(
     scenes: Sequence[Scene],
     chosen: Sequence[int],
 ) -> list[torch.Tensor]:
-    """Tokens with some of one object's replaced, from some scale on, by those of other scenes at any place.
+    """Tokens with some of one object's replaced, from some scale on, by those of any scene at any place.
 
     Args:
         ids: of every scale, (B, l) or (B, l, n).

@@ -80,39 +80,45 @@ def cells_of(scene: Scene, wholes: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruct(
-    rng: np.random.Generator, vqvae: MultiScaleVQ, clean_BCHW: torch.Tensor, drawn_BCHW: torch.Tensor,
-    scenes: Sequence[Scene], scale: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Pictures as the tokenizer gives them: the clean ones finished, those drawn finished, those after a scale; some
-    have wrong tokens. uint8 (B, 3, h, w) to three of the same.
+    rng: np.random.Generator,
+    vqvae: MultiScaleVQ,
+    pictures: Sequence[torch.Tensor],
+    scenes: Sequence[Scene],
+    *,
+    scale: int,
+    scrambled: Sequence[int],
+) -> list[torch.Tensor]:
+    """Clean and drawn pictures as the tokenizer gives them: both finished, and the drawn ones after a scale.
+
+    Args:
+        pictures: the clean and the drawn, uint8 (B, 3, h, w) each.
+        scrambled: which of the drawn get wrong tokens.
     """
-
-    def tokens(images: torch.Tensor) -> list[torch.Tensor]:
-        return vqvae.image_to_tokens(images.to(vqvae.device).float() / 127.5 - 1)
-
-    clean, drawn = tokens(clean_BCHW), tokens(drawn_BCHW)
-    untouched = (clean_BCHW == drawn_BCHW).flatten(1).all(1).tolist()
-    chosen = [i for i, same in enumerate(untouched) if same and rng.random() < SCRAMBLED / (1 - SPOILED)]
-    drawn = scramble(rng, drawn, vqvae.schedule, scenes, chosen)
+    clean, drawn = (vqvae.image_to_tokens(x.to(vqvae.device).float() / 127.5 - 1) for x in pictures)
+    drawn = scramble(rng, drawn, vqvae.schedule, scenes, scrambled)
     sums = vqvae.quantizer.partial_sums(drawn, vqvae.schedule)
     found = vqvae.quantizer.partial_sums(clean, vqvae.schedule)[-1], sums[-1], sums[scale]
-    return tuple(to_images(vqvae.decode(f_hat)).cpu() for f_hat in found)
+    return [to_images(vqvae.decode(f_hat)).cpu() for f_hat in found]
 
 
 def make_batch(rng: np.random.Generator, n: int, *, vqvae: MultiScaleVQ | None, scale: int | None) -> Pool:
-    """Pictures of `n` scenes: as drawn without a tokenizer; else after `scale`, or finished and after any one (2 n)."""
+    """Pictures of `n` scenes: as drawn without a tokenizer; else after `scale`, or finished (a few as drawn) and after
+    an earlier scale, the later the likelier (2 n).
+    """
     scenes = [sample_scene(rng, split="train") for _ in range(n)]
     clean = [render(scene, SIDE) for scene in scenes]
     wrong = SPOILED if vqvae is not None else SPOILED + SCRAMBLED
     drawn = [spoil(rng, scene) if rng.random() < wrong else image for scene, image in zip(scenes, clean)]
-    clean_BCHW, drawn_BCHW = (rearrange(torch.from_numpy(np.stack(x)), "b h w c -> b c h w") for x in (clean, drawn))
-    compared, pictures = (clean_BCHW, drawn_BCHW), [drawn_BCHW]
+    compared = [rearrange(torch.from_numpy(np.stack(x)), "b h w c -> b c h w") for x in (clean, drawn)]
+    pictures = [compared[1]]
     if vqvae is not None:
-        last = len(vqvae.schedule) - 1
+        few, last = round(DRAWN * n) if scale is None else 0, len(vqvae.schedule) - 1
         after = scale if scale is not None else int(last * max(rng.random(), rng.random()))
-        true, finished, partial = reconstruct(rng, vqvae, clean_BCHW, drawn_BCHW, scenes, after)
-        compared, few = (true, finished), round(DRAWN * n)
-        pictures = [partial] if scale is not None else [torch.cat([drawn_BCHW[:few], finished[few:]]), partial]
+        rest = [i for i in range(few, n) if drawn[i] is clean[i]]
+        chosen = [i for i in rest if rng.random() < SCRAMBLED / (1 - SPOILED)]
+        true, finished, partial = reconstruct(rng, vqvae, compared, scenes, scale=after, scrambled=chosen)
+        whole = torch.cat([compared[1][:few], finished[few:]])
+        compared, pictures = [true, finished], [partial] if scale is not None else [whole, partial]
     good, made = (rearrange(x, "b c h w -> b h w c").numpy() for x in compared)
     damages = (damage(*three) for three in zip(made, good, scenes))
     cells = torch.stack([cells_of(scene, wholeness(found)) for scene, found in zip(scenes, damages)])
@@ -215,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--steps, --pool and --check must be 2 or more, --seed 0 or more")
     if options.tokenizer is not None and not (options.tokenizer / "config.json").is_file():
         parser.error(f"--tokenizer {options.tokenizer} has no config.json")
+    if options.tokenizer is None and options.out == SHIPPED:
+        parser.error("--tokenizer is needed to replace the shipped reward; give it, or another --out")
     start = time.perf_counter()
     vqvae, device = None, torch.device(options.device)
     if options.tokenizer is not None:
@@ -222,22 +230,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         vqvae = MultiScaleVQ.from_pretrained(options.tokenizer, torch_dtype=dtype).eval().to(device)
     torch.manual_seed(options.seed)
     network = SceneReward().to(device)
+    facts = {name: getattr(options, name) for name in ("steps", "pool", "seed")}
+    facts |= {"tokenizer": vqvae is not None, "right": {}}
+    draft = options.out.with_name(f".{options.out.name}.draft")  # takes the file's place when all is done
     try:
         pool = make_pool(options.pool, options.seed, POOL_STREAM, vqvae=vqvae)
         train(network, pool, steps=options.steps, seed=options.seed)
+        save(network, draft, facts)
+        rounded = load_scene_reward(draft, device=device)
+        for scale in [None] if vqvae is None else [*range(len(vqvae.schedule)), None]:
+            used = vqvae if scale is not None else None
+            pool = make_pool(options.check, options.seed, CHECK_STREAM, vqvae=used, scale=scale)
+            name = "render" if scale is None else f"scale {scale}"
+            facts["right"][name] = found = check(rounded, pool)
+            print(f"{name}: named {found['named']:.4f}, auc {found['auc']:.4f}", flush=True)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    facts = {name: getattr(options, name) for name in ("steps", "pool", "seed")}
-    facts |= {"tokenizer": vqvae is not None, "right": {}}
-    save(network, options.out, facts)
-    rounded = load_scene_reward(options.out, device=device)
-    for scale in [None] if vqvae is None else [*range(len(vqvae.schedule)), None]:
-        used = vqvae if scale is not None else None
-        pool = make_pool(options.check, options.seed, CHECK_STREAM, vqvae=used, scale=scale)
-        name = "render" if scale is None else f"scale {scale}"
-        facts["right"][name] = found = check(rounded, pool)
-        print(f"{name}: named {found['named']:.4f}, auc {found['auc']:.4f}", flush=True)
+    finally:
+        draft.unlink(missing_ok=True)
     save(rounded, options.out, facts)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {time.perf_counter() - start:.0f} s")
     return 0
