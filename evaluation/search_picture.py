@@ -25,7 +25,7 @@ def draw_search(content: Mapping, path: Path) -> None:
     from matplotlib.figure import Figure
 
     count = 3 if any("+noise=" in row["row"] for row in content["rows"]) else 2
-    figure = Figure(figsize=(5 * count, 4.6), layout="constrained")
+    figure = Figure(figsize=(5 * count, 5.6), layout="constrained")
     panels = figure.subplots(1, count)
     _draw_curves(panels[0], content["rows"])
     _draw_foresight(panels[1], content["reward_by_scale"])
@@ -34,7 +34,7 @@ def draw_search(content: Mapping, path: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     atomically(Path(path), lambda partial: figure.savefig(partial, dpi=130, format="png"))
 
 
