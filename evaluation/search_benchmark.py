@@ -31,6 +31,7 @@ def default_rows() -> list[str]:
     rows = ["plain", *(f"{method}@{budget}" for method in COMPARED for budget in BUDGETS[1:]), "tts:2"]
     rows += [f"best:1+rounds={rounds}+enough={ENOUGH}" for rounds in (2, 4, 8, 16)]
     rows += [f"best:1+rounds={rounds}+enough={ENOUGH}+guidance=0" for rounds in (4, 8, 16)]
+    rows += ["best:1+rounds=16+enough=0.8+guidance=0"]
     rows += [f"best@{budget}+guidance=0" for budget in BUDGETS[1:]]
     rows += ["best@8+oracle"]
     rows += [f"best@4+noise={noise}" for noise in NOISES]
