@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, coverage, render
+from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, coverage, other_of, render
 from tokenizer.schedule import ScaleSchedule
 
 SIDE = int(CANVAS)
@@ -168,7 +168,7 @@ def _warped(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
 
 def _mixed(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
     """Between its own shape and another one, as a square with round corners is."""
-    other = mask_of(item, shape=_other_shape(rng, item))
+    other = mask_of(item, shape=other_of(rng, SHAPES, (item.shape,)))
     share = rng.uniform(0.0, 1.0)
     return np.clip(0.5 + (1 - share) * _distance(mask_of(item)) + share * _distance(other), 0, 1)
 
@@ -176,14 +176,14 @@ def _mixed(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
 def _spliced(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
     """A part of it of another shape."""
     share = _ramp(rng, item, rng.uniform(0.2, 2.0))
-    return mask_of(item) + share * (mask_of(item, shape=_other_shape(rng, item)) - mask_of(item))
+    return mask_of(item) + share * (mask_of(item, shape=other_of(rng, SHAPES, (item.shape,))) - mask_of(item))
 
 
 def _smeared(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
     """With a paler copy beside it that touches it, or of a part of it."""
     angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.8) * item.diameter
     moved = replace(item, cx=item.cx + far * np.cos(angle), cy=item.cy + far * np.sin(angle))
-    copy = mask_of(moved, shape=item.shape if rng.random() < 0.7 else _other_shape(rng, item))
+    copy = mask_of(moved, shape=item.shape if rng.random() < 0.7 else other_of(rng, SHAPES, (item.shape,)))
     return np.maximum(mask_of(item), rng.uniform(0.2, 1.0) * copy)
 
 
@@ -202,11 +202,6 @@ def _blurred(rng: np.random.Generator, item: SceneObject) -> np.ndarray:
     if rng.random() < 0.7:
         share = _ramp(rng, item, rng.uniform(0.5, 3.0))
     return mask_of(item) + share * (soft - mask_of(item))
-
-
-def _other_shape(rng: np.random.Generator, item: SceneObject) -> str:
-    others = [shape for shape in SHAPES if shape != item.shape]
-    return others[rng.integers(len(others))]
 
 
 def _moved(mask: np.ndarray, dx: np.ndarray, dy: np.ndarray | float) -> np.ndarray:

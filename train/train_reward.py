@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluation.reward_accuracy import auc
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
-from sample.load import resolve_dtype
+from sample.load import resolve_device, resolve_dtype
 from sample.rewards import to_images
 from sample.scene_reward import CELLS, SAYS, SHIPPED, SIDE, SceneReward, load_scene_reward
 from tokenizer.model import MultiScaleVQ
@@ -224,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.tokenizer is None and options.out == SHIPPED:
         parser.error("--tokenizer is needed to replace the shipped reward; give it, or another --out")
     start = time.perf_counter()
-    vqvae, device = None, torch.device(options.device)
+    try:
+        vqvae, device = None, resolve_device(options.device)
+    except ValueError as error:
+        parser.error(f"--{error}")
     if options.tokenizer is not None:
         dtype = resolve_dtype("auto", device, fastest=True)
         vqvae = MultiScaleVQ.from_pretrained(options.tokenizer, torch_dtype=dtype).eval().to(device)
