@@ -1,8 +1,8 @@
 """The table of elastic decoding: `python -m benchmarks.elastic --full RUN --supernet RUN --refiner RUN ...`.
 
 Quality against speed and memory of the full model, its subnets, collaborations, compressed caches and compositions,
-with common random numbers; or, with --official, speed and memory alone of the published sizes with random weights.
-The same command again goes on where it stopped.
+with common random numbers. The same command again goes on where it stopped. Speed alone, of the published sizes:
+`benchmarks.elastic_speed`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from evaluation.report import command_line, figure, result, write_result
@@ -41,8 +40,6 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--bridge", type=int, help="scales that subnets leave to all layers (about 3/5 of them)")
     parser.add_argument("--shares", default="50%,20%,10%,4%", help="of the cache (50%%,20%%,10%%,4%%)")
     parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,composition")
-    parser.add_argument("--official", metavar="SIZE", help="a published size with random weights instead: d30")
-    parser.add_argument("--official-refiner", metavar="SIZE", default="d16", help="its refiner (d16)")
     parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 images a row)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")
@@ -95,52 +92,6 @@ def measure(options: argparse.Namespace) -> dict | None:
     return result(against_full(found), command=command, n=len(metadatas), seeds=options.seed, settings=settings)
 
 
-def measure_official(options: argparse.Namespace) -> dict:
-    """Speed and memory of a published size, its subnets after 6 scales and its hand-overs to a smaller one."""
-    import torch
-
-    from benchmarks.elastic_rows import Row, against_full, once, speed
-    from sample.load import resolve_device, resolve_dtype
-    from sample.pipeline import NextScalePipeline
-    from tokenizer.model import MultiScaleVQ
-    from var.presets import PRESETS
-    from var.transformer import NextScaleTransformer
-
-    for size in (options.official, options.official_refiner):
-        if size not in PRESETS:
-            raise ValueError(f"--official must be one of {', '.join(PRESETS)}, got {size!r}")
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    torch.manual_seed(options.seed)
-    vqvae = MultiScaleVQ().eval()
-    schedule = vqvae.schedule.spec
-    models = [
-        NextScaleTransformer(**PRESETS[size], schedule=schedule).eval()
-        for size in (options.official, options.official_refiner)
-    ]
-    sampling = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
-    pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=sampling).to(device, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    depth, scales = len(models[0].blocks), len(vqvae.schedule)
-    subnets = sorted({d for d in (depth // 2 + 1, depth // 4 + 1, 2) if d < depth}, reverse=True)
-    rows = [Row("full", options.official, "full")]
-    rows += [Row("subnet", f"of {options.official}", "full", "supernet:6", d) for d in subnets]
-    rows += [Row("code", f"+ {options.official_refiner}", "full", f"code:{n}") for n in range(6, scales)]
-    common = [options.official, options.official_refiner, str(dtype), str(device), options.batch_size, options.repeats]
-    classes, found = [i % 1000 for i in range(options.batch_size)], []
-    for row in rows:
-        figures = once(
-            options.work or Path("cache/elastic/official"),
-            [row.name, *common],
-            partial(speed, pipeline, row, classes, options.repeats),
-        )
-        found.append({"row": row.name, "group": row.group, **figures})
-        print(f"{row.name}: {found[-1]['images_per_s']:.3g} images/s", flush=True)
-    settings = {"batch_size": options.batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
-    command = command_line("python -m benchmarks.elastic", vars(options), vars(parser_of().parse_args([])))
-    return result(against_full(found), command=command, n=options.batch_size, seeds=options.seed, settings=settings)
-
-
 def as_table(rows: Sequence[dict]) -> str:
     """A Markdown table, a line a configuration."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
@@ -156,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(options.per_tag, options.batch_size, options.repeats) < 1 or options.seed < 0:
         parser.error("--per-tag, --batch-size and --repeats must be 1 or more, --seed 0 or more")
     try:
-        content = measure_official(options) if options.official else measure(options)
+        content = measure(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:

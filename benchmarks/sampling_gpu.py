@@ -1,7 +1,9 @@
 """Sampling on a GPU beside the official code: `python -m benchmarks.sampling_gpu --reference VAR`.
 
 Random weights, one process, in turns: A B A B. The official code runs as its own demo does, in float16 autocast; ours
-in bfloat16, plainly and as CUDA graphs. A run is one call from labels to pixels on the GPU, on the wall clock.
+in bfloat16: plainly, plainly as CUDA graphs ("graphs"), with joined kernels ("kernels"), and with both ("fast"). A run
+is one call from labels to pixels on the GPU, on the wall clock. What the stages take is read from the device's own
+clock in further calls of "kernels".
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import importlib
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +27,7 @@ from benchmarks.timing import spread
 
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("size", "schedule", "batch", "variant", "seconds", "images_per_s", "times_official", "times_plain")
-COLUMNS += ("share_of_ceiling", "same_tokens")
+COLUMNS += ("share_of_ceiling", "same_tokens", "blocks_s", "head_s", "draw_s", "quantiser_s", "decoder_s")
 
 Run = Callable[[int], Any]
 
@@ -38,40 +41,96 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=160, help="of the tokenizer's finest level (160)")
     parser.add_argument("--batches", default="1,64", help="images at once (1,64)")
     parser.add_argument("--rounds", default="9,4", help="timed runs of each variant, by batch (9,4)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of ours (bfloat16)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only to try the command (cuda)")
     parser.add_argument("--out", type=Path, default=Path("results/speed_gpu.json"), help="result and table")
     return parser
 
 
-def our_runs(size: str, schedule: str, width: int, device: str) -> tuple[dict[str, Run], float]:
-    """Runs of our pipeline by batch size: plain; on a GPU "graphs" and "compiled" (with graphs); an image's FLOPs."""
+def our_pipelines(size: str, schedule: str, width: int, device: str, dtype: str) -> dict[str, Any]:
+    """Our pipeline of equal weights in every way that a device knows."""
     from dataclasses import replace
 
-    from benchmarks.models import image_flops, random_pipeline
-    from sample.fast import accelerate, supported
+    from benchmarks.models import random_pipeline
+    from sample.fast import FastSettings, accelerate, supported
 
-    chosen = {"top_k": SETTINGS["top_k"], "top_p": SETTINGS["top_p"], "guidance_scale": SETTINGS["cfg"]}
-    place = torch.device(device)
+    place, kind = torch.device(device), getattr(torch, dtype)
     settings = {"plain": None}
     if place.type == "cuda":
-        everything = supported(place, torch.bfloat16)
-        settings |= {"graphs": replace(everything, compile=False), "compiled": everything}
-
-    def run_of(fast: Any) -> tuple[Run, Any]:
+        everything = supported(place, kind)
+        settings |= {"graphs": FastSettings(fold=True, channels_last=True, graphs=True)}
+        settings |= {"kernels": replace(everything, graphs=False), "fast": everything}
+    made = {}
+    for name, fast in settings.items():
         with place:
-            pipeline = random_pipeline(size, schedule, width=width).to(torch.bfloat16)
+            made[name] = random_pipeline(size, schedule, width=width).to(kind)
         if fast is not None:
-            accelerate(pipeline, fast)
+            accelerate(made[name], fast)
+    return made
 
-        def call(batch: int) -> Any:
-            made = pipeline(class_labels=[i % 1000 for i in range(batch)], seed=0, output_type="latent", **chosen)
-            return made.tokens, pipeline.decode(made.images, "pt")
 
-        return call, pipeline
+def run_of(pipeline: Any) -> Run:
+    """A call of a pipeline by batch size: its tokens and pixels."""
+    chosen = {"top_k": SETTINGS["top_k"], "top_p": SETTINGS["top_p"], "guidance_scale": SETTINGS["cfg"]}
 
-    made = {name: run_of(fast) for name, fast in settings.items()}
-    flops = sum(image_flops(made["plain"][1]).values())
-    return {name: run for name, (run, _) in made.items()}, flops
+    def run(batch: int) -> Any:
+        made = pipeline(class_labels=[i % 1000 for i in range(batch)], seed=0, output_type="latent", **chosen)
+        return made.tokens, pipeline.decode(made.images, "pt")
+
+    return run
+
+
+def stage_seconds(pipeline: Any, batch: int, repeats: int = 3) -> dict[str, float]:
+    """Median seconds of each stage of a call on the device's clock; only for a process that benchmarks."""
+    from sample import draw, generate
+    from sample.state import GenerationState
+
+    model, stages = pipeline.transformer, EventStages()
+    parts = [(model, "forward", "blocks"), (model.head, "features", "head"), (model.head, "project", "head")]
+    parts += [(draw, "keep_likeliest", "draw"), (generate, "draw", "draw")]
+    parts += [(GenerationState, "advance", "quantiser"), (pipeline.vqvae, "decode", "decoder")]
+    with contextlib.ExitStack() as marks:
+        for part in parts:
+            marks.enter_context(stages.around(*part))
+        runs = [stages.of(lambda: run_of(pipeline)(batch)) for _ in range(repeats)]
+    return {f"{name}_s": median(run[name] for run in runs) for name in runs[0]}
+
+
+class EventStages:
+    """Seconds of the device between the beginnings and ends of functions, without waiting for it in between."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def around(self, owner: Any, name: str, stage: str) -> Iterator[None]:
+        """Mark the calls of attribute `name` of a module, class or object meanwhile."""
+        function = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            ends[0].record()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                ends[1].record()
+                self.marks.append((stage, *ends))
+
+        setattr(owner, name, marked)
+        try:
+            yield
+        finally:
+            setattr(owner, name, function)
+
+    def of(self, job: Callable[[], Any]) -> dict[str, float]:
+        """The stages of one job."""
+        self.marks.clear()
+        job()
+        torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for stage, began, ended in self.marks:
+            found[stage] += began.elapsed_time(ended) / 1e3
+        return found
 
 
 def official_run(checkout: Path, size: str, schedule: str, width: int, device: str) -> Run:
@@ -153,7 +212,7 @@ def rows_of(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, compare tokens, time; the result as `report.result` makes it."""
-    from benchmarks.models import check_size
+    from benchmarks.models import check_size, image_flops
     from benchmarks.sampling import whole_numbers
     from evaluation.report import command_line, result
     from sample.load import resolve_device
@@ -164,7 +223,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(batches) != len(rounds):
         raise ValueError(f"--rounds must be one number a batch, got {options.rounds!r} for {options.batches!r}")
     shape = (options.size, options.schedule, options.width, options.device)
-    runs, flops = our_runs(*shape)
+    pipelines = our_pipelines(*shape, options.dtype)
+    flops = sum(image_flops(pipelines["plain"]).values())
+    runs = {name: run_of(pipeline) for name, pipeline in pipelines.items()}
     if options.reference is not None:
         runs = {"official": official_run(options.reference, *shape)} | runs
     best, rows = ceiling(options.device), []
@@ -175,9 +236,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if row["variant"] not in ("official", "plain"):
                 tokens = torch.cat(runs[row["variant"]](batch)[0], dim=1)
                 row["same_tokens"] = float((tokens == plain).float().mean())
+            if row["variant"] == "kernels":
+                row |= stage_seconds(pipelines["kernels"], batch)
         rows += made
     settings = {"device": device_name(options.device), "ceiling_tflop_per_s": best / 1e12, "sampling": SETTINGS}
-    settings |= {"gflop_per_image": flops / 1e9}
+    settings |= {"gflop_per_image": flops / 1e9, "dtype": options.dtype}
     command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 

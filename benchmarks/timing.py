@@ -251,7 +251,7 @@ def matmul_ceilings(size: int = 2048, repeats: int = 3) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from sample.fast import PackedLinear, can_pack
+    from sample.fast_cpu import PackedLinear, can_pack
 
     best: dict[str, float] = {}
     with torch.no_grad():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sample import kernels
 from tokenizer.schedule import ScaleSchedule
 
 
@@ -110,7 +111,12 @@ def _keep_top_p_by_place(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
-    """`keep_top_p` after `keep_top_k`; on a CPU only the k largest are sorted, but where ties decide what is kept."""
+    """`keep_top_p` after `keep_top_k`.
+
+    On a CPU only the k largest are sorted, but where ties decide what is kept; on a GPU nothing is (`sample.kernels`).
+    """
+    if _halves(logits, k, p):
+        return kernels.keep_likeliest(logits, k, p)
     if not 0 < k < logits.shape[-1] or p >= 1 or logits.device.type != "cpu":
         return keep_top_p(keep_top_k(logits, k), p)
     best, order = (found.flip(-1) for found in logits.topk(k, dim=-1))  # the least likely first, as `keep_top_p` has it
@@ -122,6 +128,12 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     if undecided.any():
         kept[undecided] = keep_top_p(keep_top_k(logits[undecided], k), p)
     return kept
+
+
+def _halves(logits: torch.Tensor, k: int, p: float) -> bool:
+    """Whether a kernel finds what is kept: on a GPU, where there is something to find."""
+    wanted = p < 1 or 0 < k < logits.shape[-1]
+    return logits.is_cuda and wanted and 2 < logits.shape[-1] <= kernels.ROW and kernels.usable(logits.device)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,35 @@
 """The fast path of a loaded pipeline: the same networks with weights laid out once for the processor they run on.
 
-`accelerate` exchanges modules of a pipeline for faster ones that compute the same; nothing else in the system knows.
+`accelerate` exchanges modules of a pipeline for faster ones that compute the same (`sample.fast_cpu`,
+`sample.fast_cuda`); nothing else in the system knows.
 In float32 the tokens are those of the plain path (up to float ties) and images agree to about 1e-5.
 
-Shapes: B images, C channels, h w pixels, l tokens, S keys, H heads, d head width, N rows, I O widths of a layer.
+Shapes: B images, C channels, h w pixels, I O widths of a layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
+from sample import fast_cpu, fast_cuda, kernels
+from sample.fast_cpu import can_pack, native_bfloat16
 from sample.graphs import GraphedSampler
-from var.layers import FeedForward, SelfAttention, attention
+from var.layers import FeedForward, SelfAttention
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
 
 FAST = ("auto", "on", "off")
-ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
-HINT_HW = (64, 64)  # the same for convolutions
-LOGITS = 2**18  # attention logits computed at once: 1 MiB, which stays in the processor's cache
-SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +43,8 @@ class FastSettings:
         attention: attention as two bfloat16 matrix products with a float32 softmax between (CPU, bfloat16 models).
         graphs: calls that come again are replayed as CUDA graphs (see `sample.graphs`).
         channels_last: the layout of convolutions that a GPU's tensor cores read as it is (CUDA).
-        compile: what lies between a block's matrix products and attention becomes one kernel (CUDA); the first call
-            takes half a minute longer.
+        kernels: what lies between matrix products, and between convolutions, becomes one kernel each; keys and values
+            are written straight into the cache (CUDA, see `sample.fast_cuda`).
     """
 
     fold: bool = False
@@ -58,18 +53,7 @@ class FastSettings:
     attention: bool = False
     graphs: bool = False
     channels_last: bool = False
-    compile: bool = False
-
-
-def can_pack() -> bool:
-    """Whether this build of torch has the oneDNN operators that take packed weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+    kernels: bool = False
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
@@ -85,7 +69,7 @@ def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
         attention=on_cpu and halves,
         graphs=on_gpu,
         channels_last=on_gpu,
-        compile=on_gpu,
+        kernels=on_gpu and kernels.usable(device),
     )
 
 
@@ -108,16 +92,17 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     possible = supported(device, dtype)
     settings = settings or possible
-    for name in ("convolutions", "linears", "attention", "graphs", "channels_last", "compile"):
+    for name in ("convolutions", "linears", "attention", "graphs", "channels_last", "kernels"):
         if getattr(settings, name) and not getattr(possible, name):
             raise ValueError(f"fast setting {name} cannot be used on {device} in {dtype}: this machine lacks it")
     vqvae = pipeline.vqvae
     if settings.fold:
         exchange(vqvae.decoder, _folds, FoldedUpsample)
     if settings.convolutions:
-        exchange(vqvae, lambda module: isinstance(module, ResnetBlock2D), FastResnet)
-        for half in (vqvae.encoder, vqvae.decoder):
-            half.conv_norm_out, half.conv_act = NormSiLU(half.conv_norm_out), nn.Identity()
+        _exchange_residual_blocks(vqvae, fast_cpu.FastResnet, fast_cpu.NormSiLU)
+    if settings.kernels:
+        _exchange_residual_blocks(vqvae, fast_cuda.FusedResnet, fast_cuda.FusedNormSiLU)
+        vqvae.decoder.conv_out = fast_cuda.WidenedConv(vqvae.decoder.conv_out)
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
             _accelerate_transformer(model, settings)
@@ -129,17 +114,25 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     return pipeline
 
 
+def _exchange_residual_blocks(vqvae: nn.Module, resnet: Callable[[Any], nn.Module], norm: Callable) -> None:
+    exchange(vqvae, lambda module: isinstance(module, ResnetBlock2D), resnet)
+    for half in (vqvae.encoder, vqvae.decoder):
+        half.conv_norm_out, half.conv_act = norm(half.conv_norm_out), nn.Identity()
+
+
 def _accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
     if settings.attention:
         for attn in (module for module in model.modules() if isinstance(module, SelfAttention)):
-            attn.attend = half_attention
-    if settings.compile:
+            attn.attend = fast_cpu.half_attention
+    if settings.kernels:
         for block in model.blocks:
-            block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
+            block.forward = fast_cuda.FusedBlock(block)
+        if model.dtype != torch.float32:
+            fast_cuda.fuse_head(model.head)
     if settings.linears:
-        exchange(model.blocks, lambda module: isinstance(module, FeedForward), FastFeedForward)
+        exchange(model.blocks, lambda module: isinstance(module, FeedForward), fast_cpu.FastFeedForward)
         for part in (model.blocks, model.head):
-            exchange(part, lambda module: type(module) is nn.Linear, PackedLinear)
+            exchange(part, lambda module: type(module) is nn.Linear, fast_cpu.PackedLinear)
 
 
 def _folds(module: nn.Module) -> bool:
@@ -155,125 +148,6 @@ def exchange(root: nn.Module, wanted: Callable[[nn.Module], bool], make: Callabl
             setattr(root, name, make(child).train(child.training))
         else:
             exchange(child, wanted, make)
-
-
-class Packed(nn.Module):
-    """A layer whose weight is kept in the layout its operator wants; a state dict has it in the plain one.
-
-    Args:
-        packed: the weight as oneDNN keeps it.
-        bias: (O,) or None.
-    """
-
-    def __init__(self, packed: torch.Tensor, bias: nn.Parameter | None):
-        super().__init__()
-        self.packed = packed
-        self.bias = bias
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The packed weight: its dtype and shape may be asked for, its numbers by `to_dense`."""
-        return self.packed
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.packed.to_dense()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-
-class PackedLinear(Packed):
-    """`nn.Linear` with a packed weight and, if wanted, the tanh GELU after it."""
-
-    def __init__(self, linear: nn.Linear, *, gelu: bool = False):
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-        super().__init__(packed, linear.bias)
-        self.after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-
-    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
-        """(..., I) to (..., O), in the weight's dtype."""
-        return torch.ops.mkldnn._linear_pointwise(x_NI, self.packed, self.bias, *self.after)
-
-
-class FastFeedForward(nn.Module):
-    """`FeedForward` with its GELU computed inside the first product."""
-
-    def __init__(self, ffn: FeedForward):
-        super().__init__()
-        self.fc1, self.fc2 = PackedLinear(ffn.fc1, gelu=True), PackedLinear(ffn.fc2)
-
-    def forward(self, x_BlD: torch.Tensor) -> torch.Tensor:
-        """(B, l, D) to (B, l, D)."""
-        return self.fc2(self.fc1(x_BlD))
-
-
-class PackedConv(Packed):
-    """A convolution of channels-last maps with a packed weight; it may add what it makes to another map."""
-
-    def __init__(self, conv: nn.Conv2d):
-        where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        shape = [1, conv.in_channels, *HINT_HW]
-        super().__init__(torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *where, shape), conv.bias)
-        self.where = where
-
-    def forward(self, x_BChw: torch.Tensor, onto_BChw: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, h, w) to (B, O, h, w), plus `onto_BChw`."""
-        if onto_BChw is None:
-            return torch.ops.mkldnn._convolution_pointwise(x_BChw, self.packed, self.bias, *self.where, "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x_BChw, onto_BChw, self.packed, self.bias, *self.where, "add", 1.0, None, [], None
-        )
-
-
-class NormSiLU(nn.Module):
-    """GroupNorm, then SiLU, of channels-last maps.
-
-    torch's float32 kernel for this layout sums all pixels of a channel in one run and is wrong by 1e-4 at 256 pixels;
-    here sums are of `SLAB` pixels, and they are added up in float64.
-    """
-
-    def __init__(self, norm: nn.GroupNorm):
-        super().__init__()
-        self.groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
-
-    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, C, h, w), channels-last."""
-        x_BChw = x_BChw.contiguous(memory_format=torch.channels_last)
-        if x_BChw.dtype != torch.float32:
-            return F.silu(F.group_norm(x_BChw, self.groups, self.weight, self.bias, self.eps), inplace=True)
-        scale_BC11, shift_BC11 = self._affine(x_BChw)
-        return F.silu(torch.addcmul(shift_BC11, x_BChw, scale_BC11), inplace=True)
-
-    def _affine(self, x_BChw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm as a factor and an offset of every channel, (B, C, 1, 1) each."""
-        pixels = rearrange(x_BChw, "b c h w -> b (h w) c")
-        slabs_BnmC = pixels.unflatten(1, (-1, gcd(pixels.shape[1], SLAB)))
-        parts = slabs_BnmC.split(16, dim=1)  # squares of so many stay in the processor's cache
-        count = pixels.shape[1] * pixels.shape[2] // self.groups
-        first = sum(part.sum(2).double().sum(1) for part in parts)
-        second = sum(part.square().sum(2).double().sum(1) for part in parts)
-        mean, power = (
-            moment.unflatten(1, (self.groups, -1)).sum(2, keepdim=True) / count for moment in (first, second)
-        )
-        weight, bias = (own.double().unflatten(0, (self.groups, -1)) for own in (self.weight, self.bias))
-        scale = (power - mean.square() + self.eps).rsqrt() * weight
-        return tuple(rearrange(v.float(), "b g c -> b (g c) 1 1") for v in (scale, bias - mean * scale))
-
-
-class FastResnet(nn.Module):
-    """diffusers' residual block without time embedding, in channels-last."""
-
-    def __init__(self, block: ResnetBlock2D):
-        super().__init__()
-        assert block.time_emb_proj is None and block.output_scale_factor == 1, "not a block of an autoencoder"
-        self.norm1, self.norm2 = NormSiLU(block.norm1), NormSiLU(block.norm2)
-        self.conv1, self.conv2 = PackedConv(block.conv1), PackedConv(block.conv2)
-        self.conv_shortcut = None if block.conv_shortcut is None else PackedConv(block.conv_shortcut)
-
-    def forward(self, input_tensor: torch.Tensor, temb: None = None) -> torch.Tensor:
-        """(B, C, h, w) to (B, O, h, w), channels-last."""
-        x_BChw = input_tensor.contiguous(memory_format=torch.channels_last)
-        h_BOhw = self.conv1(self.norm1(x_BChw))
-        beside = x_BChw if self.conv_shortcut is None else self.conv_shortcut(x_BChw)
-        return self.conv2(self.norm2(h_BOhw), beside)
 
 
 class FoldedUpsample(nn.Module):
@@ -297,39 +171,6 @@ def fold_weight(weight_OI33: torch.Tensor) -> torch.Tensor:
     pick_43 = weight_OI33.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]).double()
     folded = torch.einsum("uy,oiyx,vx->iouv", pick_43, weight_OI33.double(), pick_43)
     return folded.to(weight_OI33.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def half_attention(
-    q_BHld: torch.Tensor,
-    k_BHSd: torch.Tensor,
-    v_BHSd: torch.Tensor,
-    mask: torch.Tensor | BlockMask | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one."""
-    if mask is not None:
-        return attention(q_BHld, k_BHSd, v_BHSd, mask, scale)
-    out_BHld = torch.empty_like(q_BHld, memory_format=torch.contiguous_format)
-    factor = q_BHld.shape[-1] ** -0.5 if scale is None else scale
-    together = max(1, LOGITS // (q_BHld.shape[1] * q_BHld.shape[2] * k_BHSd.shape[2]))
-    for q, k, v, out in zip(*(x.split(together) for x in (q_BHld, k_BHSd, v_BHSd, out_BHld))):
-        with bfloat16_products():
-            logits = q.float() @ k.float().mT
-        weights = (logits if factor == 1 else logits.mul_(factor)).softmax(dim=-1)
-        torch.matmul(weights.to(v.dtype), v, out=out)
-    return rearrange(out_BHld, "b h l d -> b l (h d)")
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """float32 matrix products whose factors are bfloat16 numbers already, so that nothing is lost by rounding them."""
-    switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 def keep_freed_memory() -> bool:

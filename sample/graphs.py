@@ -61,10 +61,13 @@ class Recorder:
 
 
 @cache
-def shared_pool(device: torch.device) -> tuple[int, int]:
-    """The memory in which all graphs of a GPU work: they run one after another, and results are copied out."""
+def shared_pool(device: torch.device) -> torch.cuda.MemPool:
+    """The memory in which all graphs of a GPU work: they run one after another, and results are copied out.
+
+    It is held for good: a pool that only graphs hold is gone with the last of them, and its name cannot be used again.
+    """
     with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
+        return torch.cuda.MemPool()
 
 
 def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
@@ -77,7 +80,7 @@ def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
             function(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared_pool(tensors[0].device)):
+        with torch.cuda.graph(graph, pool=shared_pool(tensors[0].device).id):
             outputs = function(*inputs)
 
     def replay(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:

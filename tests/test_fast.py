@@ -12,7 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
-from sample import fast
+from sample import fast, fast_cpu
 from sample.accounting import call_flops, plan_flops
 from sample.draw import Filter, keep_likeliest, keep_top_k, keep_top_p
 from sample.generate import generate
@@ -25,7 +25,7 @@ from var.layers import FeedForward, attention
 from var.transformer import NextScaleTransformer
 
 CPU = torch.device("cpu")
-packs = pytest.mark.skipif(not fast.can_pack(), reason="torch was built without oneDNN")
+packs = pytest.mark.skipif(not fast_cpu.can_pack(), reason="torch was built without oneDNN")
 halves = pytest.mark.skipif(
     not fast.supported(CPU, torch.bfloat16).attention, reason="this CPU does not multiply bfloat16 in hardware"
 )
@@ -54,7 +54,7 @@ def test_norm_and_silu(hw, dtype):
     norm = liven(nn.GroupNorm(4, 16, eps=1e-6), 3).to(dtype)
     x = (torch.randn(2, 16, *hw) * 3 + 20).to(dtype)
     expected = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
-    error = (fast.NormSiLU(norm)(x) - expected).abs().max()
+    error = (fast_cpu.NormSiLU(norm)(x) - expected).abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 0.1)
 
 
@@ -62,7 +62,7 @@ def test_norm_of_a_large_map_is_more_exact_than_torch_in_channels_last():
     norm = nn.GroupNorm(2, 8, eps=1e-6)
     x = (torch.randn(1, 8, 512, 512) * 0.5 + 3).contiguous(memory_format=torch.channels_last)
     expected = F.silu(F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double(), 1e-6))
-    assert (fast.NormSiLU(norm)(x) - expected).abs().max() < 1e-5
+    assert (fast_cpu.NormSiLU(norm)(x) - expected).abs().max() < 1e-5
 
 
 @packs
@@ -72,7 +72,7 @@ def test_packed_linear(shape, gelu):
     linear = nn.Linear(24, 40)
     expected = linear(torch.ones(shape))
     expected = F.gelu(expected, approximate="tanh") if gelu else expected
-    packed = fast.PackedLinear(linear, gelu=gelu)
+    packed = fast_cpu.PackedLinear(linear, gelu=gelu)
     assert torch.allclose(packed(torch.ones(shape)), expected, atol=1e-5)
     assert torch.equal(packed.state_dict()["weight"], linear.weight)
 
@@ -80,13 +80,13 @@ def test_packed_linear(shape, gelu):
 @packs
 def test_packed_linear_reads_transposed_input():
     linear, x = nn.Linear(24, 8), torch.randn(24, 6, 2).permute(2, 1, 0)
-    assert torch.allclose(fast.PackedLinear(linear)(x), linear(x), atol=1e-5)
+    assert torch.allclose(fast_cpu.PackedLinear(linear)(x), linear(x), atol=1e-5)
 
 
 @packs
 def test_feed_forward():
     ffn, x = FeedForward(16, 64), torch.randn(2, 5, 16)
-    assert torch.allclose(fast.FastFeedForward(ffn)(x), ffn(x), atol=1e-5)
+    assert torch.allclose(fast_cpu.FastFeedForward(ffn)(x), ffn(x), atol=1e-5)
 
 
 @packs
@@ -94,7 +94,7 @@ def test_feed_forward():
 def test_packed_convolution(kernel, stride):
     conv = nn.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2)
     x = torch.randn(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)
-    packed, expected = fast.PackedConv(conv), conv(x)
+    packed, expected = fast_cpu.PackedConv(conv), conv(x)
     assert torch.allclose(packed(x), expected, atol=1e-5)
     onto = torch.randn_like(expected)
     kept = onto.clone()
@@ -107,17 +107,17 @@ def test_packed_convolution(kernel, stride):
 def test_half_attention_is_as_exact_as_torch():
     q, k, v = (torch.randn(2, 3, count, 16).bfloat16() for count in (10, 30, 30))
     exact = attention(q.double(), k.double(), v.double(), None, 2.0)
-    ours, torchs = (f(q, k, v, None, 2.0) for f in (fast.half_attention, attention))
+    ours, torchs = (f(q, k, v, None, 2.0) for f in (fast_cpu.half_attention, attention))
     assert (ours - exact).abs().mean() < 1.5 * (torchs - exact).abs().mean()
     mask = torch.rand(10, 30) < 0.5
     mask[:, 0] = True
-    assert torch.equal(fast.half_attention(q, k, v, mask, 2.0), attention(q, k, v, mask, 2.0))
+    assert torch.equal(fast_cpu.half_attention(q, k, v, mask, 2.0), attention(q, k, v, mask, 2.0))
 
 
 @halves
 def test_float32_products_stay_exact_afterwards():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(RuntimeError), fast.bfloat16_products():
+    with pytest.raises(RuntimeError), fast_cpu.bfloat16_products():
         raise RuntimeError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -205,7 +205,7 @@ def test_switch_of_load_pipeline(class_folder):
 
 def test_auto_dtype():
     assert resolve_dtype("auto", CPU) == torch.float32
-    fastest = torch.bfloat16 if fast.native_bfloat16() else torch.float32
+    fastest = torch.bfloat16 if fast_cpu.native_bfloat16() else torch.float32
     assert resolve_dtype("auto", CPU, fastest=True) == fastest
     assert resolve_dtype("float32", CPU, fastest=True) == torch.float32
 

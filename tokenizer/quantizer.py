@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,6 +51,21 @@ def phi_index(num_phis: int, k: int, num_scales: int) -> int:
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
     return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
+
+
+def enlarge(x_BChw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bicubic up-sampling to `size`, (B, C, H, W); on a GPU as one matrix product, whose own kernel is far slower."""
+    if not x_BChw.is_cuda:
+        return F.interpolate(x_BChw, size=size, mode="bicubic")
+    spread = _bicubic_matrix(tuple(x_BChw.shape[2:]), tuple(size), x_BChw.device)
+    return (x_BChw.flatten(2) @ spread.to(x_BChw.dtype)).unflatten(2, size)
+
+
+@cache
+def _bicubic_matrix(hw: tuple[int, int], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """What each of h w cells adds to each of H W: (h w, H W) float32."""
+    cells = torch.eye(hw[0] * hw[1]).view(-1, 1, *hw)
+    return F.interpolate(cells, size=size, mode="bicubic").flatten(1).to(device)
 
 
 class Phi(nn.Conv2d):
@@ -258,7 +274,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
 
     def _spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         if k < len(schedule) - 1:
-            code_BChw = F.interpolate(code_BChw, size=schedule.latent_hw, mode="bicubic")
+            code_BChw = enlarge(code_BChw, schedule.latent_hw)
         if not self.phis:
             return code_BChw
         phi = self.phis[phi_index(len(self.phis), k, len(schedule))] if self.num_phis else self.phis[k]

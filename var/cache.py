@@ -48,16 +48,34 @@ class KVCache:
             q_BHld, scale: the queries of the new tokens and the factor of attention logits, for caches that choose
                 what to keep by attention.
         """
-        end = begin + k_BHld.shape[2]
+        k_slot, v_slot, keys, values = self.slots(layer, begin, k_BHld.shape, k_BHld)
+        k_slot.copy_(k_BHld)
+        v_slot.copy_(v_BHld)
+        return keys, values
+
+    def slots(self, layer: int, begin: int, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Where new keys and values of `shape` (B, H, l, d) are to be written, and what then is all of them.
+
+        For callers that make keys and values in place; the others call `update`.
+
+        Returns:
+            Views of the new keys and of the new values, (B, H, l, d) each, not filled in yet; and all keys and values
+            as `update` returns them, of which these are the ends.
+        """
         assert self.lengths[layer] == begin, f"layer {layer} holds {self.lengths[layer]} tokens of {begin}"
+        end = begin + shape[2]
         if end > self.capacity[layer]:
-            return self._join(layer, k_BHld, v_BHld)
-        self._make_room(layer, k_BHld, v_BHld)
-        self.keys[layer][:, :, begin:end] = k_BHld
-        self.values[layer][:, :, begin:end] = v_BHld
-        self.lengths[layer] = end
-        self._note_peak()
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+            keys, values = (self._buffer(shape, end, like) for _ in range(2))
+            if begin:
+                _copy(keys[:, :, :begin], self.keys[layer][:, :, :begin])
+                _copy(values[:, :, :begin], self.values[layer][:, :, :begin])
+                self._note_peak(keys, values)
+        else:
+            self._make_room(layer, shape, like)
+            self.lengths[layer] = end
+            self._note_peak()
+            keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return keys[:, :, begin:], values[:, :, begin:], keys, values
 
     def reserve(self, capacity: Sequence[int]) -> None:
         """From now on hold so many tokens, by layer; buffers grow when they are next written to."""
@@ -85,32 +103,33 @@ class KVCache:
         """Bytes allocated now."""
         return sum(_nbytes(t) for t in (*self.keys, *self.values) if t is not None)
 
-    def _join(self, layer: int, k_BHld: torch.Tensor, v_BHld: torch.Tensor) -> Pair:
-        """What is stored and the new, in fresh tensors; the new alone where nothing is stored."""
-        S = self.lengths[layer]
-        if S == 0:
-            return k_BHld, v_BHld
-        joined = (
-            torch.cat([self.keys[layer][:, :, :S], k_BHld], dim=2),
-            torch.cat([self.values[layer][:, :, :S], v_BHld], dim=2),
-        )
-        self._note_peak(*joined)
-        return joined
-
-    def _make_room(self, layer: int, k_BHld: torch.Tensor, v_BHld: torch.Tensor) -> None:
+    def _make_room(self, layer: int, shape: Sequence[int], like: torch.Tensor) -> None:
         old = self.keys[layer], self.values[layer]
         if old[0] is not None and old[0].shape[2] >= self.capacity[layer]:
             return
-        B, H, _, d = k_BHld.shape
         S = self.lengths[layer]
-        for store, like, before in ((self.keys, k_BHld, old[0]), (self.values, v_BHld, old[1])):
-            store[layer] = like.new_empty(B, H, self.capacity[layer], d)
+        for store, before in zip((self.keys, self.values), old):
+            store[layer] = self._buffer(shape, self.capacity[layer], like)
             if S:
-                store[layer][:, :, :S] = before[:, :, :S]
+                _copy(store[layer][:, :, :S], before[:, :, :S])
         self._note_peak(*(tensor for tensor in old if tensor is not None))
+
+    @staticmethod
+    def _buffer(shape: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for `count` tokens, (B, H, count, d); a token's heads lie side by side, as they are made."""
+        B, H, _, d = shape
+        return like.new_empty(B, count, H, d).transpose(1, 2)
 
     def _note_peak(self, *transient: torch.Tensor) -> None:
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes + sum(map(_nbytes, transient)))
+
+
+def _copy(into_BHSd: torch.Tensor, x_BHSd: torch.Tensor) -> None:
+    """Copy tokens; on a GPU sixteen bytes at once, where it would go number by number."""
+    rows = [x.transpose(1, 2) for x in (into_BHSd, x_BHSd)]
+    if into_BHSd.is_cuda and all(row[0].is_contiguous() and row[0, 0].nbytes % 16 == 0 for row in rows):
+        rows = [row.flatten(1).view(torch.complex128) for row in rows]
+    rows[0].copy_(rows[1])
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

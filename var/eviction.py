@@ -91,6 +91,18 @@ class EvictingCache(KVCache):
         self._note_peak(*(joined if budget < S else ()))
         return joined
 
+    def _join(self, layer: int, k_BHld: torch.Tensor, v_BHld: torch.Tensor) -> Pair:
+        """What is stored and the new, in fresh tensors; the new alone where nothing is stored."""
+        S = self.lengths[layer]
+        if S == 0:
+            return k_BHld, v_BHld
+        joined = (
+            torch.cat([self.keys[layer][:, :, :S], k_BHld], dim=2),
+            torch.cat([self.values[layer][:, :, :S], v_BHld], dim=2),
+        )
+        self._note_peak(*joined)
+        return joined
+
     def free_layers(self, layers: Sequence[int]) -> None:
         """Give back the memory of layers that will not run again."""
         super().free_layers(layers)

@@ -1,0 +1,146 @@
+"""Speed of elastic decoding beside its ceiling: `python -m benchmarks.elastic_speed --size d30 --refiner d16`.
+
+A published size with random weights: the whole model, its subnets after six scales and its hand-overs to a smaller one,
+in turns (A B A B), on the fast path. The ceiling of a plan is the whole model's floating-point operations over its own,
+so a plan at 90 % of it gains nine tenths of what it could if every operation took the same time. On a CPU one thread is
+timed by its own clock, which stands still while others run; on a GPU whole graphs on the wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.elastic_rows import Row
+from benchmarks.models import check_size, random_transformer
+from benchmarks.sampling import whole_numbers
+from benchmarks.sampling_gpu import device_name
+from benchmarks.tables import measured
+from benchmarks.timing import spread
+from evaluation.report import command_line, result
+from sample.costs import plan_work
+from sample.fast import accelerate, supported
+from sample.load import resolve_device, resolve_dtype
+from sample.measure import measure_once, now
+from sample.pipeline import NextScalePipeline
+from sample.plan import Plan
+from tokenizer.model import MultiScaleVQ
+
+SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
+COLUMNS = ("row", "tokens_images_per_s", "images_per_s", "speed", "ceiling", "share_of_ceiling", "speed_with_decoder")
+COLUMNS += ("peak_cache_mib", "cache_of_full")
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic_speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="d30", help="published size, random weights (d30)")
+    parser.add_argument("--refiner", default="d16", help="the smaller one (d16)")
+    parser.add_argument("--schedule", default="var256", help="scales (var256)")
+    parser.add_argument("--bridge", type=int, default=6, help="scales that subnets leave to all layers (6)")
+    parser.add_argument("--depths", default="16,8,2", help="of the subnets (16,8,2)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once (1)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (3)")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (bfloat16)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    parser.add_argument("--out", type=Path, default=Path("results/elastic_d30.json"), help="result, table and picture")
+    return parser
+
+
+def build(options: argparse.Namespace) -> NextScalePipeline:
+    """The two models and VAR's tokenizer on the fast path."""
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    torch.manual_seed(0)
+    with device:
+        models = [random_transformer(size, options.schedule) for size in (options.size, options.refiner)]
+        vqvae = MultiScaleVQ(schedule=options.schedule).eval()
+    pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=SAMPLING).to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return accelerate(pipeline, supported(device, dtype))
+
+
+def all_rows(options: argparse.Namespace, scales: int) -> list[Row]:
+    """The whole model, then every subnet and hand-over."""
+    rows = [Row("full", options.size, "full")]
+    for depth in whole_numbers("--depths", options.depths):
+        rows.append(Row("subnet", f"of {options.size}", "full", f"supernet:{options.bridge}", depth))
+    return rows + [Row("code", f"+ {options.refiner}", "full", f"code:{n}") for n in range(options.bridge, scales)]
+
+
+def seconds_of(pipeline: NextScalePipeline, plan: Plan, batch: int) -> float:
+    """Of drawing all tokens of a batch."""
+    device = pipeline.transformer.device
+    began = now(device)
+    pipeline(class_labels=[i % 1000 for i in range(batch)], seed=0, plan=plan, output_type="latent")
+    return now(device) - began
+
+
+def decoder_seconds(pipeline: NextScalePipeline, batch: int, repeats: int = 3) -> float:
+    """Of decoding a batch: the median of some calls after two others."""
+    device, latent_hw = pipeline.transformer.device, pipeline.vqvae.schedule.latent_hw
+    f_hat = torch.randn(batch, pipeline.vqvae.config.latent_channels, *latent_hw, device=device)
+    found = []
+    for _ in range(2 + repeats):
+        began = now(device)
+        pipeline.decode(f_hat, "pt")
+        found.append(now(device) - began)
+    return median(found[2:])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Every row, in turns; the result as `report.result` makes it."""
+    for size in (options.size, options.refiner):
+        check_size(size)
+    if min(options.batch_size, options.rounds, options.bridge) < 1:
+        raise ValueError("--batch-size, --rounds and --bridge must be 1 or more")
+    if resolve_device(options.device).type == "cpu":
+        torch.set_num_threads(1)
+    pipeline, batch = build(options), options.batch_size
+    rows = all_rows(options, len(pipeline.transformer.schedule))
+    plans = [pipeline.make_plan(row.words) for row in rows]
+    caches = [measure_once(pipeline, list(range(batch)), plan).cache_bytes / 2**20 for plan in plans]
+    for plan in plans * (2 if pipeline.graphed else 1):  # kernels are chosen, graphs recorded
+        seconds_of(pipeline, plan, batch)
+    found: list[list[float]] = [[] for _ in rows]
+    for _ in tqdm(range(options.rounds), desc="rounds", disable=None):
+        for times, plan in zip(found, plans):
+            times.append(seconds_of(pipeline, plan, batch))
+    flops = [sum(work.flops for work in plan_work(plan, batch)) for plan in plans]
+    decoder, made = decoder_seconds(pipeline, batch), []
+    for row, times, cache, operations in zip(rows, found, caches, flops):
+        figures: dict[str, Any] = {"row": row.name, "group": row.group, "label": row.label}
+        figures |= spread("tokens_images_per_s", [batch / s for s in times])
+        figures |= spread("speed", [full / s for full, s in zip(found[0], times)])
+        figures |= {"ceiling": flops[0] / operations, "peak_cache_mib": cache, "cache_of_full": cache / caches[0]}
+        figures["share_of_ceiling"] = figures["speed"] / figures["ceiling"]
+        figures["images_per_s"] = batch / (median(times) + decoder)
+        figures["speed_with_decoder"] = (median(found[0]) + decoder) / (median(times) + decoder)
+        made.append(figures)
+    settings = {"device": device_name(pipeline.transformer.device.type), "batch_size": batch, "dtype": options.dtype}
+    settings |= {"threads": torch.get_num_threads(), "decoder_s": decoder}
+    command = command_line("python -m benchmarks.elastic_speed", vars(options), vars(parser_of().parse_args([])))
+    return result(made, command=command, n=options.rounds, seeds=0, settings=settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result, its table and its picture."""
+    from benchmarks.elastic_picture import draw
+
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    content = measured(parser, options, measure, COLUMNS)
+    draw(content["rows"], options.out.with_suffix(".png"))
+    print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

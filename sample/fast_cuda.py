@@ -1,0 +1,172 @@
+"""The fast path on a GPU: a transformer block and a residual block of the tokenizer in few launches.
+
+Matrix products stay PyTorch's; what lies between them is one kernel of `sample.kernels` each.
+
+Shapes: B images, R rows of a batch, l tokens, S keys, D width, H heads, d head width, C O channels, h w pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import log
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from sample import kernels
+from var.cache import KVCache, Pair
+from var.heads import CategoricalHead
+from var.layers import Block, rotate
+
+NARROW = 8  # fewer output channels than this keep a convolution off the tensor cores
+
+
+class FusedBlock:
+    """What `Block.forward` computes, its weights of queries, keys and values joined in place; for inference.
+
+    Put it in the place of a block's `forward`: the block, its weights and their names stay.
+    """
+
+    def __init__(self, block: Block):
+        self.block, attn = block, block.attn
+        self.qkv_ED = torch.cat([part.weight.data for part in (attn.to_q, attn.to_k, attn.to_v)])
+        for part, own in zip((attn.to_q, attn.to_k, attn.to_v), self.qkv_ED.chunk(3)):
+            part.weight.data = own  # so that no weight is held twice
+        q_bias, v_bias = attn.to_q.bias.data, attn.to_v.bias.data
+        self.bias_E = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        strength = attn.log_scale_H11.data.float().clamp(max=log(100.0)).exp().flatten() if attn.qk_norm else None
+        self.strength_H = strength
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x_RlD: torch.Tensor,
+        ada_R6D: torch.Tensor,
+        memory: Pair | None = None,
+        memory_mask: torch.Tensor | None = None,
+        mask: torch.Tensor | BlockMask | None = None,
+        rope_lf: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        begin: int = 0,
+    ) -> torch.Tensor:
+        """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
+        block, attn, eps = self.block, self.block.attn, self.block.norm_eps
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_R6D.unbind(dim=1)  # each (R, D)
+        _, normed = kernels.gated_norm(x_RlD, scale1, shift1, eps=eps)
+        q, k, v = self.project(normed, rope_lf, cache, layer, begin)
+        read = attn.to_out(attn.attend(q, k, v, mask, attn.scale))
+        if memory is None:
+            x_RlD, normed = kernels.gated_norm(x_RlD, scale2, shift2, read, gamma1, eps=eps)
+        else:
+            x_RlD = kernels.gated_sum(x_RlD, read, gamma1)
+            read = block.cross(block.cross_norm(x_RlD), memory, memory_mask)
+            x_RlD = x_RlD + (read if block.cross_gate_D is None else read * block.cross_gate_D)
+            _, normed = kernels.gated_norm(x_RlD, scale2, shift2, eps=eps)
+        return kernels.gated_sum(x_RlD, self.feed_forward(normed), gamma2)
+
+    def project(
+        self, normed_RlD: torch.Tensor, rope_lf: torch.Tensor | None, cache: KVCache | None, layer: int, begin: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries (R, H, l, d), and keys and values of all they may see, written straight into a plain cache."""
+        attn, (R, length, D) = self.block.attn, normed_RlD.shape
+        qkv = F.linear(normed_RlD, self.qkv_ED, self.bias_E)
+        shape = (R, attn.heads, length, D // attn.heads)
+        if type(cache) is KVCache and rope_lf is None:
+            k, v, keys, values = cache.slots(layer, begin, shape, qkv)
+            return kernels.split_heads(qkv, k, v, self.strength_H), keys, values
+        k, v = (qkv.new_empty(shape) for _ in range(2))
+        q = kernels.split_heads(qkv, k, v, self.strength_H)
+        if rope_lf is not None:
+            q, k = rotate(q, rope_lf), rotate(k, rope_lf)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, begin=begin, q_BHld=q, scale=attn.scale)
+        return q, k, v
+
+    def feed_forward(self, normed_RlD: torch.Tensor) -> torch.Tensor:
+        """`FeedForward` with its GELU computed at the end of the first product."""
+        first, second = self.block.ffn.fc1, self.block.ffn.fc2
+        rows = normed_RlD.flatten(0, 1)
+        if rows.dtype == torch.float32:  # no such product there
+            return self.block.ffn(normed_RlD)
+        hidden = torch._addmm_activation(first.bias, rows, first.weight.mT, use_gelu=True)
+        return second(hidden).view(normed_RlD.shape)
+
+
+def fuse_head(head: CategoricalHead) -> None:
+    """Let a head's product take TensorFloat-32, which has the digits of the official code's float16."""
+    plain = head.project
+
+    def project(features_BlD: torch.Tensor) -> torch.Tensor:
+        with tensor_float_32():
+            return plain(features_BlD)
+
+    head.project = project
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Matrix products of float32 numbers on tensor cores, with 10 bits of mantissa."""
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    switch.allow_tf32 = True
+    try:
+        yield
+    finally:
+        switch.allow_tf32 = before
+
+
+class FusedNormSiLU(nn.Module):
+    """GroupNorm, then SiLU, of channels-last maps."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.num_groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
+
+    def forward(self, x_BChw: torch.Tensor, bias_C: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, h, w), plus a bias before the norm, to (B, C, h, w), channels-last."""
+        return kernels.norm_silu(x_BChw, self, bias_C)
+
+
+class FusedResnet(nn.Module):
+    """diffusers' residual block without time embedding, in channels-last; biases are added by the next kernel."""
+
+    def __init__(self, block: ResnetBlock2D):
+        super().__init__()
+        assert block.time_emb_proj is None and block.output_scale_factor == 1, "not a block of an autoencoder"
+        self.norm1, self.norm2 = FusedNormSiLU(block.norm1), FusedNormSiLU(block.norm2)
+        self.conv1, self.conv2, self.conv_shortcut = block.conv1, block.conv2, block.conv_shortcut
+
+    def forward(self, input_tensor: torch.Tensor, temb: None = None) -> torch.Tensor:
+        """(B, C, h, w) to (B, O, h, w), channels-last."""
+        h_BOhw = without_bias(self.conv1, self.norm1(input_tensor))
+        h_BOhw = without_bias(self.conv2, self.norm2(h_BOhw, self.conv1.bias))
+        if self.conv_shortcut is None:
+            return kernels.biased_sum(h_BOhw, input_tensor, self.conv2.bias)
+        return kernels.biased_sum(h_BOhw, self.conv_shortcut(input_tensor), self.conv2.bias)
+
+
+def without_bias(conv: nn.Conv2d, x_BChw: torch.Tensor) -> torch.Tensor:
+    """A convolution but for its bias."""
+    return F.conv2d(x_BChw, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class WidenedConv(nn.Module):
+    """A convolution to a few channels, made with enough of them for tensor cores."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias, self.plain = conv.weight, conv.bias, [conv]  # in a list: not a module of this one
+        more = NARROW - conv.out_channels
+        wide = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0, 0, more))
+        self.register_buffer("wide", wide.contiguous(memory_format=torch.channels_last), persistent=False)
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) to (B, O, h, w)."""
+        conv = self.plain[0]
+        made = F.conv2d(x_BChw, self.wide, None, conv.stride, conv.padding, conv.dilation)
+        return made[:, : conv.out_channels] + conv.bias[:, None, None]
