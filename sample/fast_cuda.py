@@ -22,7 +22,7 @@ from var.cache import KVCache, Pair
 from var.heads import CategoricalHead
 from var.layers import Block, rotate
 
-NARROW = 8  # fewer output channels than this keep a convolution off the tensor cores
+NARROW = 32  # output channels that a convolution needs to run on tensor cores (cuDNN 9)
 
 
 class FusedBlock:
@@ -53,6 +53,7 @@ class FusedBlock:
         cache: KVCache | None = None,
         layer: int = 0,
         begin: int = 0,
+        kept_2B11: None = None,
     ) -> torch.Tensor:
         """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
         block, attn, eps = self.block, self.block.attn, self.block.norm_eps

@@ -171,3 +171,24 @@ def test_wrong_sizes_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         model = make(**wrong)
         model(inputs_for(model), model.condition(prompt_for(model)))
+
+
+def test_stochastic_depth_keeps_the_mean_and_drops_whole_branches():
+    block = make(drop_path=0.5).train().blocks[-1]
+    kept = torch.stack([block.draw_kept(torch.zeros(500, 1, 1)) for _ in range(4)])
+    assert set(kept.unique().tolist()) == {0.0, 2.0} and abs(kept.mean() - 1) < 0.1
+    assert block.eval().draw_kept(torch.zeros(2, 1, 1)) is None
+    x, ada = torch.randn(2, 5, 32), torch.randn(2, 6, 32)
+    out = block(x, ada, kept_2B11=torch.tensor([[1.0, 0.0], [1.0, 0.0]])[..., None, None])
+    assert torch.equal(out[1], x[1]) and torch.allclose(out[0], block(x, ada)[0])
+
+
+def test_blocks_that_drop_differently_are_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make(depth=12, drop_path=0.1).train()
+    for block in model.blocks:
+        block.compile(backend="eager", dynamic=False)
+    hidden = model(inputs_for(model), model.condition(prompt_for(model)))
+    assert hidden.isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block drops nothing

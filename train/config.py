@@ -26,7 +26,8 @@ class RunConfig:
         batch_size: images per optimiser step, over all processes.
         micro_batch: images per forward pass and process; as many as fit the batch when null.
         seed: of the data's order, crops, prompt dropping and initial weights.
-        precision: no (float32), bf16 or fp16; what `accelerate launch` says when null.
+        precision: no (float32), bf16 or fp16; what `accelerate launch` says when null. On CUDA the last two also let
+            what stays float32, as the head, take TensorFloat-32 (10 bits of mantissa), as VAR's trainer does.
         ema: decay of the averaged weights that are validated and exported; 0 turns averaging off.
         log_every: steps between lines of metrics.jsonl.
         validate_every: steps between validations and preview grids.

@@ -96,6 +96,8 @@ def start(task: Task, config: RunConfig) -> Session:
             "torchrun --nproc_per_node N and --run.cpu=true"
         )
     config.check_split(accelerator.num_processes)
+    if accelerator.mixed_precision != "no":  # what stays float32 (the head, the quantiser) has more digits even so
+        torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.is_fsdp2 and not task.objective.shardable:
         raise ValueError(
             f"{type(task.objective).__name__} does not train sharded (FSDP): use configs/accelerate/ddp.yaml"

@@ -224,10 +224,11 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         begin: int = 0,
+        kept_2B11: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, l, D) to (B, l, D)."""
+        """(B, l, D) to (B, l, D); `kept_2B11` comes from `draw_kept`."""
         read_BlD = self.attn.read(*self.before(x_BlD, ada_B6D, rope_lf), mask, cache, layer, begin)
-        return self.after(x_BlD, read_BlD, ada_B6D, memory, memory_mask)
+        return self.after(x_BlD, read_BlD, ada_B6D, memory, memory_mask, kept_2B11)
 
     def before(
         self, x_BlD: torch.Tensor, ada_B6D: torch.Tensor, rope_lf: torch.Tensor | None
@@ -243,17 +244,23 @@ class Block(nn.Module):
         ada_B6D: torch.Tensor,
         memory: tuple[torch.Tensor, torch.Tensor] | None = None,
         memory_mask: torch.Tensor | None = None,
+        kept_2B11: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The block's output, from its input and what self-attention read."""
+        kept = (1.0, 1.0) if kept_2B11 is None else kept_2B11
         gamma1, gamma2, _, scale2, _, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
-        x_BlD = x_BlD + self._drop(self.attn.to_out(read_BlD) * gamma1)
+        x_BlD = x_BlD + self.attn.to_out(read_BlD) * (gamma1 * kept[0])
         if memory is not None:
             read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
             x_BlD = x_BlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
-        return x_BlD + self._drop(self.ffn(modulate(x_BlD, scale2, shift2, self.norm_eps)) * gamma2)
+        return x_BlD + self.ffn(modulate(x_BlD, scale2, shift2, self.norm_eps)) * (gamma2 * kept[1])
 
-    def _drop(self, branch_BlD: torch.Tensor) -> torch.Tensor:
+    def draw_kept(self, x_BlD: torch.Tensor) -> torch.Tensor | None:
+        """Stochastic depth: 1 / (1 - p) where a training image keeps its two branches, 0 where not, (2, B, 1, 1).
+
+        Drawn outside of `forward`, where each block's own p would be compiled anew. None where nothing is dropped.
+        """
         if not self.training or self.drop_path == 0:
-            return branch_BlD
-        keep = branch_BlD.new_empty(len(branch_BlD), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch_BlD * keep / (1 - self.drop_path)
+            return None
+        keep = 1 - self.drop_path
+        return torch.stack([x_BlD.new_empty(len(x_BlD), 1, 1).bernoulli_(keep) / keep for _ in range(2)])

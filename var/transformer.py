@@ -192,6 +192,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             where = (short_mask, short_rope) if skipped else (mask, rope)
             fed = h[:, :short] if skipped else h
             arguments = (fed, cond.blocks[i], memory, cond.memory_mask_B11T, *where, cache, i, begin)
+            arguments += (block.draw_kept(fed),)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 out = self._gradient_checkpointing_func(block, *arguments)
             else:
