@@ -81,9 +81,15 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
         "--fast",
         choices=["auto", "on", "off"],
         default="auto",
-        help="on: what is fastest here; auto: on a CPU, with the same tokens as off (auto)",
+        help="on: what is fastest here; auto: fast with the tokens of off, up to rounding; off: plain (auto)",
     )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    where.add_argument(
+        "--offload",
+        choices=["none", "model", "layers"],
+        default="none",
+        help="for a small GPU: weights wait in CPU memory, and come model by model or layer by layer (none)",
+    )
     where.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
     return where
 
@@ -115,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    pipeline = load_pipeline(folder, **places, refiner=refiner, fast=args.fast)
+    pipeline = load_pipeline(folder, **places, refiner=refiner, fast=args.fast, offload=args.offload)
     if pipeline.accelerated is not None:
         keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)

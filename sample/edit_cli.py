@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = model_folder(args.model)
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"), fast=args.fast)
+    places |= {"fast": args.fast, "offload": args.offload}
+    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"))
     if pipeline.accelerated is not None:
         keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)

@@ -85,10 +85,12 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
         The pipeline.
 
     Raises:
-        ValueError: if it was accelerated already, or the device or dtype cannot do what is asked for.
+        ValueError: if it was accelerated or offloaded already, or the device or dtype cannot do what is asked for.
     """
     if pipeline.accelerated is not None:
         raise ValueError("pipeline was accelerated already: load the model again for other settings")
+    if pipeline.offloaded is not None:
+        raise ValueError("pipeline is offloaded, and its weights move: load the model again with offload=none")
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     possible = supported(device, dtype)
     settings = settings or possible
@@ -106,8 +108,9 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
             _accelerate_transformer(model, settings)
-    if settings.channels_last:
-        vqvae.to(memory_format=torch.channels_last)
+    if settings.channels_last:  # not the quantiser: its tokens are to stay those of the plain path
+        for half in (vqvae.encoder, vqvae.decoder):
+            half.to(memory_format=torch.channels_last)
     if settings.graphs:
         pipeline.graphed = GraphedSampler(vqvae)
     pipeline.accelerated = settings

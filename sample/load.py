@@ -6,12 +6,14 @@ import hashlib
 import importlib.resources
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from sample.fast import FAST, accelerate, native_bfloat16
+from sample.fast import FAST, accelerate, native_bfloat16, supported
+from sample.offload import OFFLOADS, keep_on_cpu
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
@@ -29,6 +31,7 @@ def load_pipeline(
     text_device: str | torch.device | None = None,
     refiner: str | Path | None = None,
     fast: str = "off",
+    offload: str = "none",
 ) -> NextScalePipeline:
     """The pipeline of a model, in eval mode.
 
@@ -40,17 +43,19 @@ def load_pipeline(
         device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
         text_device: where the text encoder goes instead, e.g. "cpu" to keep its weights out of the accelerator.
         refiner: another model, whose transformer makes the last scales where a plan says so.
-        fast: "on" lays out weights for the processor (see `sample.fast`) and lets "auto" dtypes be the fastest; "auto"
-            lays them out on a CPU, where float32 stays float32; "off" is the plain path.
+        fast: "on" takes all that is fast here (see `sample.fast`) and lets "auto" dtypes be the fastest; "auto" what
+            keeps the dtype and, on a GPU, no memory between calls: no CUDA graphs; "off" is the plain path.
+        offload: for a device with too little memory, weights wait in CPU memory: "model" brings the text encoder, a
+            transformer or the decoder as a whole, while it works; "layers" brings a transformer layer by layer, which
+            takes least memory and longest (see `sample.offload`).
 
     Raises:
         FileNotFoundError: if there is no such model, or its folder lacks a part.
-        ValueError: on an unknown dtype, device or fast, if the folder holds another kind of pipeline, or if the refiner
-            has another tokenizer or text encoder.
+        ValueError: on an unknown dtype, device, fast or offload, on an offload that the others rule out, if the folder
+            holds another kind of pipeline, or if the refiner has another tokenizer or text encoder.
     """
-    if fast not in FAST:
-        raise ValueError(f"fast must be one of {', '.join(FAST)}, got {fast!r}")
     place = resolve_device(device)
+    check_fast(fast, offload, place)
     precision = resolve_dtype(dtype, place, fastest=fast == "on")
     folder = model_folder(model)
     with silent_loading():
@@ -63,14 +68,44 @@ def load_pipeline(
         other = load_pipeline(refiner, dtype="float32", device="cpu")
         check_refiner(pipeline, other, str(refiner))
         pipeline.register_modules(refiner=other.transformer)
-    if text_device is None or pipeline.text_encoder is None:
-        pipeline.to(place, precision)
-    else:
-        encoder = pipeline.text_encoder
+    put(pipeline, place, precision, text_device=text_device, offload=offload)
+    if offload != "none" or fast == "off":
+        return pipeline
+    possible = supported(place, precision)
+    return accelerate(pipeline, possible if fast == "on" else replace(possible, graphs=False))
+
+
+def check_fast(fast: str, offload: str, device: torch.device) -> None:
+    """Raise ValueError unless the two are known and go together on a device."""
+    for name, value, known in (("fast", fast, FAST), ("offload", offload, OFFLOADS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"offload {offload} keeps weights in CPU memory until the device needs them: device is the CPU"
+        )
+    if offload != "none" and fast == "on":
+        raise ValueError(f"offload {offload} moves weights, and fast on needs them in one place: give only one of them")
+
+
+def put(
+    pipeline: NextScalePipeline,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    text_device: str | torch.device | None,
+    offload: str,
+) -> None:
+    """Cast a pipeline and move it to its device, the text encoder to its own; or keep its weights in CPU memory."""
+    encoder = None if text_device is None else pipeline.text_encoder
+    if encoder is not None:
         pipeline.register_modules(text_encoder=None)
-        pipeline.to(place, precision)
-        pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), precision))
-    return accelerate(pipeline) if fast == "on" or (fast == "auto" and place.type == "cpu") else pipeline
+    if offload == "none":
+        pipeline.to(device, dtype)
+    else:
+        keep_on_cpu(pipeline.to(dtype), offload, device)
+    if encoder is not None:
+        pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), dtype))
 
 
 def check_refiner(pipeline: NextScalePipeline, other: NextScalePipeline, name: str) -> None:

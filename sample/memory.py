@@ -7,13 +7,16 @@ Shapes: B images, R rows (B, or 2 B with guidance), l tokens of the last scale, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from sample import kernels
 from sample.costs import cache_peak
 from sample.draw import Filter
+from sample.offload import decoding_units, drawing_units
 from sample.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,16 +31,18 @@ class Memory:
     """Bytes of a call of the pipeline, part by part.
 
     Attributes:
-        weights: of all parameters.
+        weights: on the device while tokens are drawn; of all parameters, unless they are offloaded.
         cache: peak of the key/value caches, the joined keys and values of one layer included.
         step: what a scale needs beside them, at most.
         decoder: what decoding needs, when the caches are gone.
+        decoder_weights: on the device while images are decoded.
     """
 
     weights: int
     cache: int
     step: int
     decoder: int
+    decoder_weights: int
 
     @property
     def drawing(self) -> int:
@@ -47,22 +52,34 @@ class Memory:
     @property
     def peak(self) -> int:
         """Peak of the whole call."""
-        return max(self.drawing, self.weights + self.decoder)
+        return max(self.drawing, self.decoder_weights + self.decoder)
 
 
 def predict(
-    plan: Plan, vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype, *, decode_batch: int | None = None
+    plan: Plan,
+    vqvae: MultiScaleVQ,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    decode_batch: int | None = None,
+    offload: str = "none",
 ) -> Memory:
-    """The memory of drawing `batch` images by a plan.
+    """The memory of drawing `batch` images by a plan, without the text encoder's.
 
     Args:
         decode_batch: images decoded at once (`MultiScaleVQ.enable_slicing`); all of them when None.
+        offload: what waits in CPU memory: "none", "model" or "layers", see `sample.offload`.
     """
-    models = {id(stage.model): stage.model for stage in plan.stages}
-    weights = sum(_weight_bytes(model, dtype) for model in (*models.values(), vqvae))
+    models = list({id(stage.model): stage.model for stage in plan.stages}.values())
+    weights = decoder_weights = sum(weight_bytes(model, dtype) for model in (*models, vqvae))
+    if offload != "none":
+        drawing, decoding = drawing_units(models, offload), decoding_units(vqvae)
+        staying = weights - sum(unit_bytes(unit, dtype) for unit in (*drawing, *decoding))
+        weights = staying + max(unit_bytes(unit, dtype) for unit in drawing)
+        decoder_weights = staying + unit_bytes([vqvae.decoder], dtype)
     step = max(step_bytes(plan, place, batch, dtype) for place in range(len(plan.stages)))
     decoder = decoder_bytes(vqvae, min(batch, decode_batch or batch), dtype) + _image_bytes(vqvae, batch, dtype)
-    return Memory(weights, cache_peak(plan, batch, dtype), step, decoder)
+    return Memory(weights, cache_peak(plan, batch, dtype), step, decoder, decoder_weights)
 
 
 def official_cache_bytes(plan: Plan, batch: int) -> int:
@@ -88,6 +105,8 @@ def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
 
 def _draw_bytes(filters: Filter, values: int, device: torch.device) -> int:
     """Of one token: logits before and after the filters, and what was sorted to find them."""
+    if device.type == "cuda" and values <= kernels.ROW and kernels.usable(device):
+        return 2 * FLOAT * values  # logits before and after the filters: nothing is sorted or summed in memory
     if filters.top_p >= 1:
         return 4 * FLOAT * values  # logits, filtered ones, probabilities and their sums
     if device.type == "cuda" or not 0 < filters.top_k < values:
@@ -111,10 +130,15 @@ def _image_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype) -> int:
     return 2 * batch * 3 * h * w * torch.empty((), dtype=dtype).element_size()
 
 
-def _weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
+def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a model cast to `dtype`, but for the modules it keeps in float32."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     size = torch.empty((), dtype=dtype).element_size()
     return sum(
         p.numel() * (size if kept.isdisjoint(name.split(".")) else FLOAT) for name, p in model.named_parameters()
     )
+
+
+def unit_bytes(modules: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of weights that come and go together, cast to `dtype`."""
+    return sum(weight_bytes(module, dtype) for module in modules)

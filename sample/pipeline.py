@@ -24,6 +24,7 @@ from sample.generate import generate
 from sample.graphs import GraphedSampler
 from sample.guidance import Guidance
 from sample.official import Flags, load_official
+from sample.offload import keep_on_cpu
 from sample.plan import Plan
 from sample.plan_text import PlanConfig, scale_filters
 from sample.search import Found, Search, search_images
@@ -95,6 +96,7 @@ class NextScalePipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
         self.accelerated = None  # what `sample.fast.accelerate` exchanged
         self.graphed: GraphedSampler | None = None  # replays calls without hooks; set by `accelerate` on CUDA
+        self.offloaded: str | None = None  # how `sample.offload` keeps the weights in CPU memory
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a dtype or both; the quantiser and the output head stay float32."""
@@ -102,10 +104,10 @@ class NextScalePipeline(DiffusionPipeline):
         for argument in args:
             dtype = argument if isinstance(argument, torch.dtype) else dtype
         places = tuple(argument for argument in args if not isinstance(argument, torch.dtype))
-        if self.accelerated is not None and (places or kwargs or dtype not in (None, self.transformer.dtype)):
-            raise ValueError(
-                "an accelerated pipeline stays on its device and in its dtype: load the model with fast=off"
-            )
+        held = "accelerated" if self.accelerated is not None else "offloaded" if self.offloaded is not None else None
+        if held is not None and (places or kwargs or dtype not in (None, self.transformer.dtype)):
+            plain = {"accelerated": "fast=off", "offloaded": "offload=none"}[held]
+            raise ValueError(f"an {held} pipeline stays on its device and in its dtype: load the model with {plain}")
         if places or kwargs:
             super().to(*places, **kwargs)
         if dtype is not None:
@@ -113,6 +115,16 @@ class NextScalePipeline(DiffusionPipeline):
                 if component is not None:
                     cast(component, dtype)
         return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """diffusers' name of `load_pipeline(offload="model")`, see `sample.offload`."""
+        keep_on_cpu(self.to("cpu"), "model", _gpu(gpu_id, device))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """diffusers' name of `load_pipeline(offload="layers")`, see `sample.offload`."""
+        keep_on_cpu(self.to("cpu"), "layers", _gpu(gpu_id, device))
 
     @classmethod
     def from_official(
@@ -252,7 +264,7 @@ class NextScalePipeline(DiffusionPipeline):
         return [canvas for canvas in canvases for _ in range(copies)]
 
     def _edit(self, canvases: Sequence[Canvas], plan: Plan, rule: str) -> EditHook:
-        device, schedule = self._execution_device, plan.schedule
+        device, schedule = self.transformer.device, plan.schedule
         seen = torch.stack([canvas.seen(self._image_hw(plan)) for canvas in canvases]).to(device)
         keep = torch.stack([canvas.keep(schedule.latent_hw) for canvas in canvases])
         return edit_hook(self.vqvae, seen, keep, schedule, rule)
@@ -343,7 +355,7 @@ class NextScalePipeline(DiffusionPipeline):
             encoded = self.encode_prompt(texts)
             return encoded.select(_repeat(len(texts), copies).to(encoded.mask_BT.device))
         labels = check_classes(class_labels, self.transformer.config.num_classes)
-        return ClassPrompt(torch.tensor(labels, device=self._execution_device)).select(_repeat(len(labels), copies))
+        return ClassPrompt(torch.tensor(labels, device=self.transformer.device)).select(_repeat(len(labels), copies))
 
     def _negative(self, negative: str | Sequence[str] | None, batch: int, copies: int) -> Prompt | None:
         if negative is None:
@@ -476,6 +488,11 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+
+
+def _gpu(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
+    place = torch.device(device or "cuda")
+    return place if gpu_id is None else torch.device(place.type, gpu_id)
 
 
 def _texts(prompt: str | Sequence[str], copies: int) -> list[str]:
