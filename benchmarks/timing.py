@@ -1,9 +1,9 @@
 """Timing that can be believed: idle gate, interleaved workers, medians and ranges, ceilings measured in the same run.
 
-Other work on a machine turns a run of five seconds into twenty. So every timed run waits until the processors are idle,
-and is done again when more than 4 % of them was busy with something else meanwhile. What is compared runs in processes
-of its own, in turns: A B A B. One thread is timed by its process's own clock, which stands still while others run: it
-needs no gate.
+Other work on a machine turns a run of five seconds into twenty. So every timed run waits until the processors are idle
+that it may run on, and is done again when more than 4 % of them was busy with something else meanwhile. What is
+compared runs in processes of its own, in turns: A B A B. One thread is timed by its process's own clock, which stands
+still while others run: it needs no gate.
 """
 
 from __future__ import annotations
@@ -25,26 +25,36 @@ FOREIGN = 0.04  # share of all processors that others may have used
 STAT = Path("/proc/stat")
 
 
+def own_processors() -> set[int]:
+    """The processors that this process may run on (`taskset` can leave it a few of them)."""
+    return os.sched_getaffinity(0)
+
+
 def busy_seconds() -> float:
-    """Seconds all processors together were busy since the machine started, stolen time included.
+    """Seconds that this process's processors were busy since the machine started, stolen time included.
 
     Raises:
         ValueError: on a system that does not tell.
     """
     if not STAT.exists():
         raise ValueError("timing needs /proc/stat to see what else runs: use Linux")
-    user, nice, system, _, _, irq, softirq, steal = map(int, STAT.read_text().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    ticks, mine = 0, {f"cpu{number}" for number in own_processors()}
+    for name, *counts in map(str.split, STAT.read_text().splitlines()):
+        if name in mine:
+            user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """What happens meanwhile: `wall_s`, `cpu_s`, and `foreign_share` of all processors that other processes used."""
+    """What happens meanwhile: `wall_s`, `cpu_s`, and `foreign_share` of its processors that other processes used."""
     found: dict[str, float] = {}
     busy, own, began = busy_seconds(), time.process_time(), time.perf_counter()
     yield found
     found["wall_s"], found["cpu_s"] = time.perf_counter() - began, time.process_time() - own
-    found["foreign_share"] = max(0.0, busy_seconds() - busy - found["cpu_s"]) / (found["wall_s"] * os.cpu_count())
+    foreign = busy_seconds() - busy - found["cpu_s"]
+    found["foreign_share"] = max(0.0, foreign) / (found["wall_s"] * len(own_processors()))
 
 
 def clock() -> float:
@@ -157,6 +167,7 @@ def _serve(connection: Connection, make: Callable[[], dict[str, Job]]) -> None:
 
     from sample.measure import peak_memory, reset_peak
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the official code would take a GPU where there is one
     torch.set_num_threads(1)
     try:
         jobs = {**make(), "threads": lambda threads: torch.set_num_threads(threads) or {}}

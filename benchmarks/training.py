@@ -100,27 +100,40 @@ def their_jobs(
 ) -> dict[str, Job]:
     """Job "step" (autocast) of the official transformer, with its trainer's loss."""
     import torch
-    from torch.nn import functional as F
 
     from benchmarks.reference import build
 
     _, var = build(checkout, weights, config, vqvae)
-    var.train().requires_grad_(True)
-    var.cond_drop_rate = 0.0
-    for block in var.blocks:  # ours was loaded without stochastic depth
-        block.drop_path = torch.nn.Identity()
+    without_drops(var)
     given = random_batch(config, batch)
 
     def step(autocast: bool) -> dict[str, Any]:
         var.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits_BLV = var(given["label"], given["inputs"])
-            losses = F.cross_entropy(logits_BLV.view(-1, logits_BLV.shape[-1]), given["ids"].view(-1), reduction="none")
-            loss = losses.view(batch, -1).mean(dim=-1).mean()
+            loss, _ = official_loss(var, given)
         loss.backward()
         return {"loss": float(loss.detach())}
 
     return {"step": step}
+
+
+def without_drops(var: Any) -> None:
+    """The official transformer ready to train, without stochastic depth (as ours is loaded) and dropped labels."""
+    import torch
+
+    var.train().requires_grad_(True)
+    var.cond_drop_rate = 0.0
+    for block in var.blocks:
+        block.drop_path = torch.nn.Identity()
+
+
+def official_loss(var: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The loss of the official trainer, and the logits (B, L, V)."""
+    from torch.nn import functional as F
+
+    logits_BLV = var(given["label"], given["inputs"])
+    loss_N = F.cross_entropy(logits_BLV.view(-1, logits_BLV.shape[-1]), given["ids"].view(-1), reduction="none")
+    return loss_N.view(len(given["ids"]), -1).mean(dim=-1).mean(), logits_BLV
 
 
 def step_flops(config: Mapping[str, Any], batch: int) -> float:

@@ -115,7 +115,7 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
 
     On a CPU only the k largest are sorted, but where ties decide what is kept; on a GPU nothing is (`sample.kernels`).
     """
-    if _halves(logits, k, p):
+    if (p < 1 or 0 < k < logits.shape[-1]) and _has_kernel(logits):
         return kernels.keep_likeliest(logits, k, p)
     if not 0 < k < logits.shape[-1] or p >= 1 or logits.device.type != "cpu":
         return keep_top_p(keep_top_k(logits, k), p)
@@ -130,10 +130,9 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     return kept
 
 
-def _halves(logits: torch.Tensor, k: int, p: float) -> bool:
-    """Whether a kernel finds what is kept: on a GPU, where there is something to find."""
-    wanted = p < 1 or 0 < k < logits.shape[-1]
-    return logits.is_cuda and wanted and 2 < logits.shape[-1] <= kernels.ROW and kernels.usable(logits.device)
+def _has_kernel(logits: torch.Tensor) -> bool:
+    """Whether rows of logits are read by `sample.kernels`: on a GPU, where they are neither bits nor too long."""
+    return logits.is_cuda and 2 < logits.shape[-1] <= kernels.ROW and kernels.usable(logits.device)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -141,6 +140,8 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     A token of probability 0 is never drawn, whatever rounding does to the cumulative sum.
     """
+    if _has_kernel(logits):
+        return kernels.draw(logits, uniforms)
     cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)
     total = cdf[..., -1:]
     target = torch.minimum(uniforms[..., None].to(cdf) * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -118,4 +118,6 @@ class GraphedSampler:
     @torch.no_grad()
     def decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
         """As `MultiScaleVQ.decode`."""
-        return self.recorder.run("decode", lambda f_hat: [self.vqvae.decode(f_hat)], [f_hat_BCHW])[0]
+        return self.recorder.run(("decode", self.vqvae.slice), lambda f_hat: [self.vqvae.decode(f_hat)], [f_hat_BCHW])[
+            0
+        ]

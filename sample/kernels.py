@@ -106,6 +106,15 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     return out.view(logits.shape)
 
 
+def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """`sample.draw.draw` in one reading of the logits (..., V): int64 tokens (...)."""
+    V = logits.shape[-1]
+    rows, uniforms = logits.float().contiguous().view(-1, V), uniforms.float().contiguous()
+    tokens, block = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device), triton.next_power_of_2(V)
+    _draw[(len(rows),)](rows, uniforms, tokens, V, BLOCK=block, num_warps=_warps(block))
+    return tokens
+
+
 def norm_silu(
     x_BChw: torch.Tensor,
     norm: torch.nn.GroupNorm,
@@ -222,6 +231,18 @@ if triton is not None:
                 border = tl.where((below <= spared) & (best >= higher), higher, border)
             kept = kept & (order >= border)
         tl.store(out + row * V + i, tl.where(kept, value, -float("inf")), mask=inside)
+
+    @triton.jit
+    def _draw(logits, uniforms, tokens, V, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        i = tl.arange(0, BLOCK)
+        value = tl.load(logits + row * V + i, mask=i < V, other=-float("inf"))
+        weight = tl.exp(value - tl.max(value, axis=0))
+        sums = tl.cumsum(weight, axis=0)
+        target = tl.load(uniforms + row) * tl.max(sums, axis=0)
+        last = tl.max(tl.where(weight > 0, i, 0), axis=0)  # where rounding leaves no sum above the target
+        beyond = tl.where((sums > target) & (weight > 0), i, last)
+        tl.store(tokens + row, tl.min(beyond, axis=0).to(tl.int64))
 
     @triton.jit
     def _channel_sums(x, sums, area, C, PIXELS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 
 from sample import fast, fast_cuda, kernels
-from sample.draw import keep_top_k, keep_top_p
+from sample.draw import draw, keep_top_k, keep_top_p
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.cache import KVCache
@@ -80,6 +80,19 @@ def test_tokens_that_tie_stay():
     logits[:, 3] = 1.0
     assert kernels.keep_likeliest(logits, 0, 0.9).isfinite().all()
     assert kernels.keep_likeliest(logits, 1, 0.9).isfinite().sum(-1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("values", [3, 100, 4096])
+def test_draw(values):
+    logits, uniforms = 2 * torch.randn(4, 50, values), torch.rand(4, 50)
+    logits[..., ::3] = -torch.inf
+    uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-24])
+    tokens = kernels.draw(logits.to(DEVICE), uniforms.to(DEVICE)).cpu()
+    assert tokens.dtype == torch.int64 and logits.gather(-1, tokens[..., None]).isfinite().all()
+    assert (tokens == draw(logits, uniforms)).float().mean() > 0.98  # but where a uniform meets a border's rounding
+    cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
+    low, high = (cdf.gather(-1, tokens[..., None] + more)[..., 0] for more in (0, 1))
+    assert (low - 1e-5 < uniforms).all() and (uniforms < high + 1e-5).all()
 
 
 @dtypes

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from threading import Barrier
 
 import pytest
 import torch
 
-from benchmarks import growth, memory, sampling, tokenizer, training
+from benchmarks import growth, growth_runs, memory, sampling, tokenizer, training
 from benchmarks.models import image_flops, random_pipeline
 from benchmarks.reference import check_checkout
 from benchmarks.speed_picture import draw_growth, draw_sampling
@@ -91,26 +92,67 @@ def test_flops_are_those_of_the_published_size():
 def test_exponents_of_a_power_law():
     names = ("seconds", "gflop", "linear_gflop", "attention_gflop", "peak_cache_mib")
     points = [{"x": x, **dict.fromkeys(names, 3 * x**2), "attention_gflop": x**4 / 12} for x in (2, 4, 8)]
-    found = growth.exponents(points)
-    assert found["seconds_exponent"] == pytest.approx(2) and found["attention_gflop_exponent"] == pytest.approx(4)
-    assert growth.crossover(points) == pytest.approx(6)
+    found = growth.exponents([{**points[0], "seconds": 100.0}, *points[1:]], growth.THEORY["side"])
+    assert found["seconds_exponent"] < 0.5 and found["seconds_local_exponent"] == pytest.approx(2)
+    assert found["attention_gflop_exponent"] == pytest.approx(4) == found["attention_gflop_theory"]
+    assert "seconds_theory" not in found
+    pair = "linear_gflop", "attention_gflop"
+    assert growth.crossover(points, *pair) == growth.crossover(points[1:], *pair) == pytest.approx(6)
+    assert growth.crossover(points[:2], *pair) == pytest.approx(6)  # beyond the points
+    assert growth.crossover(points, "linear_gflop", "seconds") is None
+    far = [{**point, "attention_gflop": point["attention_gflop"] / 1e3} for point in points]
+    assert growth.crossover(far, *pair) is None  # at 190, where nothing is known
 
 
-def test_growth_runs(tmp_path):
+def test_attention_is_as_dear_as_linear_layers_at_a_thousand_pixels():
+    """VAR-d16: 24 D^2 of linear layers a token, 4 D of attention a key: equal where a token reads 6 D = 6144 keys."""
+    row = growth.published_crossover("d16", "all")
+    assert row["attention_equals_linear_at_side"] == pytest.approx(1024, rel=0.03)
+    assert growth.published_crossover("d16", "window 20%")["attention_equals_linear_at_side"] > 1200
+
+
+def test_growth_runs(tmp_path, monkeypatch):
+    def together(shape, processes, repeats):  # in this process: one alone
+        run = growth_runs.drawing_jobs(shape, Barrier(1))["draw"](2)
+        return {"wall_s": run["ended"] - run["began"], "images_per_s": processes**0.5}
+
+    monkeypatch.setattr(growth, "together", together)
     out = tmp_path / "growth.json"
-    words = ["--sides", "64,128", "--batches", "1,2", "--depths", "1,2", "--repeats", "1", "--out", str(out)]
-    assert growth.main(words) == 0
+    words = ["--sides", "64,128", "--batches", "1,2", "--depths", "1,2", "--width", "64", "--depth", "1"]
+    assert growth.main([*words, "--processes", "1,4", "--repeats", "1", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    batch = next(row for row in rows if row["curve"] == "batch" and "fit_over" in row)
-    assert batch["gflop_exponent"] == pytest.approx(1)
+    fits = {(row["curve"], row["cache"]): row for row in rows if "fit_over" in row}
+    assert fits["batch", "all"]["gflop_exponent"] == pytest.approx(1)
+    for cache in growth.CACHES:
+        of_cache = fits["side", cache]
+        assert 0 < of_cache["attention_share_of_seconds"] < 1
+        assert (cache == "all") == (of_cache["peak_cache_mib_at_largest"] == max(r["peak_cache_mib"] for r in rows[:2]))
+    assert [row["of_ideal"] for row in rows if row["curve"] == "processes" and "x" in row] == [1, 0.5]
+    assert rows[-1]["images_per_s_exponent"] == pytest.approx(0.5) and rows[-1]["images_per_s_theory"] == 1
     assert out.with_suffix(".png").stat().st_size and out.with_suffix(".md").stat().st_size
-    draw_growth(rows, tmp_path / "again.png")
+    draw_growth(rows[:-3], tmp_path / "again.png")  # as on a GPU
 
 
 def test_published_sizes_in_the_memory_benchmark():
     row = memory.published("d30", "var256", 64, 1)
     assert row["stored_of_official"] <= 0.42
     assert row["peak_mib"] == row["drawing_mib"]
+
+
+@pytest.mark.parametrize("variant, decoded", [("plain", [1, 8]), ("layers", [8])])
+def test_memory_of_a_device(variant, decoded):
+    """On a CPU it is that of the whole process; what counts here is that every row is filled in."""
+    rows = memory.on_device("d6", "1,2,3", 2, variant, torch.device("cpu"), width=32)
+    assert [row["decode_batch"] for row in rows] == decoded
+    plain = memory.row_of(*plan_and_tokenizer("d6", "1,2,3"), 2, torch.bfloat16, 8)
+    assert (rows[-1]["weights_mib"] == plain["weights_mib"]) == (variant == "plain")
+    gpu_only = {"reserved_drawing_mib", "reserved_decoding_mib", "kept_reserved_mib", "kept_allocated_mib"}
+    assert set(memory.ON_GPU) - gpu_only <= set(rows[-1])
+
+
+def plan_and_tokenizer(size, schedule):
+    pipeline = random_pipeline(size, schedule, width=32)
+    return pipeline.make_plan(**memory.SETTINGS), pipeline.vqvae
 
 
 def test_rows_of_sampling(tmp_path):
@@ -134,6 +176,9 @@ def test_rows_of_sampling(tmp_path):
         (training, ["--reference", "nowhere"], "must be a checkout"),
         (tokenizer, ["--rounds", "0"], "must be 1 or more"),
         (growth, ["--sides", "64,100"], "--sides must be two or more of 64, 128"),
+        (growth, ["--repeats", "0"], "--width, --depth and --repeats must be 1 or more"),
+        (growth, ["--device", "abacus"], "device 'abacus' cannot be used"),
+        (memory, ["--device", "abacus"], "device 'abacus' cannot be used"),
         (memory, ["--batches", "x"], "--batches must be whole numbers above 0"),
     ],
 )

@@ -1,0 +1,200 @@
+"""A whole training step on a GPU beside the official code: `python -m benchmarks.training_gpu --reference VAR`.
+
+Forward, loss, backward, clipping and fused AdamW of one batch that lies on the device; random weights, one process, in
+turns: A B A B. Ours is `train.loop.train_step` of what `train.train_var` builds, in bfloat16; the official step does
+what its trainer does, in float16 with a gradient scaler (its default) and in bfloat16. Prompts and branches are not
+dropped; float32 products take TensorFloat-32 in both. The learning rate is 0: a step does all its work, yet the weights
+stay, so losses can be compared.
+
+Peak memory is what a step allocates above what lay there before, plus its own weights and optimizer state: what other
+variants keep does not count. Operations are counted from shapes, masked attention in full, recomputing not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import Run, figures, in_turns, official_models, settled
+from benchmarks.sampling_gpu import ceiling, device_name
+from benchmarks.tables import measured
+from benchmarks.training import official_loss, random_batch, step_flops, without_drops
+
+CLIP = 2.0
+COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float16", "times_official_bfloat16")
+COLUMNS += ("share_of_ceiling", "peak_mib", "loss")
+OURS = {  # variant -> (attention, compiled, checkpointed)
+    "sdpa": ("sdpa", False, False),
+    "flex": ("flex", False, False),
+    "compiled": ("flex", True, False),
+    "compiled_checkpointed": ("flex", True, True),
+}
+THEIRS = {"official_float16": torch.float16, "official_bfloat16": torch.bfloat16}
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
+    parser.add_argument("--size", default="d16", help="published size, random weights (d16)")
+    parser.add_argument("--schedule", default="var256", help="scales (var256)")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step (64)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each variant (3)")
+    parser.add_argument("--variants", default="all", help=f"some of {', '.join([*THEIRS, *OURS])}, by commas (all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the command (cuda)")
+    parser.add_argument("--out", type=Path, default=Path("results/training_gpu.json"), help="result and table")
+    return parser
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The variants to run: those asked for that can be.
+
+    Raises:
+        ValueError: on an unknown one, or when none is left.
+    """
+    known = [*THEIRS, *OURS]
+    asked = known if options.variants == "all" else options.variants.split(",")
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"--variants must be some of {', '.join(known)}, got {unknown[0]!r}")
+    possible = {*OURS, *THEIRS} if options.device == "cuda" else {"sdpa", "official_bfloat16"}
+    possible -= set(() if options.reference else THEIRS)
+    if not possible.intersection(asked):
+        raise ValueError(f"--variants {options.variants} need --device cuda or --reference")
+    return [name for name in known if name in asked and name in possible]
+
+
+def our_steps(names: Sequence[str], transformer: torch.nn.Module, given: Mapping[str, Any], device: str) -> dict:
+    """Steps by variant, each with the optimizers it moves; plain and compiled blocks share weights and optimizer."""
+    from train.config import RunConfig
+    from train.loop import start
+    from train.objectives import VarLossConfig, VarObjective
+    from train.optimizers import OptimizerConfig
+    from train.session import Session, Task
+
+    config = OptimizerConfig(clip=CLIP)
+    config.lr = 0.0  # which no configuration may ask for
+    plain = VarObjective(transformer.train(), VarLossConfig(drop=0.0), config)
+    batch = len(given["ids"])
+
+    def session_of(objective: VarObjective, compiled: bool) -> Session:
+        run = {"batch_size": batch, "precision": "bf16", "ema": 0.0, "compile": compiled, "cpu": device == "cpu"}
+        task = Task(objective=objective, train_data=[], val_data=[], prepare=dict, export=lambda *_: None)
+        return start(task, RunConfig(total_images=10**9, **run))
+
+    twin = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    sessions = {False: session_of(plain, False)}
+    if any(OURS[name][1] for name in names):
+        sessions[True] = session_of(twin, True)
+        sessions[True].optimizers = sessions[False].optimizers
+    return {name: (step_of(sessions[OURS[name][1]], given, name), sessions[False].all_optimizers) for name in names}
+
+
+def step_of(session: Any, given: Mapping[str, Any], name: str) -> Run:
+    """One step of the training loop; it gives the loss."""
+    from train.loop import train_step
+    from train.session import Meter
+
+    attention, _, checkpointed = OURS[name]
+
+    def step() -> torch.Tensor:
+        transformer = session.objective.transformer
+        transformer.enable_gradient_checkpointing() if checkpointed else transformer.disable_gradient_checkpointing()
+        session.objective.attention = attention
+        train_step(session, repeat(given))
+        loss, session.meter = session.meter.sums["loss"][0], Meter()
+        return loss
+
+    return step
+
+
+def their_steps(names: Sequence[str], var: Any, given: Mapping[str, Any], device: str) -> dict:
+    """The same of the official transformer."""
+    without_drops(var)
+    parameters = list(var.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def official_step(dtype: torch.dtype) -> Run:
+        halves = dtype == torch.float16
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**11, growth_interval=1000, enabled=halves)
+
+        def step() -> torch.Tensor:
+            with torch.autocast(device, dtype, cache_enabled=True):
+                loss, logits_BLV = official_loss(var, given)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            scaler.step(optimizer)
+            scaler.get_scale()  # it waits for the device, as its trainer does
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            logits_BLV.data.argmax(dim=-1)  # its trainer's predictions
+            return loss.detach()
+
+        return step
+
+    return {name: (official_step(THEIRS[name]), [optimizer]) for name in names}
+
+
+def peak_mib(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """The largest memory of a step with its own weights and optimizer state, in MiB."""
+    kept = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    kept += [v for optimizer in optimizers for state in optimizer.state.values() for v in state.values()]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in kept)) / 2**20
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Build and time; the result as `report.result` makes it."""
+    from benchmarks.models import check_size, random_pipeline
+    from benchmarks.reference import check_checkout
+    from evaluation.report import command_line, result
+    from sample.load import resolve_device
+
+    size, names, device = check_size(options.size), chosen(options), options.device
+    resolve_device(device)
+    if options.reference is not None:
+        check_checkout(options.reference)
+    with torch.device(device):
+        pipeline = random_pipeline(size, options.schedule, width=32)
+    config = dict(pipeline.transformer.config)
+    given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in random_batch(config, options.batch).items()}
+    steps = our_steps([name for name in names if name in OURS], pipeline.transformer, given, device)
+    if theirs := [name for name in names if name in THEIRS]:
+        _, var = official_models(options.reference, pipeline, device)
+        steps = their_steps(theirs, var, given, device) | steps
+    runs, losses, failed = settled({name: step for name, (step, _) in steps.items()})
+    best, found = ceiling(device), in_turns(runs, options.rounds, device)
+    rows = [figures(found, name, options.batch) for name in runs]
+    for row in rows:
+        row["share_of_ceiling"] = step_flops(config, options.batch) / row["seconds"] / best
+        row["loss"] = float(losses[row["variant"]])
+        if device == "cuda":
+            row["peak_mib"] = peak_mib(*steps[row["variant"]])
+    settings = {"size": size, "schedule": options.schedule, "device": device_name(device)}
+    settings |= {"ceiling_tflop_per_s": best / 1e12, "step_gflop": step_flops(config, options.batch) / 1e9}
+    command = command_line("python -m benchmarks.training_gpu", vars(options), vars(parser_of().parse_args([])))
+    return result(rows, command=command, n=options.rounds, seeds=0, settings=settings | {"failed": failed})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result and its table."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    if min(options.batch, options.rounds) < 1:
+        parser.error("--batch and --rounds must be 1 or more")
+    measured(parser, options, measure, COLUMNS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
