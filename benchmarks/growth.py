@@ -41,8 +41,22 @@ POINTS += ("attention_gflop", "peak_cache_mib", "wall_s", "images_per_s", "of_id
 CROSSINGS = ("model", "curve", "cache", "seconds_at_largest", "attention_share_of_gflop", "attention_share_of_seconds")
 CROSSINGS += ("peak_cache_mib_at_largest", "attention_equals_linear_at_side", "in_seconds_at_side")
 DEFAULTS = {
-    "cpu": {"sides": "64,128,256,512,1024", "batches": "1,2,4,8", "depths": "2,4,8,16", "width": 256, "depth": 4},
-    "cuda": {"sides": "256,512,1024", "batches": "1,4,16,64", "depths": "4,8,16,32", "width": 1024, "depth": 16},
+    "cpu": {
+        "sides": "64,128,256,512,1024",
+        "batches": "1,2,4,8",
+        "depths": "2,4,8,16",
+        "width": 256,
+        "depth": 4,
+        "batch": 1,
+    },
+    "cuda": {
+        "sides": "256,512,1024",
+        "batches": "1,4,16,64",
+        "depths": "4,8,16,32",
+        "width": 1024,
+        "depth": 16,
+        "batch": 8,
+    },
 }
 
 
@@ -56,6 +70,7 @@ def parser_of() -> argparse.ArgumentParser:
         ("depths", "layers"),
         ("width", "of the model"),
         ("depth", "layers of the model, but for that curve"),
+        ("batch", "images at once, but for that curve"),
     ):
         kind = int if isinstance(cpu[name], int) else str
         parser.add_argument(f"--{name}", type=kind, help=f"{what} ({cpu[name]}; on a GPU {cuda[name]})")
@@ -82,8 +97,8 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     filled.device = str(device)
     if not set(filled.sides.split(",")) <= set(SIDES) or "," not in filled.sides:
         raise ValueError(f"--sides must be two or more of {', '.join(SIDES)}, got {filled.sides!r}")
-    if min(filled.width, filled.depth, filled.repeats) < 1:
-        raise ValueError("--width, --depth and --repeats must be 1 or more")
+    if min(filled.width, filled.depth, filled.batch, filled.repeats) < 1:
+        raise ValueError("--width, --depth, --batch and --repeats must be 1 or more")
     return filled
 
 
@@ -153,7 +168,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     sides = options.sides.split(",")
     batches, depths = whole_numbers("--batches", options.batches), whole_numbers("--depths", options.depths)
     counts = whole_numbers("--processes", options.processes) if options.processes else []
-    usual = {"side": SIDE, "batch": 1, "depth": options.depth, "width": options.width, "device": options.device}
+    usual = {
+        "side": SIDE,
+        "batch": options.batch,
+        "depth": options.depth,
+        "width": options.width,
+        "device": options.device,
+    }
     first, *others = CACHES
     curves = [("side", first, sides), ("batch", first, batches), ("depth", first, depths)]
     rows, fits = [], []
@@ -213,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     command = command_line("python -m benchmarks.growth", vars(given), vars(parser_of().parse_args([])))
-    settings = {"width": options.width, "depth": options.depth, "side": int(SIDE), "batch": 1, "guided": True}
+    settings = {"width": options.width, "depth": options.depth, "side": int(SIDE), "batch": options.batch}
     on_cpu = options.device == "cpu"
-    settings |= {"device": device_name(options.device), "dtype": "float32" if on_cpu else "bfloat16"}
+    settings |= {"guided": True, "device": device_name(options.device), "dtype": "float32" if on_cpu else "bfloat16"}
     where = "one CPU thread, float32" if on_cpu else f"{settings['device']}, bfloat16"
     settings["clock"] = "processor time of one thread; processes: wall clock" if on_cpu else "wall clock, synchronised"
     settings |= {"images_of_each_process": IMAGES} if on_cpu else {}

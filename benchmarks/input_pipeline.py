@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sampling_gpu import device_name
-from benchmarks.tables import measured
+from benchmarks.tables import lines, measured
 from benchmarks.timing import spread
 
 SIZES = {
@@ -101,7 +101,13 @@ def cached(work: Path, sizes: Mapping[str, Any], data: Mapping[str, Any], precis
     cache_tokens.main(words({"data": data, "cache": cache}))
     ends = sorted(path.stat().st_mtime for path in (work / "cache" / "train").glob("*.npy"))[:3]
     speeds = [shard / (end - begin) for begin, end in pairwise(ends)]
-    return {"stage": "cache tokens", **spread("images_per_s", speeds), "workers": sizes["workers"]}
+    return told({"stage": "cache tokens", **spread("images_per_s", speeds), "workers": sizes["workers"]})
+
+
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, after it was printed: the whole takes minutes."""
+    print(lines([row], COLUMNS).splitlines()[-1], file=sys.stderr, flush=True)
+    return row
 
 
 def trained(
@@ -117,8 +123,8 @@ def trained(
     run |= {"batch_size": sizes["batch"], "total_images": sizes["batch"] * sizes["steps"]}
     attention = "flex" if flex else "sdpa"
     train_var.main([f"--attention={attention}", *words({**given, "transformer": shape, "run": run})])
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = [line for line in lines if line["kind"] == "train"][STARTING:]
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in metrics if line["kind"] == "train"][STARTING:]
     row = {"workers": run["workers"], **spread("images_per_s", [line["images_per_s"] for line in kept])}
     return row | spread("data_wait", [line["data_wait"] for line in kept])
 
@@ -149,10 +155,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows = [cached(work, sizes, data, precision)]
         tokens = {"tokens": {"tokenizer": work / "vqvae", "cache": work / "cache"}}
         row = trained(work / "on-tokens", sizes, tokens, run | {"workers": 1}, fast)
-        rows.append({"stage": "train on cached tokens", **row})
+        rows.append(told({"stage": "train on cached tokens", **row}))
         images = {"tokens": {"tokenizer": work / "vqvae"}, "data": data}
         row = trained(work / "on-images", sizes, images, run | {"workers": sizes["workers"]}, fast)
-        rows.append({"stage": "train on images", **row})
+        rows.append(told({"stage": "train on images", **row}))
     settings = {**sizes, "side": side, "device": device_name(options.device), "precision": precision, "compile": fast}
     command = command_line("python -m benchmarks.input_pipeline", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=LINES - STARTING, seeds=0, settings=settings)

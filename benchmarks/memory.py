@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.live import LiveBytes
 from benchmarks.models import random_pipeline, random_transformer
-from benchmarks.tables import write_lines
+from benchmarks.tables import lines, write_lines
 from benchmarks.timing import Job, Worker
 from evaluation.report import command_line, result, write_result
 from sample.fast import accelerate
@@ -195,7 +195,7 @@ def published_on(device: torch.device) -> list[dict[str, Any]]:
         for variant in variants:
             rows += on_device(*which, variant, device)
             shared_pool.cache_clear()  # else what graphs worked in stays
-            print(f"{rows[-1]['model']}, {variant}: {rows[-1]['drawing_s']:.1f} s", file=sys.stderr, flush=True)
+            print(lines(rows[-1:], ON_GPU).splitlines()[-1], file=sys.stderr, flush=True)
     return rows
 
 

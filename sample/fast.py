@@ -107,7 +107,7 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
         vqvae.decoder.conv_out = fast_cuda.WidenedConv(vqvae.decoder.conv_out)
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
-            _accelerate_transformer(model, settings)
+            accelerate_transformer(model, settings)
     if settings.channels_last:  # not the quantiser: its tokens are to stay those of the plain path
         for half in (vqvae.encoder, vqvae.decoder):
             half.to(memory_format=torch.channels_last)
@@ -123,7 +123,8 @@ def _exchange_residual_blocks(vqvae: nn.Module, resnet: Callable[[Any], nn.Modul
         half.conv_norm_out, half.conv_act = norm(half.conv_norm_out), nn.Identity()
 
 
-def _accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
+def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
+    """The part of `accelerate` that exchanges a transformer's."""
     if settings.attention:
         for attn in (module for module in model.modules() if isinstance(module, SelfAttention)):
             attn.attend = fast_cpu.half_attention

@@ -176,7 +176,7 @@ def test_rows_of_sampling(tmp_path):
         (training, ["--reference", "nowhere"], "must be a checkout"),
         (tokenizer, ["--rounds", "0"], "must be 1 or more"),
         (growth, ["--sides", "64,100"], "--sides must be two or more of 64, 128"),
-        (growth, ["--repeats", "0"], "--width, --depth and --repeats must be 1 or more"),
+        (growth, ["--repeats", "0"], "--width, --depth, --batch and --repeats must be 1 or more"),
         (growth, ["--device", "abacus"], "device 'abacus' cannot be used"),
         (memory, ["--device", "abacus"], "device 'abacus' cannot be used"),
         (memory, ["--batches", "x"], "--batches must be whole numbers above 0"),

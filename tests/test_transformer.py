@@ -192,3 +192,17 @@ def test_blocks_that_drop_differently_are_compiled_once():
     hidden = model(inputs_for(model), model.condition(prompt_for(model)))
     assert hidden.isfinite().all()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block drops nothing
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": False, "positions": "rope"}])
+def test_queries_keys_and_values_by_one_product_are_those_of_three(options):
+    model = make(**options)
+    inputs, prompt = inputs_for(model), prompt_for(model)
+    grads = {}
+    for mode in (False, True):
+        model.zero_grad()
+        hidden = model.train(mode)(inputs, model.condition(prompt))
+        hidden.square().sum().backward()
+        grads[mode] = [hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    assert len(grads[False]) == len(grads[True]) > 20
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(grads[False], grads[True]))

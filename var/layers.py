@@ -92,10 +92,8 @@ class SelfAttention(nn.Module):
 
     def project(self, x_BlD: torch.Tensor, rope_lf: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each (B, H, l, d), of (B, l, D)."""
-        q, k, v = (
-            rearrange(project(x_BlD), "b l (h d) -> b h l d", h=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        parts = self._joint(x_BlD) if self._joins() else (part(x_BlD) for part in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in parts)
         if self.qk_norm:  # the norm runs in float32 under autocast; the cache gets the compute dtype
             strength = self.log_scale_H11.clamp(max=log(100.0)).exp()
             q = (F.normalize(q.float(), dim=-1) * strength).to(v.dtype)
@@ -103,6 +101,17 @@ class SelfAttention(nn.Module):
         if rope_lf is not None:
             q, k = rotate(q, rope_lf), rotate(k, rope_lf)
         return q, k, v
+
+    def _joins(self) -> bool:
+        """Whether one product makes queries, keys and values: in training, but for layers with adapters."""
+        plain = all(type(part) is nn.Linear for part in (self.to_q, self.to_k, self.to_v))
+        return self.training and plain and torch.is_grad_enabled()
+
+    def _joint(self, x_BlD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each (B, l, D): a third of the products forwards, and of the sums backwards."""
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        bias = torch.cat([self.to_q.bias, torch.zeros_like(self.to_q.bias), self.to_v.bias])
+        return F.linear(x_BlD, weight, bias).chunk(3, dim=-1)
 
     def read(
         self,
