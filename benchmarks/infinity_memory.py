@@ -11,24 +11,20 @@ import torch
 from torch import nn
 
 from evaluation.report import result, table, write_result
+from sample.memory import unit_bytes, weight_bytes
+from sample.offload import decoding_units, drawing_units
 from tokenizer.aspects import aspect_schedule
 from tokenizer.model import MultiScaleVQ
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
 
 GIB = 2**30
-BF16 = 2  # bytes
+DTYPE, BF16 = torch.bfloat16, 2  # bytes
 ROWS = 2  # conditional and unconditional
 TOKENIZERS = {  # latent bits of a cell, cells along a token's side, widths
     "infinity-2b": {"latent_channels": 32, "token_patch": 1, "channels": [128, 256, 512, 512, 512]},
     "infinity-8b": {"latent_channels": 14, "token_patch": 2, "channels": [128, 256, 512, 512]},
 }
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model cast to bfloat16, but for the modules it keeps in float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return sum(p.numel() * (BF16 if kept.isdisjoint(name.split(".")) else 4) for name, p in model.named_parameters())
 
 
 def text_encoder() -> nn.Module:
@@ -41,7 +37,7 @@ def text_encoder() -> nn.Module:
 
 
 def measure(name: str) -> dict[str, object]:
-    """One row: GiB of each part, and of the whole with and without the text encoder and most of the cache."""
+    """One row: GiB of each part, and of the whole with less and less of it on the GPU."""
     schedule = aspect_schedule("1:1", "1M")
     with torch.device("meta"):
         model = NextScaleTransformer(**PRESETS[name], schedule=schedule)
@@ -49,9 +45,9 @@ def measure(name: str) -> dict[str, object]:
     width, last = model.config.width, schedule.lengths[-1]
     hidden = round(width * model.config.mlp_ratio)
     parts = {
-        "transformer": weight_bytes(model),
-        "text_encoder": weight_bytes(text_encoder()),
-        "tokenizer": weight_bytes(vqvae),
+        "transformer": weight_bytes(model, DTYPE),
+        "text_encoder": weight_bytes(text_encoder(), DTYPE),
+        "tokenizer": weight_bytes(vqvae, DTYPE),
         "cache": ROWS * len(model.blocks) * schedule.begins[-1] * width * 2 * BF16,
         # the last scale's feed-forward and residual stream, and one layer's joined keys and values
         "activations": ROWS * BF16 * (last * (2 * hidden + 6 * width) + 2 * schedule.total * width),
@@ -62,12 +58,17 @@ def measure(name: str) -> dict[str, object]:
     weights = parts["transformer"] + parts["tokenizer"]
     drawing = parts["cache"] + parts["activations"]
     kept = 0.1 * parts["cache"] + parts["activations"]
+    layers = [unit_bytes(unit, DTYPE) for unit in drawing_units([model], "layers")]
+    halves = [unit_bytes(unit, DTYPE) for unit in decoding_units(vqvae)]  # the encoder, the decoder
+    staying = weights - sum(layers) - sum(halves)
+    needs = (parts["text_encoder"], max(layers) + drawing, halves[1] + parts["decoding"])
     return {
         "model": name,
         **gib,
         "peak_gib": (weights + parts["text_encoder"] + max(drawing, parts["decoding"])) / GIB,
         "peak_text_elsewhere_gib": (weights + max(drawing, parts["decoding"])) / GIB,
         "peak_text_elsewhere_cache_10_gib": (weights + max(kept, parts["decoding"])) / GIB,
+        "peak_offload_layers_gib": (staying + max(needs)) / GIB,
     }
 
 
