@@ -1,4 +1,4 @@
-"""The picture of the elastic benchmark: quality against speed, and against the cache's memory."""
+"""The pictures of the elastic benchmarks: quality against speed and cache; speed against its ceiling and cache."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ AXES = (
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """FD-scenes and score against speed and cache; speed against cache where no quality was measured."""
-    measured = "fd_scenes" in rows[0]
-    qualities = (
-        (("fd_scenes", "FD-scenes (lower is better)"), ("score", "scene score")) if measured else (("speed", "x full"),)
-    )
+    """FD-scenes and score against speed and cache."""
+    qualities = (("fd_scenes", "FD-scenes (lower is better)"), ("score", "scene score"))
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(14, 4.6 * len(qualities)), layout="constrained")
-        grid = figure.subplots(len(qualities), 2, squeeze=False)
+        grid = figure.subplots(len(qualities), 2)
         for line, (quality, name) in zip(grid, qualities):
             for axes, (cost, label) in zip(line, AXES):
                 _scatter(axes, rows, cost, quality)
@@ -35,6 +32,35 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 axes.xaxis.set_major_formatter(ScalarFormatter())
                 axes.xaxis.set_minor_formatter(ScalarFormatter())
         figure.legend(*grid[0][1].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+
+
+def draw_speed(rows: Sequence[dict], path: Path) -> None:
+    """Times the full model's speed, against the ceiling by operations and against the peak cache."""
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        most = max(row["ceiling"] for row in rows) * 1.1
+        left.plot([1, most], [1, most], color="grey", lw=1, label="ceiling: every operation takes the same time")
+        left.plot([1, most], [0.9, 0.9 * most], color="grey", lw=1, ls="--", label="90 % of it")
+        for group in dict.fromkeys(row["group"] for row in rows):
+            members = [row for row in rows if row["group"] == group]
+            for axes, cost in ((left, "ceiling"), (right, "peak_cache_mib")):
+                x, y = [row[cost] for row in members], [row["speed"] for row in members]
+                name = f"{group}: {members[0]['label']}"
+                axes.plot(x, y, MARKS[group], ms=14 if group == "full" else 7, label=name)
+        for row in rows[1:]:
+            word = (
+                f"{row['row'].split(' depth ')[1].split()[0]} layers"
+                if "depth" in row["row"]
+                else row["row"].split()[0]
+            )
+            right.annotate(word, (row["peak_cache_mib"], row["speed"]), (7, 4), textcoords="offset points", fontsize=9)
+        left.set(xlabel="operations of the full model over the plan's", ylabel="times the full model's speed")
+        right.set(xlabel="peak key/value cache, MiB", ylabel="times the full model's speed")
+        left.legend(fontsize=9)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
     atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 

@@ -132,12 +132,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
-    from benchmarks.elastic_picture import draw
+    from benchmarks.elastic_picture import draw_speed
 
     parser = parser_of()
     options = parser.parse_args(argv)
     content = measured(parser, options, measure, COLUMNS)
-    draw(content["rows"], options.out.with_suffix(".png"))
+    draw_speed(content["rows"], options.out.with_suffix(".png"))
     print(f"written: {options.out}")
     return 0
 
