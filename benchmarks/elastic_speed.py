@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.elastic_rows import Row
+from benchmarks.gpu import device_name
 from benchmarks.models import check_size, random_transformer
 from benchmarks.sampling import whole_numbers
-from benchmarks.sampling_gpu import device_name
 from benchmarks.tables import measured
 from benchmarks.timing import spread
 from evaluation.report import command_line, result

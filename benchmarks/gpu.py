@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: runs in turns in one process, and the official models with our weights."""
+"""What the GPU benchmarks share: timing, runs in turns in one process, stages, the official models with our weights."""
 
 from __future__ import annotations
 
@@ -6,21 +6,47 @@ import contextlib
 import importlib
 import io
 import sys
+import time
 import traceback
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.reference import check_checkout
-from benchmarks.sampling_gpu import timed
 from benchmarks.timing import spread
 from sample import adapters
 from sample.pipeline import NextScalePipeline
 
 Run = Callable[[], Any]
 OFFICIAL = ("official_float32", "official_float16", "official_bfloat16")
+
+
+def timed(run: Run, device: str) -> float:
+    """Seconds of one run, until the device has done all of it."""
+    wait = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def ceiling(device: str, size: int = 8192, repeats: int = 10) -> float:
+    """The fastest bfloat16 matrix product of this device, in FLOP/s."""
+    if torch.device(device).type != "cuda":
+        size, repeats = 1024, 3
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    runs = [timed(lambda: a @ b, device) for _ in range(repeats)]
+    return 2 * size**3 / min(runs)
+
+
+def device_name(device: str) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
 
 
 def settled(runs: dict[str, Run], times: int = 2) -> tuple[dict[str, Run], dict[str, Any], dict[str, str]]:
@@ -46,7 +72,7 @@ def in_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[f
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(timed(lambda _, run=run: run(), 1, device))
+            found[name].append(timed(run, device))
     return found
 
 
@@ -58,6 +84,43 @@ def figures(found: dict[str, list[float]], name: str, batch: int, bases: Collect
         if base in found and base != name:
             row |= spread(f"times_{base}", [theirs / ours for theirs, ours in zip(found[base], found[name])])
     return row
+
+
+class EventStages:
+    """Seconds of the device between the beginnings and ends of functions, without waiting for it in between."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def around(self, owner: Any, name: str, stage: str) -> Iterator[None]:
+        """Mark the calls of attribute `name` of a module, class or object meanwhile."""
+        function = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            ends[0].record()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                ends[1].record()
+                self.marks.append((stage, *ends))
+
+        setattr(owner, name, marked)
+        try:
+            yield
+        finally:
+            setattr(owner, name, function)
+
+    def of(self, job: Callable[[], Any]) -> dict[str, float]:
+        """The stages of one job."""
+        self.marks.clear()
+        job()
+        torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for stage, began, ended in self.marks:
+            found[stage] += began.elapsed_time(ended) / 1e3
+        return found
 
 
 def official_models(checkout: Path, pipeline: NextScalePipeline, device: str) -> tuple[Any, Any]:

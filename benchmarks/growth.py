@@ -222,7 +222,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
-    from benchmarks.sampling_gpu import device_name
+    from benchmarks.gpu import device_name
     from benchmarks.speed_picture import draw_growth
 
     parser = parser_of()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Barrier
+from multiprocessing.synchronize import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,7 +143,7 @@ def drawing_jobs(shape: Shape, barrier: Barrier) -> dict[str, Job]:
 
 def together(shape: Shape, processes: int, repeats: int) -> dict[str, float]:
     """The point of some processes with one thread each: seconds on the wall clock until the last one is done."""
-    jobs = partial(drawing_jobs, shape, multiprocessing.get_context("spawn").Barrier(processes))
+    jobs = partial(drawing_jobs, shape, multiprocessing.get_context("spawn").Barrier(processes, timeout=600))
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(jobs, threads=1)) for _ in range(processes)]
         pool = stack.enter_context(ThreadPoolExecutor(processes))

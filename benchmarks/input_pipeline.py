@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sampling_gpu import device_name
+from benchmarks.gpu import device_name
 from benchmarks.tables import lines, measured
 from benchmarks.timing import spread
 

@@ -201,8 +201,8 @@ def published_on(device: torch.device) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute, measure, write the result and its table."""
+    from benchmarks.gpu import device_name
     from benchmarks.sampling import whole_numbers
-    from benchmarks.sampling_gpu import device_name
 
     parser = parser_of()
     options = parser.parse_args(argv)

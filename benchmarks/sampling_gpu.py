@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import io
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.gpu import EventStages, ceiling, device_name, figures, in_turns, official_models, settled
 from benchmarks.tables import measured
-from benchmarks.timing import spread
 
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("size", "schedule", "batch", "variant", "seconds", "images_per_s", "times_official", "times_plain")
@@ -96,67 +93,9 @@ def stage_seconds(pipeline: Any, batch: int, repeats: int = 3) -> dict[str, floa
     return {f"{name}_s": median(run[name] for run in runs) for name in runs[0]}
 
 
-class EventStages:
-    """Seconds of the device between the beginnings and ends of functions, without waiting for it in between."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextlib.contextmanager
-    def around(self, owner: Any, name: str, stage: str) -> Iterator[None]:
-        """Mark the calls of attribute `name` of a module, class or object meanwhile."""
-        function = getattr(owner, name)
-
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            ends[0].record()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                ends[1].record()
-                self.marks.append((stage, *ends))
-
-        setattr(owner, name, marked)
-        try:
-            yield
-        finally:
-            setattr(owner, name, function)
-
-    def of(self, job: Callable[[], Any]) -> dict[str, float]:
-        """The stages of one job."""
-        self.marks.clear()
-        job()
-        torch.cuda.synchronize()
-        found: dict[str, float] = defaultdict(float)
-        for stage, began, ended in self.marks:
-            found[stage] += began.elapsed_time(ended) / 1e3
-        return found
-
-
-def official_run(checkout: Path, size: str, schedule: str, width: int, device: str) -> Run:
-    """The official code's own call, weights as it initialises them."""
-    from benchmarks.reference import check_checkout
-    from tokenizer.schedule import ScaleSchedule
-    from var.presets import PRESETS
-
-    sys.path.insert(0, str(check_checkout(checkout).resolve()))
-    shape = PRESETS[size]
-    with contextlib.redirect_stdout(io.StringIO()), torch.device(device):
-        vae, var = importlib.import_module("models").build_vae_var(
-            device=device,
-            patch_nums=tuple(h for h, _ in ScaleSchedule.of(schedule).sides),
-            V=4096,
-            Cvae=32,
-            ch=width,
-            num_classes=1000,
-            depth=shape["depth"],
-            shared_aln=shape.get("shared_ada", False),
-            attn_l2_norm=shape.get("qk_norm", True),
-        )
-    for p in vae.parameters():  # the official code leaves its memory as it was
-        p.data.normal_(std=0.05)
-    for model in (vae, var):
-        model.eval().requires_grad_(False)
+def official_run(checkout: Path, pipeline: Any, device: str) -> Run:
+    """The official code's own call, with a pipeline's weights in float32 as it keeps them."""
+    _, var = official_models(checkout, pipeline, device)
     kind = torch.device(device).type
     half = torch.float16 if kind == "cuda" else torch.bfloat16
 
@@ -168,44 +107,17 @@ def official_run(checkout: Path, size: str, schedule: str, width: int, device: s
     return run
 
 
-def timed(run: Run, batch: int, device: str) -> float:
-    """Seconds of one run, until the device has done all of it."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    run(batch)
-    wait()
-    return time.perf_counter() - began
-
-
-def ceiling(device: str, size: int = 8192, repeats: int = 10) -> float:
-    """The fastest bfloat16 matrix product of this device, in FLOP/s."""
-    if torch.device(device).type != "cuda":
-        size, repeats = 1024, 3
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    runs = [timed(lambda _: a @ b, 1, device) for _ in range(repeats)]
-    return 2 * size**3 / min(runs)
-
-
 def rows_of(
     options: argparse.Namespace, runs: dict[str, Run], batch: int, rounds: int, flops: float, best: float
 ) -> list[dict[str, Any]]:
     """A row a variant: the median and range of its rounds, and ratios round by round."""
-    for run in runs.values():  # kernels are chosen, graphs recorded
-        for _ in range(2):
-            run(batch)
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].append(timed(run, batch, options.device))
+    calls, _, _ = settled({name: partial(run, batch) for name, run in runs.items()})
+    found = in_turns(calls, rounds, options.device)
     rows = []
-    for name, seconds in found.items():
-        row = {"size": options.size, "schedule": options.schedule, "batch": batch, "variant": name}
-        row |= spread("seconds", seconds)
-        row |= {"images_per_s": batch / row["seconds"], "share_of_ceiling": batch * flops / row["seconds"] / best}
-        for base in ("official", "plain"):
-            if base in found and base != name:
-                row |= spread(f"times_{base}", [theirs / s for theirs, s in zip(found[base], seconds)])
+    for name in calls:
+        row = {"size": options.size, "schedule": options.schedule}
+        row |= figures(found, name, batch, bases=("official", "plain"))
+        row["share_of_ceiling"] = batch * flops / row["seconds"] / best
         rows.append(row)
     return rows
 
@@ -218,7 +130,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from sample.load import resolve_device
 
     check_size(options.size)
-    resolve_device(options.device)
+    if resolve_device(options.device).type == "cuda":
+        torch.cuda.set_device(options.device)
     batches, rounds = whole_numbers("--batches", options.batches), whole_numbers("--rounds", options.rounds)
     if len(batches) != len(rounds):
         raise ValueError(f"--rounds must be one number a batch, got {options.rounds!r} for {options.batches!r}")
@@ -227,7 +140,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     flops = sum(image_flops(pipelines["plain"]).values())
     runs = {name: run_of(pipeline) for name, pipeline in pipelines.items()}
     if options.reference is not None:
-        runs = {"official": official_run(options.reference, *shape)} | runs
+        runs = {"official": official_run(options.reference, pipelines["plain"], options.device)} | runs
     best, rows = ceiling(options.device), []
     for batch, count in zip(batches, rounds):
         made = rows_of(options, runs, batch, count, flops, best)
@@ -243,11 +156,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings |= {"gflop_per_image": flops / 1e9, "dtype": options.dtype}
     command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
-
-
-def device_name(device: str) -> str:
-    """What the device is called."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

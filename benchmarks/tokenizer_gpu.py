@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import OFFICIAL, Run, figures, in_turns, official_models, settled
-from benchmarks.sampling_gpu import device_name
+from benchmarks.gpu import OFFICIAL, Run, device_name, figures, in_turns, official_models, settled
 from benchmarks.tables import measured
 from benchmarks.tokenizer import random_images
 
@@ -106,6 +105,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from sample.load import resolve_device
 
     place = resolve_device(options.device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     if options.reference is not None:
         check_checkout(options.reference)
     pixels = random_images(options.schedule, options.batch).add(1).mul(127.5).round().byte().to(place)

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import Run, figures, in_turns, official_models, settled
-from benchmarks.sampling_gpu import ceiling, device_name
+from benchmarks.gpu import Run, ceiling, device_name, figures, in_turns, official_models, settled
 from benchmarks.tables import measured
 from benchmarks.training import official_loss, random_batch, step_flops, without_drops
 

@@ -81,7 +81,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
         "--fast",
         choices=["auto", "on", "off"],
         default="auto",
-        help="on: what is fastest here; auto: fast with the tokens of off, up to rounding; off: plain (auto)",
+        help="on: what is fastest here; auto: fast in the same dtype, as off up to its rounding; off: plain (auto)",
     )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     where.add_argument(

@@ -132,7 +132,8 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
 
 def _has_kernel(logits: torch.Tensor) -> bool:
     """Whether rows of logits are read by `sample.kernels`: on a GPU, where they are neither bits nor too long."""
-    return logits.is_cuda and 2 < logits.shape[-1] <= kernels.ROW and kernels.usable(logits.device)
+    fits = logits.dtype == torch.float32 and 2 < logits.shape[-1] <= kernels.ROW
+    return logits.is_cuda and fits and kernels.usable(logits.device)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

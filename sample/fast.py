@@ -76,7 +76,7 @@ def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
 def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None) -> NextScalePipeline:
     """Exchange modules of a pipeline in place, when it is on its device and in its dtype; it stays there.
 
-    It can still be saved, as the plain model. Adapters (LoRA) must be loaded before.
+    It can still be saved, as the plain model. Adapters (LoRA) must be loaded before, and weights may not change after.
 
     Args:
         settings: what to exchange; all that the device supports when None.
@@ -104,7 +104,8 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
         _exchange_residual_blocks(vqvae, fast_cpu.FastResnet, fast_cpu.NormSiLU)
     if settings.kernels:
         _exchange_residual_blocks(vqvae, fast_cuda.FusedResnet, fast_cuda.FusedNormSiLU)
-        vqvae.decoder.conv_out = fast_cuda.WidenedConv(vqvae.decoder.conv_out)
+        if vqvae.decoder.conv_out.out_channels < fast_cuda.NARROW:
+            vqvae.decoder.conv_out = fast_cuda.WidenedConv(vqvae.decoder.conv_out)
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
             accelerate_transformer(model, settings)
@@ -130,7 +131,7 @@ def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
             attn.attend = fast_cpu.half_attention
     if settings.kernels:
         for block in model.blocks:
-            block.forward = fast_cuda.FusedBlock(block)
+            fast_cuda.fuse(block)
         if model.dtype != torch.float32:
             fast_cuda.fuse_head(model.head)
     if settings.linears:

@@ -7,8 +7,6 @@ Shapes: B images, R rows of a batch, l tokens, S keys, D width, H heads, d head 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import log
 
 import torch
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from sample import kernels
+from tokenizer.precision import product_precision
 from var.cache import KVCache, Pair
 from var.heads import CategoricalHead
 from var.layers import Block, rotate
@@ -25,24 +24,21 @@ from var.layers import Block, rotate
 NARROW = 32  # output channels that a convolution needs to run on tensor cores (cuDNN 9)
 
 
-class FusedBlock:
-    """What `Block.forward` computes, its weights of queries, keys and values joined in place; for inference.
+class FusedBlock(Block):
+    """A block that computes the same in few launches, made of a `Block` in place by `fuse`; for inference.
 
-    Put it in the place of a block's `forward`: the block, its weights and their names stay.
+    Attributes:
+        qkv_ED: weights of queries, keys and values joined, (3 D, D); the block's own are views of it.
+        bias_E: their biases, (3 D,).
+        strength_H: what normed queries are multiplied by, float32; None without the norm.
     """
 
-    def __init__(self, block: Block):
-        self.block, attn = block, block.attn
-        self.qkv_ED = torch.cat([part.weight.data for part in (attn.to_q, attn.to_k, attn.to_v)])
-        for part, own in zip((attn.to_q, attn.to_k, attn.to_v), self.qkv_ED.chunk(3)):
-            part.weight.data = own  # so that no weight is held twice
-        q_bias, v_bias = attn.to_q.bias.data, attn.to_v.bias.data
-        self.bias_E = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        strength = attn.log_scale_H11.data.float().clamp(max=log(100.0)).exp().flatten() if attn.qk_norm else None
-        self.strength_H = strength
+    qkv_ED: torch.Tensor
+    bias_E: torch.Tensor
+    strength_H: torch.Tensor | None
 
     @torch.no_grad()
-    def __call__(
+    def forward(
         self,
         x_RlD: torch.Tensor,
         ada_R6D: torch.Tensor,
@@ -56,7 +52,7 @@ class FusedBlock:
         kept_2B11: None = None,
     ) -> torch.Tensor:
         """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
-        block, attn, eps = self.block, self.block.attn, self.block.norm_eps
+        attn, eps = self.attn, self.norm_eps
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_R6D.unbind(dim=1)  # each (R, D)
         _, normed = kernels.gated_norm(x_RlD, scale1, shift1, eps=eps)
         q, k, v = self.project(normed, rope_lf, cache, layer, begin)
@@ -65,8 +61,8 @@ class FusedBlock:
             x_RlD, normed = kernels.gated_norm(x_RlD, scale2, shift2, read, gamma1, eps=eps)
         else:
             x_RlD = kernels.gated_sum(x_RlD, read, gamma1)
-            read = block.cross(block.cross_norm(x_RlD), memory, memory_mask)
-            x_RlD = x_RlD + (read if block.cross_gate_D is None else read * block.cross_gate_D)
+            read = self.cross(self.cross_norm(x_RlD), memory, memory_mask)
+            x_RlD = x_RlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
             _, normed = kernels.gated_norm(x_RlD, scale2, shift2, eps=eps)
         return kernels.gated_sum(x_RlD, self.feed_forward(normed), gamma2)
 
@@ -74,7 +70,7 @@ class FusedBlock:
         self, normed_RlD: torch.Tensor, rope_lf: torch.Tensor | None, cache: KVCache | None, layer: int, begin: int
     ) -> tuple[torch.Tensor, ...]:
         """Queries (R, H, l, d), and keys and values of all they may see, written straight into a plain cache."""
-        attn, (R, length, D) = self.block.attn, normed_RlD.shape
+        attn, (R, length, D) = self.attn, normed_RlD.shape
         qkv = F.linear(normed_RlD, self.qkv_ED, self.bias_E)
         shape = (R, attn.heads, length, D // attn.heads)
         if type(cache) is KVCache and rope_lf is None:
@@ -90,12 +86,28 @@ class FusedBlock:
 
     def feed_forward(self, normed_RlD: torch.Tensor) -> torch.Tensor:
         """`FeedForward` with its GELU computed at the end of the first product."""
-        first, second = self.block.ffn.fc1, self.block.ffn.fc2
+        first, second = self.ffn.fc1, self.ffn.fc2
         rows = normed_RlD.flatten(0, 1)
         if rows.dtype == torch.float32:  # no such product there
-            return self.block.ffn(normed_RlD)
+            return self.ffn(normed_RlD)
         hidden = torch._addmm_activation(first.bias, rows, first.weight.mT, use_gelu=True)
         return second(hidden).view(normed_RlD.shape)
+
+
+def fuse(block: Block) -> None:
+    """Make a `FusedBlock` of a block; not of one whose layers have adapters, which act when they are called."""
+    attn = block.attn
+    parts = (attn.to_q, attn.to_k, attn.to_v)
+    if not all(type(part) is nn.Linear for part in (*parts, block.ffn.fc1, block.ffn.fc2)):
+        return
+    block.qkv_ED = torch.cat([part.weight.data for part in parts])
+    for part, own in zip(parts, block.qkv_ED.chunk(3)):
+        part.weight.data = own  # so that no weight is held twice
+    q_bias, v_bias = attn.to_q.bias.data, attn.to_v.bias.data
+    block.bias_E = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    strength = attn.log_scale_H11.data.float().clamp(max=log(100.0)).exp().flatten() if attn.qk_norm else None
+    block.strength_H = strength
+    block.__class__ = FusedBlock
 
 
 def fuse_head(head: CategoricalHead) -> None:
@@ -103,22 +115,10 @@ def fuse_head(head: CategoricalHead) -> None:
     plain = head.project
 
     def project(features_BlD: torch.Tensor) -> torch.Tensor:
-        with tensor_float_32():
+        with product_precision("tf32"):
             return plain(features_BlD)
 
     head.project = project
-
-
-@contextmanager
-def tensor_float_32() -> Iterator[None]:
-    """Matrix products of float32 numbers on tensor cores, with 10 bits of mantissa."""
-    switch = torch.backends.cuda.matmul
-    before = switch.allow_tf32
-    switch.allow_tf32 = True
-    try:
-        yield
-    finally:
-        switch.allow_tf32 = before
 
 
 class FusedNormSiLU(nn.Module):

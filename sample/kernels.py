@@ -8,7 +8,10 @@ Shapes: R rows of a batch, l tokens, D width, H heads, d head width, N any rows,
 
 from __future__ import annotations
 
-from functools import cache
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -18,24 +21,43 @@ try:
 except ImportError:  # PyTorch without CUDA
     triton = None
 
+P, T = ParamSpec("P"), TypeVar("T")
 ROW = 16384  # the longest row that one program holds
 PIXELS = 1024  # of a map whose sums one program takes
 FLAT = 2048  # numbers that one program of an elementwise kernel makes
 
 
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Triton launches on the current device: make that the first argument's."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return run
+
+
 @cache
 def usable(device: torch.device) -> bool:
-    """Whether kernels can be compiled and run on a device."""
+    """Whether kernels can be compiled and run on a device; warns, once, where they should but cannot."""
     if triton is None or device.type != "cuda":
         return False
+    x, norm = torch.zeros(1, 16, 4, 4, device=device), torch.nn.GroupNorm(4, 16, device=device)
     try:
-        x = torch.zeros(1, 1, 16, device=device)
-        gated_norm(x, x[:, 0], x[:, 0])
-    except Exception:  # no compiler, no driver, a GPU it does not know: the plain path serves
+        gated_norm(x[0, :1], x[0, 0, :1], x[0, 0, :1])
+        norm_silu(x, norm)
+        draw(keep_likeliest(x[0, 0], 2, 0.5), x[0, 0, 0])
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, or a GPU that it does not know: the plain path serves
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"kernels cannot be used on {device}, which makes drawing slower: {reason}", stacklevel=2)
         return False
     return True
 
 
+@on_its_device
 def gated_norm(
     x_RlD: torch.Tensor,
     scale_RD: torch.Tensor,
@@ -61,6 +83,7 @@ def gated_norm(
     return summed, normed
 
 
+@on_its_device
 def gated_sum(x_RlD: torch.Tensor, branch_RlD: torch.Tensor, gate_RD: torch.Tensor) -> torch.Tensor:
     """x + gate * branch."""
     R, length, D = x_RlD.shape
@@ -72,6 +95,7 @@ def gated_sum(x_RlD: torch.Tensor, branch_RlD: torch.Tensor, gate_RD: torch.Tens
     return out
 
 
+@on_its_device
 def split_heads(
     qkv_RlE: torch.Tensor, k_RHld: torch.Tensor, v_RHld: torch.Tensor, strength_H: torch.Tensor | None
 ) -> torch.Tensor:
@@ -93,6 +117,7 @@ def split_heads(
     return q_RHld
 
 
+@on_its_device
 def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     """`sample.draw.keep_likeliest` of float32 logits (..., V) without a sort: borders are found by halving.
 
@@ -106,6 +131,7 @@ def keep_likeliest(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     return out.view(logits.shape)
 
 
+@on_its_device
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """`sample.draw.draw` in one reading of the logits (..., V): int64 tokens (...)."""
     V = logits.shape[-1]
@@ -115,6 +141,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
+@on_its_device
 def norm_silu(
     x_BChw: torch.Tensor,
     norm: torch.nn.GroupNorm,
@@ -137,6 +164,7 @@ def norm_silu(
     return out
 
 
+@on_its_device
 def biased_sum(x_BChw: torch.Tensor, onto_BChw: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     """x + bias + onto, of channels-last maps."""
     x_BChw, onto_BChw = (x.contiguous(memory_format=torch.channels_last) for x in (x_BChw, onto_BChw))

@@ -98,14 +98,15 @@ def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
     normed = FLOAT * (2 * D) + size * (5 * D)  # queries and keys in float32; the stream, its norm, q, k, v
     attention = rows * last * normed
     values = 2 * config.latent_channels if config.bitwise else config.vocab_size
-    draw = batch * last * _draw_bytes(stage.filter(stage.scales[-1]), values, stage.model.device)
+    kernel = not config.bitwise and values <= kernels.ROW and kernels.usable(stage.model.device)
+    draw = batch * last * _draw_bytes(stage.filter(stage.scales[-1]), values, stage.model.device, kernel)
     draw += 2 * rows * last * D * FLOAT  # the head's features before and after its norm
     return max(blocks, attention, draw)
 
 
-def _draw_bytes(filters: Filter, values: int, device: torch.device) -> int:
+def _draw_bytes(filters: Filter, values: int, device: torch.device, kernel: bool) -> int:
     """Of one token: logits before and after the filters, and what was sorted to find them."""
-    if device.type == "cuda" and values <= kernels.ROW and kernels.usable(device):
+    if kernel:
         return 2 * FLOAT * values  # logits before and after the filters: nothing is sorted or summed in memory
     if filters.top_p >= 1:
         return 4 * FLOAT * values  # logits, filtered ones, probabilities and their sums

@@ -492,6 +492,8 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def _gpu(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
     place = torch.device(device or "cuda")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {place} is not here: offload brings weights to a GPU, and PyTorch sees none")
     return place if gpu_id is None else torch.device(place.type, gpu_id)
 
 

@@ -20,6 +20,7 @@ from sample.draw import draw, keep_top_k, keep_top_p
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.cache import KVCache
+from var.conditioning import TextPrompt
 from var.layers import layer_norm
 from var.transformer import NextScaleTransformer
 
@@ -110,48 +111,85 @@ def test_norm_and_silu(channels, hw, dtype):
     assert close(kernels.biased_sum(x, y, bias), x.double() + y.double() + bias.double()[:, None, None], dtype)
 
 
-def whole_pipeline(shared_ada: bool = False, qk_norm: bool = True) -> NextScalePipeline:
+MODELS = {
+    "class": {},
+    "class, one modulation, no norm": {"shared_ada": True, "qk_norm": False},
+    "class, rotary": {"positions": "rope"},
+    "class, levels again": {"positions": "both", "level_every": 2},
+    "text": {"conditioning": "text", "text_width": 12, "text_length": 9},
+    "text, gated": {"conditioning": "text", "text_width": 12, "text_length": 9, "cross_gate": 0.5, "positions": "rope"},
+}
+
+
+def whole_pipeline(options: dict, *, bitwise: bool = False, patch: int = 1) -> NextScalePipeline:
     torch.manual_seed(0)
-    vqvae = liven(MultiScaleVQ(channels=[32, 64], layers_per_block=1, norm_groups=4, **TINY), 1)
-    sizes = {
-        "depth": 3,
-        "width": 32,
-        "heads": 2,
-        "num_classes": 5,
-        "shared_ada": shared_ada,
-        "qk_norm": qk_norm,
-        **TINY,
-    }
+    kind = {"schedule": TINY["schedule"], "latent_channels": 8, "bitwise": True} if bitwise else TINY
+    vqvae = liven(MultiScaleVQ(channels=[32, 64], layers_per_block=1, norm_groups=4, patch=patch, **kind), 1)
+    sizes = {"depth": 3, "width": 32, "heads": 2, "num_classes": 5, **kind, **options}
     whole = NextScalePipeline(liven(NextScaleTransformer(**sizes), 2), vqvae).to(DEVICE)
     whole.set_progress_bar_config(disable=True)
     return whole
 
 
-@pytest.mark.parametrize("shared_ada, qk_norm", [(False, True), (True, False)])
+def fused(whole: NextScalePipeline, monkeypatch: pytest.MonkeyPatch) -> NextScalePipeline:
+    """The pipeline on the fast path of a GPU, but for graphs."""
+    settings = fast.FastSettings(fold=True, kernels=True, channels_last=True)
+    monkeypatch.setattr(fast, "supported", lambda *_: settings)
+    return fast.accelerate(whole, settings)
+
+
+def prompts_of(whole: NextScalePipeline) -> dict:
+    """Three prompts."""
+    if whole.by_class:
+        return {"class_labels": [0, 1, 2]}
+    states = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7)[None] < torch.tensor([7, 4, 1])[:, None]
+    return {"prompt": TextPrompt(states.to(DEVICE), mask.to(DEVICE))}
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("cache", ["100%", "snapkv:50%"])
-def test_fused_pipeline_draws_the_tokens_of_the_plain_one(shared_ada, qk_norm, cache, monkeypatch, tmp_path):
-    call = {"class_labels": [0, 1, 2], "seed": 5, "guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "cache": cache}
-    plain, ours = whole_pipeline(shared_ada, qk_norm), whole_pipeline(shared_ada, qk_norm)
-    before = {name: value.clone() for name, value in ours.transformer.state_dict().items()}
-    fused = fast.FastSettings(fold=True, kernels=True, channels_last=True)
-    monkeypatch.setattr(fast, "supported", lambda *_: fused)
-    fast.accelerate(ours, fused)
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_fused_pipeline_draws_the_tokens_of_the_plain_one(options, cache, bitwise, monkeypatch):
+    plain = whole_pipeline(options, bitwise=bitwise)
+    ours = fused(whole_pipeline(options, bitwise=bitwise), monkeypatch)
+    call = {"seed": 5, "guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "cache": cache, "output_type": "pt"}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expected, made = plain(**call, output_type="pt"), ours(**call, output_type="pt")
+        expected, made = (whole(**prompts_of(whole), **call) for whole in (plain, ours))
     assert all(torch.equal(a, b) for a, b in zip(made.tokens, expected.tokens))
     assert (made.images - expected.images).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_fused_pipeline_is_saved_as_the_plain_one(patch, monkeypatch, tmp_path):
+    plain, ours = whole_pipeline({}, patch=patch), fused(whole_pipeline({}, patch=patch), monkeypatch)
+    f_hat = torch.randn(2, TINY["latent_channels"], *plain.vqvae.schedule.latent_hw, device=DEVICE)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert (ours.decode(f_hat, "pt") - plain.decode(f_hat, "pt")).abs().max() < 2e-5
     ours.save_pretrained(tmp_path)
     kept = NextScalePipeline.from_pretrained(tmp_path)
-    assert all(torch.equal(value, before[name].cpu()) for name, value in kept.transformer.state_dict().items())
-    assert all(
-        torch.equal(value, plain.vqvae.state_dict()[name].cpu()) for name, value in kept.vqvae.state_dict().items()
-    )
+    for mine, theirs in ((kept.transformer, plain.transformer), (kept.vqvae, plain.vqvae)):
+        whole = theirs.state_dict()
+        assert all(torch.equal(value, whole[name].cpu()) for name, value in mine.state_dict().items())
 
 
 def test_fused_block_holds_no_weight_twice():
-    block = whole_pipeline().transformer.blocks[0]
-    fused = fast_cuda.FusedBlock(block)
-    assert block.attn.to_k.weight.data_ptr() == fused.qkv_ED[32:].data_ptr()
+    block = whole_pipeline({}).transformer.blocks[0]
+    fast_cuda.fuse(block)
+    assert block.attn.to_k.weight.data_ptr() == block.qkv_ED[32:].data_ptr()
+
+
+def test_a_block_with_adapters_stays_plain():
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block = whole_pipeline({}).transformer.blocks[0]
+    x, ada = torch.randn(2, 5, 32, device=DEVICE), torch.randn(2, 6, 32, device=DEVICE)
+    block.attn.to_v.__class__ = Adapted
+    expected = block(x, ada)
+    fast_cuda.fuse(block)
+    assert torch.equal(block(x, ada), expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
@@ -170,7 +208,8 @@ def test_fused_block_in_bfloat16(rows, length, begin):
     exact = block.double()(x.double(), ada.double(), cache=_doubled(caches[0]), begin=begin)
     block.bfloat16()
     plain = block(x, ada, cache=caches[0], begin=begin).double()
-    ours = fast_cuda.FusedBlock(block)(x, ada, cache=caches[1], begin=begin).double()
+    fast_cuda.fuse(block)
+    ours = block(x, ada, cache=caches[1], begin=begin).double()
     assert (ours - exact).norm() < 1.1 * (plain - exact).norm()
     assert torch.equal(caches[0].values[0][:, :, :begin], caches[1].values[0][:, :, :begin]) if begin else True
 

@@ -2,17 +2,21 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from conftest import liven
+from torch import nn
 from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
 
 from train.config import RunConfig, exit_code
-from train.loop import begin_averaging, micro_batches, train_step, validate
+from train.loop import begin_averaging, gather_apart, micro_batches, train_step, validate
 from train.objectives import (
     TokenizerLossConfig,
     TokenizerObjective,
@@ -25,7 +29,7 @@ from train.report import log_training
 from train.session import Clock, Processes, Session, Task
 from train.state import resume, save
 from train.text import TextConfig, build_text_encoder, tokenize
-from var.conditioning import ClassPrompt
+from var.conditioning import ClassPrompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
 START = Clock(step=0, progress=0.0, seed=0)
@@ -453,3 +457,50 @@ def test_another_model_in_the_same_folder_is_refused(tokenizer_run, capfd):
     assert "holds a run of another model" in capfd.readouterr().err
     assert json.loads((tokenizer_run / "metrics.jsonl").read_text().splitlines()[-1]) == before
     assert equal(final_state(tokenizer_run), state)
+
+
+def compare_sharded(options: dict) -> None:
+    """A real transformer's loss and gradients, whole and sharded as fsdp2.yaml says; exits with 1 where they differ."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    settings = yaml.safe_load(Path("configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    names = settings["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    sizes = {"depth": 2, "width": 32, "heads": 2, "vocab_size": 20, "latent_channels": 5, "schedule": "1,2,3"}
+    torch.manual_seed(0)
+    Accelerator(cpu=True)  # joins the processes
+    model = liven(NextScaleTransformer(**sizes, num_classes=4, **options), 1).train()
+    text = TextPrompt(torch.randn(2, 7, 12), torch.ones(2, 7, dtype=torch.bool))
+    prompt = text if "text_width" in options else ClassPrompt(torch.tensor([0, 1]))
+    inputs = torch.randn(2, model.schedule.total - 1, 5)
+
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = model
+
+        def forward(self) -> torch.Tensor:
+            cond = self.transformer.condition(prompt)
+            return self.transformer.logits(self.transformer(inputs, cond), cond).square().mean()
+
+    objective = Objective()
+    objective().backward()
+    expected = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    mesh, wrapped = init_device_mesh("cpu", (2,)), 0
+    for module in reversed(list(objective.modules())[1:]):
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+            wrapped += 1
+    fully_shard(objective, mesh=mesh)
+    gather_apart(objective)
+    objective().backward()
+    found = {name: p.grad.full_tensor() for name, p in objective.named_parameters() if p.grad is not None}
+    same = found.keys() == expected.keys() and all(torch.allclose(found[n], g, atol=1e-5) for n, g in expected.items())
+    sys.exit(not (same and wrapped > 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_ada": True}, {"text_width": 12, "text_length": 9, "cross_gate": 0.5}])
+def test_a_sharded_transformer_is_the_whole_one(options):
+    options = {**options, "conditioning": "text"} if "text_width" in options else options
+    assert in_processes(2, compare_sharded, options) == [0, 0]

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from tokenizer.precision import product_precision
 from tokenizer.schedule import ScaleSchedule
 
 
@@ -58,10 +59,12 @@ def enlarge(x_BChw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if not x_BChw.is_cuda:
         return F.interpolate(x_BChw, size=size, mode="bicubic")
     spread = _bicubic_matrix(tuple(x_BChw.shape[2:]), tuple(size), x_BChw.device)
-    return (x_BChw.flatten(2) @ spread.to(x_BChw.dtype)).unflatten(2, size)
+    with product_precision("ieee"):
+        return (x_BChw.flatten(2) @ spread.to(x_BChw.dtype)).unflatten(2, size)
 
 
 @cache
+@torch.inference_mode(False)
 def _bicubic_matrix(hw: tuple[int, int], size: tuple[int, int], device: torch.device) -> torch.Tensor:
     """What each of h w cells adds to each of H W: (h w, H W) float32."""
     cells = torch.eye(hw[0] * hw[1]).view(-1, 1, *hw)
@@ -264,7 +267,8 @@ class MultiScaleQuantizer(PyramidQuantizer):
             ids_N = (F.normalize(z_NC, dim=-1) @ F.normalize(codes_VC, dim=-1).T).argmax(dim=1)
         else:  # |z - e|^2, in the order of operations of the official code
             distance_NV = z_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
-            ids_N = torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2, beta=1).argmin(dim=1)
+            with product_precision("ieee"):
+                ids_N = torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2, beta=1).argmin(dim=1)
         return ids_N.view(len(z_BChw), -1)
 
     def _shrink(self, x_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:

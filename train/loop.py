@@ -25,8 +25,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, default_collate
 
+from tokenizer.precision import set_product_precision
 from train.config import RunConfig
 from train.optimizers import build_optimizers, set_rates
 from train.order import KeyedDataset, KeyedSampler, uniforms
@@ -96,8 +98,8 @@ def start(task: Task, config: RunConfig) -> Session:
             "torchrun --nproc_per_node N and --run.cpu=true"
         )
     config.check_split(accelerator.num_processes)
-    if accelerator.mixed_precision != "no":  # what stays float32 (the head, the quantiser) has more digits even so
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if accelerator.mixed_precision != "no":
+        set_product_precision("tf32")  # what stays float32, as the head, has more digits even so
     if accelerator.is_fsdp2 and not task.objective.shardable:
         raise ValueError(
             f"{type(task.objective).__name__} does not train sharded (FSDP): use configs/accelerate/ddp.yaml"
@@ -110,6 +112,8 @@ def start(task: Task, config: RunConfig) -> Session:
     branches = task.objective.branches()
     built = {name: build_optimizers(branch) for name, branch in branches.items()}
     model, *prepared = accelerator.prepare(task.objective, *(o for group in built.values() for o in group))
+    if accelerator.is_fsdp2:
+        gather_apart(model)
     # The loop drives the plain optimisers: accelerate's wrappers each update the fp16 scaler, once too often for two.
     plain = iter(wrapper.optimizer for wrapper in prepared)
     optimizers = {name: [next(plain) for _ in group] for name, group in built.items()}
@@ -117,6 +121,13 @@ def start(task: Task, config: RunConfig) -> Session:
     begin_averaging(session)
     open_stream(session)
     return session
+
+
+def gather_apart(model: nn.Module) -> None:
+    """Let sharded modules (FSDP2) gather their parameters for the methods they name in `called_apart`, too."""
+    for module in model.modules():
+        for name in getattr(module, "called_apart", ()):
+            register_fsdp_forward_method(module, name)
 
 
 def begin_averaging(session: Session) -> None:

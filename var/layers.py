@@ -132,6 +132,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention to a text memory; keys and values are computed once an image by `memory`."""
 
+    called_apart = ("memory",)  # beside `forward`: sharding must know
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -210,6 +212,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, hidden)
         if shared_ada:
             self.ada_offset_6D = nn.Parameter(torch.empty(6, width))
+            self.called_apart = ("modulation",)
         else:
             self.ada = AdaLinear(width, 6)
         if cross:

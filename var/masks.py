@@ -50,6 +50,7 @@ def attention_mask(
 
 
 @cache  # not bounded: a recorded CUDA graph reads its masks again
+@torch.inference_mode(False)
 def _mask(
     query_levels: Sequence[int], key_levels: Sequence[int], device: str, kind: str, backend: str
 ) -> torch.Tensor | BlockMask:

@@ -293,6 +293,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 @cache  # not bounded: a recorded CUDA graph reads these again
+@torch.inference_mode(False)
 def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     """The scale of every token, (L,) int64: made once, as a copy to a GPU stops the loop."""
     return torch.tensor(schedule.level_ids, device=device)
