@@ -95,6 +95,19 @@ def decoder_seconds(pipeline: NextScalePipeline, batch: int, repeats: int = 3) -
     return median(found[2:])
 
 
+def row_of(
+    row: Row, times: Sequence[float], full_times: Sequence[float], ceiling: float, batch: int, decoder: float
+) -> dict[str, Any]:
+    """What a plan's rounds say beside the whole model's, round by round."""
+    found: dict[str, Any] = {"row": row.name, "group": row.group, "label": row.label}
+    found |= spread("tokens_images_per_s", [batch / seconds for seconds in times])
+    found |= spread("speed", [full / seconds for full, seconds in zip(full_times, times)])
+    found |= {"ceiling": ceiling, "share_of_ceiling": found["speed"] / ceiling}
+    found["images_per_s"] = batch / (median(times) + decoder)
+    found["speed_with_decoder"] = (median(full_times) + decoder) / (median(times) + decoder)
+    return found
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every row, in turns; the result as `report.result` makes it."""
     for size in (options.size, options.refiner):
@@ -109,21 +122,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     caches = [measure_once(pipeline, list(range(batch)), plan).cache_bytes / 2**20 for plan in plans]
     for plan in plans * (2 if pipeline.graphed else 1):  # kernels are chosen, graphs recorded
         seconds_of(pipeline, plan, batch)
-    found: list[list[float]] = [[] for _ in rows]
+    times: list[list[float]] = [[] for _ in rows]
     for _ in tqdm(range(options.rounds), desc="rounds", disable=None):
-        for times, plan in zip(found, plans):
-            times.append(seconds_of(pipeline, plan, batch))
+        for own, plan in zip(times, plans):
+            own.append(seconds_of(pipeline, plan, batch))
     flops = [sum(work.flops for work in plan_work(plan, batch)) for plan in plans]
-    decoder, made = decoder_seconds(pipeline, batch), []
-    for row, times, cache, operations in zip(rows, found, caches, flops):
-        figures: dict[str, Any] = {"row": row.name, "group": row.group, "label": row.label}
-        figures |= spread("tokens_images_per_s", [batch / s for s in times])
-        figures |= spread("speed", [full / s for full, s in zip(found[0], times)])
-        figures |= {"ceiling": flops[0] / operations, "peak_cache_mib": cache, "cache_of_full": cache / caches[0]}
-        figures["share_of_ceiling"] = figures["speed"] / figures["ceiling"]
-        figures["images_per_s"] = batch / (median(times) + decoder)
-        figures["speed_with_decoder"] = (median(found[0]) + decoder) / (median(times) + decoder)
-        made.append(figures)
+    decoder = decoder_seconds(pipeline, batch)
+    made = [row_of(row, own, times[0], flops[0] / f, batch, decoder) for row, own, f in zip(rows, times, flops)]
+    for found, cache in zip(made, caches):
+        found |= {"peak_cache_mib": cache, "cache_of_full": cache / caches[0]}
     settings = {"device": device_name(pipeline.transformer.device.type), "batch_size": batch, "dtype": options.dtype}
     settings |= {"threads": torch.get_num_threads(), "decoder_s": decoder}
     command = command_line("python -m benchmarks.elastic_speed", vars(options), vars(parser_of().parse_args([])))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import elastic
+from benchmarks import elastic, elastic_speed
 from benchmarks.elastic_rows import against_full, all_rows, once
 
 
@@ -61,3 +61,15 @@ def test_the_command(calibrated, tmp_path):
     assert elastic.main([*argv, "--groups", "cache"]) == 0  # resumed: nothing is measured twice
     with pytest.raises(SystemExit):
         elastic.main(["--supernet", str(calibrated)])
+
+
+def test_speed_beside_its_ceiling(tmp_path):
+    argv = ["--size", "d8", "--refiner", "d6", "--schedule", "1,2,3", "--bridge", "1", "--depths", "2", "--rounds", "1"]
+    assert elastic_speed.main([*argv, "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "s.json")]) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["row"].split()[0] for row in rows] == ["var", "supernet:1", "code:1", "code:2"]
+    assert rows[0]["ceiling"] == rows[0]["speed"] == rows[0]["share_of_ceiling"] == 1
+    assert 1 < rows[1]["ceiling"] < 4 and rows[1]["share_of_ceiling"] == rows[1]["speed"] / rows[1]["ceiling"]
+    assert rows[1]["cache_of_full"] < 1 and (tmp_path / "s.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        elastic_speed.main([*argv, "--rounds", "0"])

@@ -73,7 +73,7 @@ def test_tokenizer(tmp_path):
     assert [row["work"] for row in rows] == ["encode"] * 5 + ["decode"] * 5
     assert all(row["images_per_s"] > 0 for row in rows)
     equal = {row["variant"]: row["tokens_equal"] for row in rows[1:5]}
-    assert min(equal.values()) > 0.5
+    assert min(equal.values()) > 0.5 and equal["fast_float32"] > 0.9
 
 
 @needs_checkout
