@@ -150,7 +150,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
 
     model = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
-    pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner)
+    pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner, fast=args.fast)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.by_class:
         raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
@@ -159,6 +159,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
         "model_digest": model_digest(model),
         **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        **({"fast": args.fast} if args.fast == "off" else {}),
         **(pipeline.config.sampling or {}),
         **call,
     }

@@ -67,6 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--batch-size", type=int, default=32, help="images at once (32)")
     where.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    where.add_argument(
+        "--fast", choices=["auto", "off"], default="auto", help="auto: fast, as off up to rounding; off: plain (auto)"
+    )
     where.add_argument("--work", type=Path, metavar="DIR", help="folder of made images (one per job in cache/evaluate)")
     where.add_argument("--verdicts", type=Path, metavar="FILE", help="also write each image's verdict, a JSON a line")
     where.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")

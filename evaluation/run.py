@@ -82,6 +82,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=int, default=256, help="images in a shard: what a kill may cost (256)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--fast", choices=["auto", "off"], default="auto", help="auto: fast, as off up to rounding; off: plain (auto)"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder of the shards (one per job in cache/run)")
     parser.add_argument("--npz", type=Path, metavar="FILE", help="also keep the images, in ADM's format, shuffled")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and its table")
@@ -155,7 +158,7 @@ class Generation:
 
         suite = SUITES[args.suite]
         model = model_folder(args.model)
-        pipeline = load_pipeline(model, dtype=args.dtype, device=args.device)
+        pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, fast=args.fast)
         pipeline.set_progress_bar_config(disable=True)
         classes = check_model(args, suite, pipeline)
         args = argparse.Namespace(**{**vars(args), "metrics": args.metrics or suite.metrics})
@@ -177,6 +180,7 @@ class Generation:
             "seed": args.seed,
             "shard": args.shard,
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+            **({"fast": args.fast} if args.fast == "off" else {}),
             "sampling": {**(pipeline.config.sampling or {}), **call},
             "extractors": {name: network.digest for name, network in measure.networks.items()},
             "spatial": "sfid" in measure.metrics,

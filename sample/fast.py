@@ -28,6 +28,7 @@ from var.layers import FeedForward, SelfAttention
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
+    from tokenizer.model import MultiScaleVQ
 
 FAST = ("auto", "on", "off")
 
@@ -97,7 +98,18 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     for name in ("convolutions", "linears", "attention", "graphs", "channels_last", "kernels"):
         if getattr(settings, name) and not getattr(possible, name):
             raise ValueError(f"fast setting {name} cannot be used on {device} in {dtype}: this machine lacks it")
-    vqvae = pipeline.vqvae
+    accelerate_tokenizer(pipeline.vqvae, settings)
+    for model in (pipeline.transformer, pipeline.refiner):
+        if model is not None:
+            accelerate_transformer(model, settings)
+    if settings.graphs:
+        pipeline.graphed = GraphedSampler(pipeline.vqvae)
+    pipeline.accelerated = settings
+    return pipeline
+
+
+def accelerate_tokenizer(vqvae: MultiScaleVQ, settings: FastSettings) -> None:
+    """The part of `accelerate` that exchanges a tokenizer's, in place."""
     if settings.fold:
         exchange(vqvae.decoder, _folds, FoldedUpsample)
     if settings.convolutions:
@@ -106,16 +118,9 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
         _exchange_residual_blocks(vqvae, fast_cuda.FusedResnet, fast_cuda.FusedNormSiLU)
         if vqvae.decoder.conv_out.out_channels < fast_cuda.NARROW:
             vqvae.decoder.conv_out = fast_cuda.WidenedConv(vqvae.decoder.conv_out)
-    for model in (pipeline.transformer, pipeline.refiner):
-        if model is not None:
-            accelerate_transformer(model, settings)
     if settings.channels_last:  # not the quantiser: its tokens are to stay those of the plain path
         for half in (vqvae.encoder, vqvae.decoder):
             half.to(memory_format=torch.channels_last)
-    if settings.graphs:
-        pipeline.graphed = GraphedSampler(vqvae)
-    pipeline.accelerated = settings
-    return pipeline
 
 
 def _exchange_residual_blocks(vqvae: nn.Module, resnet: Callable[[Any], nn.Module], norm: Callable) -> None:

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from sample.fast import accelerate_tokenizer, supported
+from sample.pipeline import cast
 from tokenizer.model import MultiScaleVQ
 from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
@@ -37,7 +39,8 @@ class CacheConfig:
         shard_size: images per file.
         batch_size: images per forward pass.
         workers: data loading processes.
-        precision: no (float32) or bf16, of the encoder's convolutions; the quantiser is float32 always.
+        precision: no (float32) or bf16, of the encoder; the quantiser is float32 always.
+        fast: encode on the fast path (`sample.fast`), whose tokens are the plain ones but where rounding decides.
         latents: also keep what is quantised, in float16, for training with self-correction.
         seed: of the crops.
     """
@@ -49,6 +52,7 @@ class CacheConfig:
     batch_size: int = 64
     workers: int = 0
     precision: str = "no"
+    fast: bool = True
     latents: bool = False
     seed: int = 0
 
@@ -76,15 +80,15 @@ class Passes(Dataset):
 
 @torch.no_grad()
 def encode_split(
-    accelerator: Accelerator, vqvae: MultiScaleVQ, data: DataConfig, config: CacheConfig, split: str
+    accelerator: Accelerator, vqvae: MultiScaleVQ, name: str, data: DataConfig, config: CacheConfig, split: str
 ) -> None:
-    """Write the missing shards of a split, then its manifest."""
+    """Write the missing shards of a split, then its manifest; `name` is the tokenizer's `tokenizer_hash`."""
     images = build_dataset(data, split, seed=config.seed, corrupt_log=Path(config.folder) / "unreadable_images.txt")
     items = Passes(images, config.passes if split == "train" else 1)
     folder = Path(config.folder) / split
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {
-        "tokenizer_hash": tokenizer_hash(vqvae),
+        "tokenizer_hash": name,
         "schedule": vqvae.schedule.spec,
         "vocab_size": vqvae.config.vocab_size,
         "num_classes": images.num_classes,
@@ -135,13 +139,19 @@ def encode(
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
-        with accelerator.autocast():
-            f_BCHW = vqvae.encode(image)
-            ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
+        f_BCHW = vqvae.encode(image.to(vqvae.dtype))
+        ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
         latents.append(f_BCHW.half().cpu().numpy())
         rows += [{"label": int(a), "caption": b} for a, b in zip(batch["label"], batch["caption"])]
     return np.concatenate(tokens), rows, np.concatenate(latents)
+
+
+def ready(vqvae: MultiScaleVQ, device: torch.device, config: CacheConfig) -> None:
+    """Put a tokenizer on its device, in its precision, on the fast path if wanted."""
+    cast(vqvae.to(device), torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    if config.fast:
+        accelerate_tokenizer(vqvae, supported(device, vqvae.dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,12 +161,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_class_arguments(CacheConfig, "cache")
     built = made.instantiate(made.parse_args(argv))
     config: CacheConfig = built.cache
-    accelerator = Accelerator(mixed_precision=config.precision)
-    vqvae = load_tokenizer(config.tokenizer).to(accelerator.device)
+    accelerator = Accelerator()
+    vqvae = load_tokenizer(config.tokenizer)
+    name = tokenizer_hash(vqvae)
+    ready(vqvae, accelerator.device, config)
     if tuple(built.data.hw) != vqvae.image_hw:
         raise ValueError(f"data.size {built.data.hw} must be the tokenizer's: {vqvae.image_hw}")
     for split in ("train", "val"):
-        encode_split(accelerator, vqvae, built.data, config, split)
+        encode_split(accelerator, vqvae, name, built.data, config, split)
 
 
 if __name__ == "__main__":
