@@ -32,7 +32,9 @@ COLUMNS += ("share_of_ceiling", "peak_mib", "loss")
 OURS = {  # variant -> (attention, compiled, checkpointed)
     "sdpa": ("sdpa", False, False),
     "flex": ("flex", False, False),
+    "grouped": ("grouped", False, False),
     "compiled": ("flex", True, False),
+    "compiled_grouped": ("grouped", True, False),
     "compiled_checkpointed": ("flex", True, True),
 }
 THEIRS = {"official_float16": torch.float16, "official_bfloat16": torch.bfloat16}
@@ -62,7 +64,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
     asked = known if options.variants == "all" else options.variants.split(",")
     if unknown := [name for name in asked if name not in known]:
         raise ValueError(f"--variants must be some of {', '.join(known)}, got {unknown[0]!r}")
-    possible = {*OURS, *THEIRS} if options.device == "cuda" else {"sdpa", "official_bfloat16"}
+    possible = {*OURS, *THEIRS} if options.device == "cuda" else {"sdpa", "grouped", "official_bfloat16"}
     possible -= set(() if options.reference else THEIRS)
     if not possible.intersection(asked):
         raise ValueError(f"--variants {options.variants} need --device cuda or --reference")

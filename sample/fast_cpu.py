@@ -14,9 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
 from var.layers import FeedForward, attention
+from var.masks import Mask
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
 HINT_HW = (64, 64)  # the same for convolutions
@@ -158,7 +158,7 @@ def half_attention(
     q_BHld: torch.Tensor,
     k_BHSd: torch.Tensor,
     v_BHSd: torch.Tensor,
-    mask: torch.Tensor | BlockMask | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one."""

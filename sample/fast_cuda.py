@@ -13,13 +13,13 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
 from sample import kernels
 from tokenizer.precision import product_precision
 from var.cache import KVCache, Pair
 from var.heads import CategoricalHead
 from var.layers import Block, rotate
+from var.masks import Mask
 
 NARROW = 32  # output channels that a convolution needs to run on tensor cores (cuDNN 9)
 
@@ -44,7 +44,7 @@ class FusedBlock(Block):
         ada_R6D: torch.Tensor,
         memory: Pair | None = None,
         memory_mask: torch.Tensor | None = None,
-        mask: torch.Tensor | BlockMask | None = None,
+        mask: Mask | None = None,
         rope_lf: torch.Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,

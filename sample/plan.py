@@ -26,7 +26,7 @@ class Stage:
         guidance: classifier-free guidance of these scales.
         filters: what may be drawn; one for all scales of the stage, or one each.
         new_cache: makes the stage's cache; the model's own when None.
-        attention_backend: "sdpa" or "flex", for a prefill.
+        attention_backend: "sdpa", "flex" or "grouped", for a prefill.
         schedule: the scales, where they are not the model's own (another aspect ratio).
         recompute: prefill in any case: these layers read what they themselves make of the earlier scales.
     """
@@ -37,7 +37,7 @@ class Stage:
     guidance: Guidance = field(default_factory=Guidance)
     filters: Filter | Sequence[Filter] = field(default_factory=Filter)
     new_cache: Callable[[], KVCache] | None = None
-    attention_backend: str = "sdpa"
+    attention_backend: str = "grouped"
     schedule: ScaleSchedule | None = None
     recompute: bool = False
 

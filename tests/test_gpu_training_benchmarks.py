@@ -40,15 +40,16 @@ def tiny_transformer():
 
 def test_training(tmp_path):
     found = measured(training_gpu, TRAINING, tmp_path)
-    (row,) = found["rows"]
-    assert row["variant"] == "sdpa" and 0 < row["seconds_range"][0] <= row["seconds"] and 5 < row["loss"] < 20
-    assert row["share_of_ceiling"] > 0 and found["settings"]["failed"] == {}
+    row, grouped = found["rows"]
+    assert (row["variant"], grouped["variant"]) == ("sdpa", "grouped") and found["settings"]["failed"] == {}
+    assert 0 < row["seconds_range"][0] <= row["seconds"] and row["share_of_ceiling"] > 0
+    assert row["loss"] == pytest.approx(grouped["loss"], rel=1e-3) and 5 < row["loss"] < 20
 
 
 @needs_checkout
 def test_training_beside_the_official_code(tmp_path):
     rows = measured(training_gpu, [*TRAINING, "--reference", CHECKOUT], tmp_path)["rows"]
-    assert [row["variant"] for row in rows] == ["official_bfloat16", "sdpa"]
+    assert [row["variant"] for row in rows] == ["official_bfloat16", "sdpa", "grouped"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=2e-3)
     assert rows[1]["times_official_bfloat16"] > 0
 

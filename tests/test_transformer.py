@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.conditioning import ClassPrompt, TextPrompt
+from var.masks import attention_mask
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
 
@@ -82,12 +84,24 @@ def test_what_a_scale_can_see(kind, reach):
 
 
 @torch.no_grad()
-def test_flex_attention_equals_sdpa():
-    model = make()
+@pytest.mark.parametrize("backend", ["flex", "grouped"])
+@pytest.mark.parametrize("options", [{}, {"mask": "block_diagonal"}, {"schedule": "1,3,9,10"}, {"schedule": "8,9"}])
+def test_backends_of_attention_agree(options, backend):
+    model = make(**options)
     cond, x = model.condition(prompt_for(model)), inputs_for(model)
     torch.testing.assert_close(
-        model(x, cond, attention_backend="flex"), model(x, cond, attention_backend="sdpa"), atol=1e-5, rtol=0
+        model(x, cond, attention_backend=backend), model(x, cond, attention_backend="sdpa"), atol=1e-5, rtol=0
     )
+
+
+def test_groups_are_the_small_scales_and_each_large_one():
+    schedule = ScaleSchedule.of("var256")
+    groups = attention_mask(schedule, range(10), "cpu", backend="grouped")
+    assert groups.spans == ((0, 91), (91, 155), (155, 255), (255, 424), (424, 680)) and groups.first_nn.shape == (
+        91,
+        91,
+    )
+    assert attention_mask(schedule, range(3, 10), "cpu", backend="grouped", cached=True).shape == (666, 680)
 
 
 @torch.no_grad()

@@ -324,10 +324,10 @@ class VarObjective(Objective):
     along.
 
     Attributes:
-        attention: backend of self-attention in training, sdpa or flex; validation takes sdpa.
+        attention: backend of self-attention in training, one of `var.masks.BACKENDS`; validation takes sdpa.
     """
 
-    attention = "sdpa"
+    attention = "grouped"
 
     def __init__(
         self,
@@ -360,10 +360,10 @@ class VarObjective(Objective):
         Raises:
             ValueError: if flex attention is to train on a CPU.
         """
-        if self.attention == "flex" and torch.is_grad_enabled():
-            if cond.start_BD.device.type == "cpu":
+        if self.attention != "sdpa" and torch.is_grad_enabled():
+            if self.attention == "flex" and cond.start_BD.device.type == "cpu":
                 raise ValueError("attention flex cannot train on a CPU (PyTorch has no backward pass of it): take sdpa")
-            passes = {**passes, "attention_backend": "flex"}
+            passes = {**passes, "attention_backend": self.attention}
         if self.transformer.gradient_checkpointing:  # the backward pass recomputes outside of any block of code here
             return self.transformer(inputs, cond, **passes)
         with fast_cpu_attention(cond.start_BD.device):

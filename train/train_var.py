@@ -85,8 +85,8 @@ def parser():
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
-    backends = "attention in training: sdpa, or flex (on CUDA only)"
-    made.add_argument("--attention", type=Literal["sdpa", "flex"], default="sdpa", help=backends)
+    backends = "attention in training: grouped (a call for each large scale), sdpa (one mask), or flex (on CUDA only)"
+    made.add_argument("--attention", type=Literal["grouped", "sdpa", "flex"], default="grouped", help=backends)
     made.add_class_arguments(TextConfig, "text")
     made.add_class_arguments(VarLossConfig, "loss")
     made.add_class_arguments(ProgressiveConfig, "progressive")

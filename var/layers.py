@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
+from var.masks import Groups, Mask
 
 EPS = 1e-6
 
@@ -33,10 +34,14 @@ def attention(
     q_BHld: torch.Tensor,
     k_BHSd: torch.Tensor,
     v_BHSd: torch.Tensor,
-    mask: torch.Tensor | BlockMask | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention to (B, l, H*d): one SDPA call, or flex_attention where the mask is a BlockMask."""
+    """Softmax attention to (B, l, H*d): flex_attention where the mask is a BlockMask, else SDPA, a call a group."""
+    if isinstance(mask, Groups):
+        groups = [(q_BHld[:, :, begin:end], k_BHSd[:, :, :end], v_BHSd[:, :, :end]) for begin, end in mask.spans]
+        masks = (mask.first_nn, *(None for _ in groups[1:]))
+        return torch.cat([attention(*group, own, scale) for group, own in zip(groups, masks)], dim=1)
     if isinstance(mask, BlockMask):
         flex = _compiled_flex if q_BHld.is_cuda else flex_attention
         out = flex(q_BHld, k_BHSd, v_BHSd, block_mask=mask, scale=scale)
@@ -118,7 +123,7 @@ class SelfAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | BlockMask | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
         begin: int = 0,
@@ -231,7 +236,7 @@ class Block(nn.Module):
         ada_B6D: torch.Tensor,
         memory: tuple[torch.Tensor, torch.Tensor] | None = None,
         memory_mask: torch.Tensor | None = None,
-        mask: torch.Tensor | BlockMask | None = None,
+        mask: Mask | None = None,
         rope_lf: torch.Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,

@@ -1,12 +1,14 @@
-"""Who may attend to whom, as one predicate on scale levels; as a dense SDPA mask or a flex_attention block mask.
+"""Who may attend to whom, as one predicate on scale levels; as a dense mask, a flex_attention block mask, or by scales.
 
-Shapes: Q query tokens, S key tokens.
+Shapes: Q query tokens, S key tokens, n tokens of the first scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -19,6 +21,28 @@ PREDICATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
+BACKENDS = ("sdpa", "flex", "grouped")
+OWN_CALL = 64  # tokens that a scale needs for a call of its own to be worth it
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Block-causal attention as few calls: the first scales under a mask, each later one over all before it without.
+
+    Nothing that is masked is computed there, and what takes no mask can use the fastest kernels.
+
+    Attributes:
+        first_nn: the mask of the first scales' tokens; None where only the very first is among them.
+        spans: where each group of tokens begins and ends.
+    """
+
+    first_nn: torch.Tensor | None
+    spans: tuple[tuple[int, int], ...]
+
+
+Mask = torch.Tensor | BlockMask | Groups
+
+
 def attention_mask(
     schedule: ScaleSchedule,
     scales: range,
@@ -27,25 +51,30 @@ def attention_mask(
     kind: str = "block_causal",
     backend: str = "sdpa",
     cached: bool = False,
-) -> torch.Tensor | BlockMask | None:
+) -> Mask | None:
     """The mask for queries of `scales`, against keys of the same scales or, with `cached`, of all scales from 0.
 
     Returns:
         None where nothing is masked (one scale that sees everything before it); else for "sdpa" a bool (Q, S)
-        tensor, True = may attend; for "flex" a BlockMask.
+        tensor, True = may attend; for "flex" a BlockMask; for "grouped" Groups, or the bool tensor where scales do not
+        see all before them.
 
     Raises:
         ValueError: on an unknown kind or backend.
     """
     if kind not in PREDICATES:
         raise ValueError(f"mask kind must be one of {', '.join(PREDICATES)}, got {kind!r}")
-    if backend not in ("sdpa", "flex"):
-        raise ValueError(f"attention backend must be sdpa or flex, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if len(scales) == 1 and kind == "block_causal":
         return None
     first_key = 0 if cached else schedule.begins[scales.start]
     end = schedule.ends[scales.stop - 1]
     levels = schedule.level_ids
+    if backend == "grouped":
+        if scales.start == 0 and kind == "block_causal":
+            return _groups(schedule, scales.stop, str(device))
+        backend = "sdpa"
     return _mask(levels[schedule.begins[scales.start] : end], levels[first_key:end], str(device), kind, backend)
 
 
@@ -63,3 +92,13 @@ def _mask(
         return allowed(query_Q[q], key_S[s])
 
     return create_block_mask(mask_mod, None, None, len(query_Q), len(key_S), device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def _groups(schedule: ScaleSchedule, count: int, device: str) -> Groups:
+    """The groups of the first `count` scales."""
+    small = next((k for k in range(1, count) if schedule.lengths[k] >= OWN_CALL), count)
+    levels = schedule.level_ids[: schedule.ends[small - 1]]
+    mask = None if small == 1 else _mask(levels, levels, device, "block_causal", "sdpa")
+    return Groups(mask, tuple(pairwise((0, *(schedule.ends[k] for k in range(small - 1, count))))))

@@ -164,7 +164,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             cache: holds the scales before `scales.start`, and takes the new ones.
             layers: the blocks to run, the others pass their input on; all when None.
             bridge: scales that run all blocks whatever `layers` says; `scales` must begin at 0 then.
-            attention_backend: "sdpa" or "flex".
+            attention_backend: "sdpa", "flex" or "grouped", see `var.masks`.
             schedule: the scales to work on instead of the model's own (another aspect ratio); see `check_schedule`.
             after: for some blocks, what their hidden states (B, l, D) become before the next block.
         """
