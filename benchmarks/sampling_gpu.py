@@ -40,7 +40,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", default="9,4", help="timed runs of each variant, by batch (9,4)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of ours (bfloat16)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only to try the command (cuda)")
-    parser.add_argument("--out", type=Path, default=Path("results/speed_gpu.json"), help="result and table")
+    parser.add_argument("--out", type=Path, default=Path("results/speed_gpu.json"), help="result, table and picture")
     return parser
 
 
@@ -159,10 +159,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the result and its table."""
+    """Measure, write the result, its table and its picture."""
+    from benchmarks.speed_picture import draw_sampling_gpu
+
     parser = parser_of()
     options = parser.parse_args(argv)
-    measured(parser, options, measure, COLUMNS)
+    content = measured(parser, options, measure, COLUMNS)
+    title = f"{options.size}, {options.schedule}: {content['settings']['device']}, {options.dtype}"
+    draw_sampling_gpu(content["rows"], options.out.with_suffix(".png"), title)
     print(f"written: {options.out}")
     return 0
 

@@ -41,6 +41,31 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
     save(figure, path)
 
 
+def draw_sampling_gpu(rows: Sequence[dict], path: Path, title: str) -> None:
+    """Milliseconds an image by variant and batch, with the ratio to the official code; "kernels" split into stages."""
+    stages = ("blocks_s", "head_s", "draw_s", "quantiser_s", "decoder_s")
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    figure = Figure(figsize=(7.5 * len(batches), 3.6), layout="constrained")
+    figure.suptitle(title)
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
+        chosen = [row for row in rows if row["batch"] == batch][::-1]
+        for row in chosen:
+            whole, left = 1e3 * row["seconds"] / batch, 0.0
+            axes.barh(row["variant"], whole, color="lightgrey", label="not split" if row is chosen[0] else None)
+            for stage, colour in zip(stages, COLOURS):
+                if stage in row:
+                    width = 1e3 * row[stage] / batch
+                    axes.barh(row["variant"], width, left=left, color=colour, label=stage[:-2])
+                    left += width
+            times = f", {row['times_official']:.1f} x official" if "times_official" in row else ""
+            note = f" {whole:.3g} ms: {row['images_per_s']:.3g} images/s{times}"
+            axes.text(max(whole, left), row["variant"], note, va="center", fontsize=8)
+        longest = max(1e3 * row["seconds"] / batch for row in chosen)
+        axes.set(title=f"batch {batch}", xlabel="milliseconds an image", xlim=(0, 1.6 * longest))
+        axes.legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
 UNITS = {"side": "side of the image, pixels", "batch": "images at once", "depth": "layers", "processes": "processes"}
 
 
