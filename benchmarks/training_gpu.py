@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +29,25 @@ from benchmarks.training import official_loss, random_batch, step_flops, without
 CLIP = 2.0
 COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float16", "times_official_bfloat16")
 COLUMNS += ("share_of_ceiling", "peak_mib", "loss")
-OURS = {  # variant -> (attention, compiled, checkpointed)
-    "sdpa": ("sdpa", False, False),
-    "flex": ("flex", False, False),
-    "grouped": ("grouped", False, False),
-    "compiled": ("flex", True, False),
-    "compiled_grouped": ("grouped", True, False),
-    "compiled_checkpointed": ("flex", True, True),
+
+
+class Way(NamedTuple):
+    """How a variant of ours trains."""
+
+    attention: str = "grouped"
+    compiled: bool = False
+    checkpointed: bool = False
+    half_stream: bool = False
+
+
+OURS = {
+    "sdpa": Way("sdpa"),
+    "flex": Way("flex"),
+    "grouped": Way(),
+    "compiled_flex": Way("flex", compiled=True),
+    "compiled": Way(compiled=True),
+    "compiled_half_stream": Way(compiled=True, half_stream=True),
+    "compiled_checkpointed": Way(compiled=True, checkpointed=True),
 }
 THEIRS = {"official_float16": torch.float16, "official_bfloat16": torch.bfloat16}
 
@@ -91,10 +103,12 @@ def our_steps(names: Sequence[str], transformer: torch.nn.Module, given: Mapping
 
     twin = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
     sessions = {False: session_of(plain, False)}
-    if any(OURS[name][1] for name in names):
+    if any(OURS[name].compiled for name in names):
         sessions[True] = session_of(twin, True)
         sessions[True].optimizers = sessions[False].optimizers
-    return {name: (step_of(sessions[OURS[name][1]], given, name), sessions[False].all_optimizers) for name in names}
+    return {
+        name: (step_of(sessions[OURS[name].compiled], given, name), sessions[False].all_optimizers) for name in names
+    }
 
 
 def step_of(session: Any, given: Mapping[str, Any], name: str) -> Run:
@@ -102,12 +116,12 @@ def step_of(session: Any, given: Mapping[str, Any], name: str) -> Run:
     from train.loop import train_step
     from train.session import Meter
 
-    attention, _, checkpointed = OURS[name]
+    way = OURS[name]
 
     def step() -> torch.Tensor:
-        transformer = session.objective.transformer
-        transformer.enable_gradient_checkpointing() if checkpointed else transformer.disable_gradient_checkpointing()
-        session.objective.attention = attention
+        model = session.objective.transformer
+        model.enable_gradient_checkpointing() if way.checkpointed else model.disable_gradient_checkpointing()
+        session.objective.attention, model.half_stream = way.attention, way.half_stream
         train_step(session, repeat(given))
         loss, session.meter = session.meter.sums["loss"][0], Meter()
         return loss

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import gpu, input_pipeline, tokenizer_gpu, training_gpu
 from benchmarks.training import random_batch
+from benchmarks.training_gpu import Way
 from tests.training_toys import in_child
 
 CHECKOUT = os.environ.get("VAR_CHECKOUT")
@@ -56,7 +57,7 @@ def test_training_beside_the_official_code(tmp_path):
 
 def test_compiled_blocks_share_the_weights(monkeypatch):
     def check() -> None:
-        monkeypatch.setattr(training_gpu, "OURS", {"a": ("sdpa", False, False), "b": ("sdpa", True, True)})
+        monkeypatch.setattr(training_gpu, "OURS", {"a": Way(), "b": Way("sdpa", compiled=True, checkpointed=True)})
         monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: None)
         model = tiny_transformer()
         given = random_batch(model.config, 2)

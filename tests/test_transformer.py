@@ -220,3 +220,15 @@ def test_queries_keys_and_values_by_one_product_are_those_of_three(options):
         grads[mode] = [hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     assert len(grads[False]) == len(grads[True]) > 20
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(grads[False], grads[True]))
+
+
+def test_a_half_stream_is_half_under_autocast_only():
+    model = make()
+    cond, x, seen = model.condition(prompt_for(model)), inputs_for(model), []
+    model.blocks[1].register_forward_pre_hook(lambda block, given: seen.append(given[0].dtype))
+    for half in (False, True):
+        model.half_stream = half
+        for precise in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+                model(x, cond)
+    assert seen == [torch.float32] * 3 + [torch.bfloat16]

@@ -28,6 +28,8 @@ class RunConfig:
         seed: of the data's order, crops, prompt dropping and initial weights.
         precision: no (float32), bf16 or fp16; what `accelerate launch` says when null. On CUDA the last two also let
             what stays float32, as the head, take TensorFloat-32 (10 bits of mantissa), as VAR's trainer does.
+        half_stream: with bf16 or fp16, hold what goes from block to block of a transformer in it as well, as VAR's
+            trainer does: less memory to move, fewer digits in the sum over blocks.
         ema: decay of the averaged weights that are validated and exported; 0 turns averaging off.
         log_every: steps between lines of metrics.jsonl.
         validate_every: steps between validations and preview grids.
@@ -49,6 +51,7 @@ class RunConfig:
     micro_batch: int | None = None
     seed: int = 0
     precision: str | None = None
+    half_stream: bool = False
     ema: float = 0.999
     log_every: int = 50
     validate_every: int = 1000

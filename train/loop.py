@@ -106,6 +106,8 @@ def start(task: Task, config: RunConfig) -> Session:
         )
     if config.gradient_checkpointing:
         task.objective.checkpoint_activations()
+    if config.half_stream:
+        task.objective.halve_stream()
     if config.compile:
         task.objective.compile_parts()
     task.objective.to(accelerator.device)

@@ -420,6 +420,10 @@ class VarObjective(Objective):
         """Compile every block."""
         self.transformer.compile_repeated_blocks(dynamic=False)
 
+    def halve_stream(self) -> None:
+        """Keep the hidden states between blocks in half precision, too."""
+        self.transformer.half_stream = True
+
     def checkpoint_activations(self) -> None:
         """Keep only the activations between blocks."""
         self.transformer.enable_gradient_checkpointing()

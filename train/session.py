@@ -95,6 +95,14 @@ class Objective(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts of fixed shape, in place."""
 
+    def halve_stream(self) -> None:
+        """Keep what goes from block to block in half precision, too.
+
+        Raises:
+            ValueError: if the objective's model cannot.
+        """
+        raise ValueError(f"run.half_stream is not available for {type(self).__name__}")
+
     def checkpoint_activations(self) -> None:
         """Trade compute for memory: keep no activations inside blocks.
 

@@ -92,6 +92,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.schedule = replace(given, grid=tuple(rope_grid) if rope_grid is not None else given.grid)
         grid = None if self.schedule.grid is None else list(self.schedule.grid)
         self.register_to_config(schedule=self.schedule.spec, vocab_size=vocab_size, rope_grid=grid)
+        self.half_stream = False  # under autocast, whether what goes from block to block is in half precision, too
 
         if conditioning == "class":
             self.conditioner = ClassConditioner(num_classes, width)
@@ -197,6 +198,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 out = self._gradient_checkpointing_func(block, *arguments)
             else:
                 out = block(*arguments)
+            out = out.to(h.dtype)  # of a half stream: a gate in float32 would end it
             h = torch.cat([out, h[:, short:]], dim=1) if skipped else out
             if after and i in after:
                 h = after[i](h)
@@ -241,9 +243,11 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             parts.append(self.input_proj(x_BlC.to(self.input_proj.weight.dtype)))
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         h = h + self._levels(schedule, scales)
-        if self.position_1LD is None:
-            return h
-        return h + self.position_1LD[:, schedule.begins[scales.start] : schedule.ends[scales.stop - 1]]
+        if self.position_1LD is not None:
+            h = h + self.position_1LD[:, schedule.begins[scales.start] : schedule.ends[scales.stop - 1]]
+        if self.half_stream and torch.is_autocast_enabled(h.device.type):
+            return h.to(torch.get_autocast_dtype(h.device.type))
+        return h
 
     def _levels(self, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
         begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
