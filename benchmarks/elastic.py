@@ -100,6 +100,13 @@ def as_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def picture(content: dict, path: Path) -> None:
+    """Quality against speed and cache."""
+    from benchmarks.elastic_picture import draw
+
+    draw(content["rows"], path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     parser = parser_of()
@@ -115,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if content is None:
         return 0
-    from benchmarks.elastic_picture import draw
+    from benchmarks.tables import write_picture
     from sample.images import write_text
 
     write_result(options.out, content)
     write_text(options.out.with_suffix(".md"), as_table(content["rows"]) + "\n")
-    draw(content["rows"], options.out.with_suffix(".png"))
+    write_picture(picture, content, options.out)
     print(f"written: {options.out}")
     return 0
 

@@ -22,7 +22,7 @@ from benchmarks.elastic_rows import Row
 from benchmarks.gpu import device_name
 from benchmarks.models import check_size, random_transformer
 from benchmarks.sampling import whole_numbers
-from benchmarks.tables import measured
+from benchmarks.tables import check_counts, measured
 from benchmarks.timing import spread
 from evaluation.report import command_line, result
 from sample.costs import plan_work
@@ -112,8 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every row, in turns; the result as `report.result` makes it."""
     for size in (options.size, options.refiner):
         check_size(size)
-    if min(options.batch_size, options.rounds, options.bridge) < 1:
-        raise ValueError("--batch-size, --rounds and --bridge must be 1 or more")
+    check_counts(options, "batch_size", "rounds", "bridge")
     if resolve_device(options.device).type == "cpu":
         torch.set_num_threads(1)
     pipeline, batch = build(options), options.batch_size
@@ -137,16 +136,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result(made, command=command, n=options.rounds, seeds=0, settings=settings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the result, its table and its picture."""
+def picture(content: dict, path: Path) -> None:
+    """Speed against its ceiling and against the cache."""
     from benchmarks.elastic_picture import draw_speed
 
+    draw_speed(content["rows"], path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result, its table and its picture."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    content = measured(parser, options, measure, COLUMNS)
-    draw_speed(content["rows"], options.out.with_suffix(".png"))
-    print(f"written: {options.out}")
-    return 0
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS, picture)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.growth_runs import IMAGES, SIDES, Shape, operations, plan_of, timed, together
 from benchmarks.models import random_transformer
-from benchmarks.tables import lines
+from benchmarks.tables import check_counts, lines, write_picture
 from evaluation.report import command_line, result, write_result
 from sample.images import write_text
 from sample.load import resolve_device
@@ -97,8 +97,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     filled.device = str(device)
     if not set(filled.sides.split(",")) <= set(SIDES) or "," not in filled.sides:
         raise ValueError(f"--sides must be two or more of {', '.join(SIDES)}, got {filled.sides!r}")
-    if min(filled.width, filled.depth, filled.batch, filled.repeats) < 1:
-        raise ValueError("--width, --depth, --batch and --repeats must be 1 or more")
+    check_counts(filled, "width", "depth", "batch", "repeats")
     return filled
 
 
@@ -223,7 +222,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     from benchmarks.gpu import device_name
-    from benchmarks.speed_picture import draw_growth
+
+    def picture(content: dict, path: Path) -> None:
+        from benchmarks.speed_picture import draw_growth
+
+        model = f"transformer of {options.depth} layers, {options.width} wide, with guidance"
+        draw_growth(content["rows"], path, f"Cost of drawing: {model}; {where}")
 
     parser = parser_of()
     given = parser.parse_args(argv)
@@ -240,11 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "one CPU thread, float32" if on_cpu else f"{settings['device']}, bfloat16"
     settings["clock"] = "processor time of one thread; processes: wall clock" if on_cpu else "wall clock, synchronised"
     settings |= {"images_of_each_process": IMAGES} if on_cpu else {}
-    write_result(options.out, result(rows, command=command, n=options.repeats, seeds=0, settings=settings))
+    content = result(rows, command=command, n=options.repeats, seeds=0, settings=settings)
+    write_result(options.out, content)
     write_text(options.out.with_suffix(".md"), table(rows))
     print(table(rows))
-    model = f"transformer of {options.depth} layers, {options.width} wide, with guidance"
-    draw_growth(rows, options.out.with_suffix(".png"), f"Cost of drawing: {model}; {where}")
+    write_picture(picture, content, options.out)
     return 0
 
 

@@ -170,8 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     place = "cpu" if options.device == "cpu" else "gpu"
     options.out = options.out or Path(f"results/input_pipeline_{place}.json")
-    measured(parser, options, measure, COLUMNS)
-    return 0
+    return measured(parser, options, measure, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ COLUMNS += (
     "greedy_image_error",
 )
 COLUMNS += ("drawn_tokens_equal", "drawn_image_error", "forced_tokens_equal")
-STAGES = ("condition", "blocks", "head", "draw", "quantiser", "decoder")
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -178,7 +177,6 @@ def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float
             if base in timed and base != name:
                 row |= ratios(f"times_{base}", timed[base], runs)
         row |= median_stages(undisturbed(runs))
-        row["rest_s"] = row["seconds"] - sum(row.get(f"{stage}_s", 0.0) for stage in STAGES)
         rows.append(row | summary(runs))
     return rows
 
@@ -247,16 +245,17 @@ def whole_numbers(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def picture(content: dict, path: Path) -> None:
+    """Seconds an image, by stage."""
+    from benchmarks.speed_picture import draw_sampling
+
+    draw_sampling(content["rows"], path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    content = measured(parser, options, measure, COLUMNS)
-    from benchmarks.speed_picture import draw_sampling
-
-    draw_sampling(content["rows"], options.out.with_suffix(".png"))
-    print(f"written: {options.out}")
-    return 0
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS, picture)
 
 
 if __name__ == "__main__":

@@ -158,17 +158,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the result, its table and its picture."""
+def picture(content: dict, path: Path) -> None:
+    """Milliseconds an image."""
     from benchmarks.speed_picture import draw_sampling_gpu
 
+    row, settings = content["rows"][0], content["settings"]
+    draw_sampling_gpu(
+        content["rows"], path, f"{row['size']}, {row['schedule']}: {settings['device']}, {settings['dtype']}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result, its table and its picture."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    content = measured(parser, options, measure, COLUMNS)
-    title = f"{options.size}, {options.schedule}: {content['settings']['device']}, {options.dtype}"
-    draw_sampling_gpu(content["rows"], options.out.with_suffix(".png"), title)
-    print(f"written: {options.out}")
-    return 0
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS, picture)
 
 
 if __name__ == "__main__":

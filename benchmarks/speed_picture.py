@@ -30,7 +30,7 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
         chosen = [row for row in rows if row["batch"] == batch][::-1]
         lefts = [0.0] * len(chosen)
         for stage, colour in zip(stages, COLOURS):
-            widths = [row.get(stage, 0.0) / batch for row in chosen]
+            widths = [max(0.0, row.get(stage, 0.0)) / batch for row in chosen]
             axes.barh([row["variant"] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
             lefts = [left + width for left, width in zip(lefts, widths)]
         for row, left in zip(chosen, lefts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -37,12 +38,37 @@ def measured(
     options: argparse.Namespace,
     measure: Callable[[argparse.Namespace], dict],
     names: Sequence[str],
-) -> dict:
-    """Measure, write the result and its table to `options.out`, and give it back; a mistake is one line and exit 2."""
+    picture: Callable[[dict, Path], None] | None = None,
+) -> int:
+    """Measure, write the result, its table and its picture to `options.out`; a mistake is one line and exit 2.
+
+    Args:
+        picture: draws a result into a file.
+    """
     try:
         content = measure(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(" ".join(str(error).split()))
     write_result(options.out, content)
     write_lines(options.out.with_suffix(".md"), content["rows"], names)
-    return content
+    if picture is not None:
+        write_picture(picture, content, options.out)
+    print(f"written: {options.out}")
+    return 0
+
+
+def write_picture(picture: Callable[[dict, Path], None], content: dict, out: Path) -> None:
+    """Draw a result beside it; without matplotlib one line says what is missing, and the result stays."""
+    try:
+        picture(content, out.with_suffix(".png"))
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("no picture, which needs matplotlib: pip install 'nextscale[plots]'", file=sys.stderr)
+
+
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError unless each of some options is 1 or more."""
+    for name in names:
+        if vars(options)[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {vars(options)[name]}")

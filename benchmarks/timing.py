@@ -252,9 +252,10 @@ def summary(runs: Sequence[dict]) -> dict[str, Any]:
 
 
 def median_stages(runs: Sequence[dict]) -> dict[str, float]:
-    """Median seconds of every stage, as `STAGE_s`."""
+    """Median seconds of every stage, as `STAGE_s`, and of what is in none of them, as `rest_s`."""
     names = dict.fromkeys(name for run in runs for name in run.get("stages", {}))
-    return {f"{name}_s": median([run["stages"].get(name, 0.0) for run in runs]) for name in names}
+    rest = {"rest_s": median([run["seconds"] - sum(run["stages"].values()) for run in runs])} if names else {}
+    return {f"{name}_s": median([run["stages"].get(name, 0.0) for run in runs]) for name in names} | rest
 
 
 def matmul_ceilings(size: int = 2048, repeats: int = 3) -> dict[str, Any]:

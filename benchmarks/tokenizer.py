@@ -152,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.batch, options.rounds, options.threads) < 1:
         parser.error("--batch, --rounds and --threads must be 1 or more")
-    measured(parser, options, measure, (*COLUMNS, "tokens_equal"))
-    return 0
+    return measured(parser, options, measure, (*COLUMNS, "tokens_equal"))
 
 
 if __name__ == "__main__":

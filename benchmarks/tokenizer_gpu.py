@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import OFFICIAL, Run, device_name, figures, in_turns, official_models, settled
-from benchmarks.tables import measured
+from benchmarks.tables import check_counts, measured
 from benchmarks.tokenizer import random_images
 
 Works = dict[str, Run]  # "encode" and "decode"
@@ -104,6 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from evaluation.report import command_line, result
     from sample.load import resolve_device
 
+    check_counts(options, "batch", "rounds")
     place = resolve_device(options.device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -137,11 +138,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result and its table."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    if min(options.batch, options.rounds) < 1:
-        parser.error("--batch and --rounds must be 1 or more")
-    measured(parser, options, measure, COLUMNS)
-    return 0
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS)
 
 
 if __name__ == "__main__":

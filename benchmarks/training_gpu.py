@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu import Run, ceiling, device_name, figures, in_turns, official_models, settled
-from benchmarks.tables import measured
+from benchmarks.tables import check_counts, measured
 from benchmarks.training import official_loss, random_batch, step_flops, without_drops
 
 CLIP = 2.0
@@ -175,6 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from evaluation.report import command_line, result
     from sample.load import resolve_device
 
+    check_counts(options, "batch", "rounds")
     size, names, device = check_size(options.size), chosen(options), options.device
     resolve_device(device)
     if options.reference is not None:
@@ -204,11 +205,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result and its table."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    if min(options.batch, options.rounds) < 1:
-        parser.error("--batch and --rounds must be 1 or more")
-    measured(parser, options, measure, COLUMNS)
-    return 0
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS)
 
 
 if __name__ == "__main__":

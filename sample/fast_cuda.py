@@ -157,17 +157,14 @@ def without_bias(conv: nn.Conv2d, x_BChw: torch.Tensor) -> torch.Tensor:
 
 
 class WidenedConv(nn.Module):
-    """A convolution to a few channels, made with enough of them for tensor cores."""
+    """A convolution of stride 1 to a few channels, made with enough of them for tensor cores."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.weight, self.bias, self.plain = conv.weight, conv.bias, [conv]  # in a list: not a module of this one
-        more = NARROW - conv.out_channels
-        wide = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0, 0, more))
+        self.weight, self.bias, self.padding = conv.weight, conv.bias, conv.padding
+        wide = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0, 0, NARROW - conv.out_channels))
         self.register_buffer("wide", wide.contiguous(memory_format=torch.channels_last), persistent=False)
 
     def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) to (B, O, h, w)."""
-        conv = self.plain[0]
-        made = F.conv2d(x_BChw, self.wide, None, conv.stride, conv.padding, conv.dilation)
-        return made[:, : conv.out_channels] + conv.bias[:, None, None]
+        return F.conv2d(x_BChw, self.wide, padding=self.padding)[:, : len(self.bias)] + self.bias[:, None, None]

@@ -175,7 +175,7 @@ def biased_sum(x_BChw: torch.Tensor, onto_BChw: torch.Tensor, bias_C: torch.Tens
 
 
 def _warps(block: int) -> int:
-    """32 numbers a thread at most, and at least 4 warps but for short rows."""
+    """16 numbers a thread, 32 of the longest rows."""
     return max(1, min(16, block // 512))
 
 

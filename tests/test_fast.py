@@ -20,6 +20,7 @@ from sample.load import load_pipeline, resolve_dtype
 from sample.pipeline import NextScalePipeline
 from sample.plan import plain
 from tokenizer.model import MultiScaleVQ
+from train.cache_tokens import CacheConfig, ready
 from var.conditioning import ClassPrompt
 from var.layers import FeedForward, attention
 from var.transformer import NextScaleTransformer
@@ -259,3 +260,13 @@ def test_nothing_is_read_back_inside_the_loop(monkeypatch):
 def test_help_does_not_import_torch():
     code = "import nextscale, sys; nextscale.main([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_tokens_are_cached_alike_on_the_fast_path():
+    tokens = []
+    for quick in (False, True):
+        vqvae = pipeline().vqvae
+        ready(vqvae, CPU, CacheConfig(folder="", tokenizer="", fast=quick))
+        images = torch.rand(3, 3, *vqvae.image_hw, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        tokens.append(torch.cat(vqvae.image_to_tokens(images), dim=1))
+    assert torch.equal(*tokens) and len(tokens[0].unique()) > 2

@@ -113,11 +113,11 @@ def test_figures_compare_round_by_round():
 @pytest.mark.parametrize(
     "module, words, message",
     [
-        (training_gpu, ["--batch", "0"], "--batch and --rounds must be 1 or more"),
+        (training_gpu, ["--batch", "0"], "--batch must be 1 or more, got 0"),
         (training_gpu, ["--variants", "fast"], "--variants must be some of official_float16"),
         (training_gpu, ["--variants", "flex", "--device", "cpu"], "need --device cuda or --reference"),
         (training_gpu, ["--device", "cpu", "--reference", "nowhere"], "must be a checkout"),
-        (tokenizer_gpu, ["--rounds", "0"], "--batch and --rounds must be 1 or more"),
+        (tokenizer_gpu, ["--rounds", "0", "--device", "cpu"], "--rounds must be 1 or more, got 0"),
         (tokenizer_gpu, ["--device", "cpu", "--reference", "nowhere"], "must be a checkout"),
         (input_pipeline, ["--device", "cpu", "--size", "d7"], "--size must be one of tiny"),
         (input_pipeline, ["--device", "cpu", "--steps", "7"], "--steps must be 8 or more"),

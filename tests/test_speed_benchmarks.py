@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -12,8 +14,9 @@ from benchmarks import growth, growth_runs, memory, sampling, tokenizer, trainin
 from benchmarks.models import image_flops, random_pipeline
 from benchmarks.reference import check_checkout
 from benchmarks.speed_picture import draw_growth, draw_sampling
-from benchmarks.tables import lines
+from benchmarks.tables import lines, measured
 from benchmarks.timing import Stages, Worker, interleave, median_stages, ratios, spread, summary, undisturbed
+from evaluation.report import result
 
 
 def runs(*seconds, disturbed=()):
@@ -52,7 +55,8 @@ def test_stages_count_nested_calls_once():
     assert model.outer() == 2
     taken = stages.take()
     assert list(taken) == ["outer"] and stages.take() == {}
-    assert median_stages([{"stages": {"a": 1.0}}, {"stages": {"a": 3.0}}, {"stages": {"a": 2.0}}]) == {"a_s": 2.0}
+    timed = [{"seconds": whole, "stages": {"a": part}} for whole, part in ((1.5, 1.0), (3.1, 3.0), (4.0, 2.0))]
+    assert median_stages(timed) == {"a_s": 2.0, "rest_s": 0.5}
 
 
 def doubling():
@@ -176,7 +180,7 @@ def test_rows_of_sampling(tmp_path):
         (training, ["--reference", "nowhere"], "must be a checkout"),
         (tokenizer, ["--rounds", "0"], "must be 1 or more"),
         (growth, ["--sides", "64,100"], "--sides must be two or more of 64, 128"),
-        (growth, ["--repeats", "0"], "--width, --depth, --batch and --repeats must be 1 or more"),
+        (growth, ["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (growth, ["--device", "abacus"], "device 'abacus' cannot be used"),
         (memory, ["--device", "abacus"], "device 'abacus' cannot be used"),
         (memory, ["--batches", "x"], "--batches must be whole numbers above 0"),
@@ -196,3 +200,14 @@ def test_a_checkout_is_told_by_its_files(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert check_checkout(tmp_path) == tmp_path
+
+
+def test_without_matplotlib_the_result_stays(tmp_path, capsys):
+    def lacking(content: dict, path: Path) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    parser = argparse.ArgumentParser()
+    options = argparse.Namespace(out=tmp_path / "r.json")
+    made = lambda _: result([{"x": 1.0}], command="c", n=1, seeds=0)  # noqa: E731
+    assert measured(parser, options, made, ("x",), lacking) == 0
+    assert options.out.exists() and "needs matplotlib: pip install" in capsys.readouterr().err
