@@ -70,7 +70,7 @@ def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
         attention=on_cpu and halves,
         graphs=on_gpu,
         channels_last=on_gpu,
-        kernels=on_gpu and kernels.usable(device),
+        kernels=on_gpu and kernels.usable(device, dtype),
     )
 
 

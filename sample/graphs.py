@@ -70,17 +70,29 @@ def shared_pool(device: torch.device) -> torch.cuda.MemPool:
         return torch.cuda.MemPool()
 
 
+@cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a GPU are recorded; torch's own is of the GPU that recorded first."""
+    return torch.cuda.Stream(device)
+
+
+def own_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies that may be written to later in any mode, made in any."""
+    with torch.inference_mode(False):
+        return [tensor.clone() for tensor in tensors]
+
+
 def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
     """A CUDA graph of `function` on copies of `tensors`, which must all be on one GPU."""
-    with torch.cuda.device(tensors[0].device):
-        inputs = [tensor.clone() for tensor in tensors]
-        aside = torch.cuda.Stream()
+    place = tensors[0].device
+    with torch.cuda.device(place):
+        inputs, aside = own_copies(tensors), recording_stream(place)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries set themselves up outside of the recording
             function(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared_pool(tensors[0].device).id):
+        with torch.cuda.graph(graph, pool=shared_pool(place).id, stream=aside):
             outputs = function(*inputs)
 
     def replay(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:

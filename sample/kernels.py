@@ -39,15 +39,17 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @cache
-def usable(device: torch.device) -> bool:
-    """Whether kernels can be compiled and run on a device; warns, once, where they should but cannot."""
+def usable(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether kernels of a dtype can be compiled and run on a device; warns, once, where they should but cannot."""
     if triton is None or device.type != "cuda":
         return False
-    x, norm = torch.zeros(1, 16, 4, 4, device=device), torch.nn.GroupNorm(4, 16, device=device)
+    x_RlD, kv = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 1, 48), (2, 1, 2, 1, 8)))
+    norm, logits = torch.nn.GroupNorm(4, 48, device=device, dtype=dtype), torch.zeros(1, 48, device=device)
     try:
-        gated_norm(x[0, :1], x[0, 0, :1], x[0, 0, :1])
-        norm_silu(x, norm)
-        draw(keep_likeliest(x[0, 0], 2, 0.5), x[0, 0, 0])
+        gated_norm(x_RlD, x_RlD[0], x_RlD[0])
+        split_heads(x_RlD, *kv, logits[0, :2])
+        norm_silu(x_RlD.view(1, 48, 1, 1), norm)
+        draw(keep_likeliest(logits, 2, 0.5), logits[:, 0])
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, or a GPU that it does not know: the plain path serves
@@ -156,7 +158,7 @@ def norm_silu(
     affine = torch.empty(B, 2, C, device=x_BChw.device)
     each = C // norm.num_groups
     _group_affine[(norm.num_groups, B)](
-        sums, norm.weight, norm.bias, bias_C, affine, h * w, C, each, chunks, norm.eps,
+        x_BChw, sums, norm.weight, norm.bias, bias_C, affine, h * w, C, each, chunks, norm.eps,
         BIASED=bias_C is not None, TALL=triton.next_power_of_2(chunks), WIDE=triton.next_power_of_2(each),
     )  # fmt: skip
     out = torch.empty_like(x_BChw)
@@ -240,6 +242,7 @@ if triton is not None:
         i = tl.arange(0, BLOCK)
         inside = i < V
         value = tl.load(logits + row * V + i, mask=inside, other=-float("inf"))
+        value += 0.0  # of -0.0 makes 0.0, which is as likely
         bits = value.to(tl.int32, bitcast=True)
         order = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)  # integers in the numbers' order
         border = tl.where(tl.sum((order >= 0).to(tl.int32), axis=0) >= k, 0, -2147483648)
@@ -274,8 +277,10 @@ if triton is not None:
 
     @triton.jit
     def _channel_sums(x, sums, area, C, PIXELS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+        """Sums of each channel's difference from its first pixel, and of the squares: little is lost far from 0."""
         chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
         channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+        pivot = tl.load(x + image * area * C + channel, mask=channel < C, other=0.0).to(tl.float32)
         first = tl.zeros((TALL, WIDE), tl.float32)
         second = tl.zeros((TALL, WIDE), tl.float32)
         for begin in range(0, PIXELS, TALL):
@@ -283,6 +288,7 @@ if triton is not None:
             inside = (pixel < area)[:, None] & (channel < C)[None, :]
             where = x + image * area * C + pixel[:, None] * C + channel[None, :]
             value = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(inside, value - pivot[None, :], 0.0)
             first += value
             second += value * value
         into = sums + (image * 2 * tl.num_programs(0) + chunk) * C + channel
@@ -291,7 +297,7 @@ if triton is not None:
 
     @triton.jit
     def _group_affine(
-        sums, weight, bias, before, affine, area, C, each, chunks, eps,
+        x, sums, weight, bias, before, affine, area, C, each, chunks, eps,
         BIASED: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -303,14 +309,16 @@ if triton is not None:
         where = sums + (image * 2 * chunks + chunk[:, None]) * C + channel[None, :]
         first = tl.load(where, mask=inside, other=0.0).to(tl.float64)
         second = tl.load(where + chunks * C, mask=inside, other=0.0).to(tl.float64)
-        mean, power = tl.sum(first, axis=0) / area, tl.sum(second, axis=0) / area  # of each channel
+        mean, power = tl.sum(first, axis=0) / area, tl.sum(second, axis=0) / area  # of each channel, from its pivot
+        variance = power - mean * mean
+        mean += tl.load(x + image * area * C + channel, mask=own, other=0.0).to(tl.float64)
         shift = tl.zeros((WIDE,), tl.float64)
         if BIASED:
             shift = tl.load(before + channel, mask=own, other=0.0).to(tl.float64)
-            power += 2 * shift * mean + shift * shift
             mean += shift
         middle = tl.sum(tl.where(own, mean, 0.0), axis=0) / each
-        spread = tl.sum(tl.where(own, power, 0.0), axis=0) / each - middle * middle
+        away = mean - middle
+        spread = tl.sum(tl.where(own, variance + away * away, 0.0), axis=0) / each
         factor = tl.load(weight + channel, mask=own, other=0.0).to(tl.float64) / tl.sqrt(spread + eps)
         offset = tl.load(bias + channel, mask=own, other=0.0).to(tl.float64) + (shift - middle) * factor
         tl.store(affine + image * 2 * C + channel, factor.to(tl.float32), mask=own)

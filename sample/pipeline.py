@@ -240,9 +240,10 @@ class NextScalePipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def _generate(self, plan: Plan, condition: Prompt, seeds: list[int], **call: Any) -> GenerationState:
-        """By the loop; replayed where nothing but the progress bar looks on."""
+        """By the loop; replayed where nothing but the progress bar looks on and no cache chooses as it goes."""
         *others, progress = call["hooks"]
-        if self.graphed is None or others or call["negative"] is not None or call["smooth"]:
+        chooses = any(stage.new_cache is not None for stage in plan.stages)
+        if self.graphed is None or others or chooses or call["negative"] is not None or call["smooth"]:
             return generate(plan, self.vqvae.quantizer, condition, seeds, **call)
         made = self.graphed.generate(plan, condition, seeds)
         progress.bar.update(len(plan.schedule))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sample.fast import FastSettings, accelerate
-from sample.graphs import GraphedSampler, Recorder
+from sample.graphs import GraphedSampler, Recorder, own_copies
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
@@ -27,7 +27,7 @@ def replay_of(recorded: list):
     """A recorder's `record` that notes what it is given and computes on copies, as a graph does."""
 
     def record(function, tensors):
-        inputs = [tensor.clone() for tensor in tensors]
+        inputs = own_copies(tensors)
         recorded.append([tensor.shape for tensor in tensors])
 
         def replay(given):
@@ -64,12 +64,23 @@ def test_replayed_images_are_those_of_the_plain_path() -> None:
     assert len(recorded) == 2  # the loop with guidance, and the decoder
 
 
-def test_hooks_run_plainly() -> None:
+def test_what_is_recorded_in_inference_mode_is_replayed_outside() -> None:
+    recorder = Recorder(replay_of([]))
+    double = lambda x: [2 * x]  # noqa: E731
+    with torch.inference_mode():
+        for i in range(2):
+            recorder.run("a", double, [torch.full((3,), float(i))])
+    assert recorder.run("a", double, [torch.ones(3)])[0].tolist() == [2, 2, 2]
+
+
+def test_hooks_and_caches_that_choose_run_plainly() -> None:
     recorded, seen = [], []
     graphed = pipeline()
     graphed.graphed = GraphedSampler(graphed.vqvae, Recorder(replay_of(recorded)))
+    chosen = graphed.make_plan(cache="window:50%")
     for _ in range(3):
         graphed(class_labels=1, seed=0, output_type="latent", callback_on_step_end=lambda p, k, side, t: seen.append(k))
+        graphed(class_labels=1, seed=0, output_type="latent", plan=chosen)
     assert seen == [0, 1, 2, 3] * 3 and not recorded
 
 

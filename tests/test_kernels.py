@@ -81,6 +81,8 @@ def test_tokens_that_tie_stay():
     logits[:, 3] = 1.0
     assert kernels.keep_likeliest(logits, 0, 0.9).isfinite().all()
     assert kernels.keep_likeliest(logits, 1, 0.9).isfinite().sum(-1).tolist() == [1, 1]
+    signed = torch.tensor([[0.0, -0.0, -1.0]], device=DEVICE)
+    assert kernels.keep_likeliest(signed, 1, 1.0).isfinite().tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("values", [3, 100, 4096])
@@ -109,6 +111,15 @@ def test_norm_and_silu(channels, hw, dtype):
         assert close(made, expected, dtype) and made.is_contiguous(memory_format=torch.channels_last)
     y = torch.randn_like(x)
     assert close(kernels.biased_sum(x, y, bias), x.double() + y.double() + bias.double()[:, None, None], dtype)
+
+
+@pytest.mark.parametrize("mean, deviation, error", [(100.0, 1.0, 1e-4), (1000.0, 1.0, 1e-3), (300.0, 0.1, 1e-2)])
+def test_norm_of_maps_far_from_zero(mean, deviation, error):
+    norm = nn.GroupNorm(4, 32, device=DEVICE)
+    x = mean + deviation * torch.randn(2, 32, 40, 40, device=DEVICE)
+    expected = F.silu(F.group_norm(x.double(), 4, eps=norm.eps))
+    assert (kernels.norm_silu(x, norm) - expected).abs().max() < error
+    assert kernels.norm_silu(torch.full_like(x, 100.1), norm).abs().max() < 1e-2
 
 
 MODELS = {
