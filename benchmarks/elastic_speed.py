@@ -50,7 +50,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (3)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (bfloat16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
-    parser.add_argument("--out", type=Path, default=Path("results/elastic_d30.json"), help="result, table and picture")
+    parser.add_argument("--out", type=Path, help="result, table and picture (results/elastic_d30.json, ..._gpu.json)")
     return parser
 
 
@@ -118,6 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     pipeline, batch = build(options), options.batch_size
     rows = all_rows(options, len(pipeline.transformer.schedule))
     plans = [pipeline.make_plan(row.words) for row in rows]
+    if pipeline.graphed:
+        pipeline.graphed.recorder.kept = len(plans)
     caches = [measure_once(pipeline, list(range(batch)), plan).cache_bytes / 2**20 for plan in plans]
     for plan in plans * (2 if pipeline.graphed else 1):  # kernels are chosen, graphs recorded
         seconds_of(pipeline, plan, batch)
@@ -143,10 +145,15 @@ def picture(content: dict, path: Path) -> None:
     draw_speed(content["rows"], path)
 
 
+def out_of(options: argparse.Namespace) -> Path:
+    """Where results of a device go."""
+    return Path(f"results/elastic_d30{'' if resolve_device(options.device).type == 'cpu' else '_gpu'}.json")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     parser = parser_of()
-    return measured(parser, parser.parse_args(argv), measure, COLUMNS, picture)
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS, picture, out_of)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,19 @@ import torch
 from benchmarks.reference import check_checkout
 from benchmarks.timing import spread
 from sample import adapters
+from sample.load import resolve_device
 from sample.pipeline import NextScalePipeline
 
 Run = Callable[[], Any]
 OFFICIAL = ("official_float32", "official_float16", "official_bfloat16")
+
+
+def current_device(name: str) -> torch.device:
+    """The device of that name; one with a number becomes the current one, on which the official code works."""
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def timed(run: Run, device: str) -> float:
@@ -62,18 +71,27 @@ def settled(runs: dict[str, Run], times: int = 2) -> tuple[dict[str, Run], dict[
             for _ in range(times - 1):
                 run()
         except RuntimeError as error:  # those of memory and of compilers are, too
-            traceback.print_exc()
-            failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed[name] = reason(error)
     return {name: run for name, run in runs.items() if name not in failed}, first, failed
 
 
-def in_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every run's rounds: A B A B."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+def reason(error: Exception) -> str:
+    """The first line of an error, which is printed whole."""
+    traceback.print_exception(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_turns(runs: dict[str, Run], rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every run's rounds, A B A B; and by name what stopped those that are left out."""
+    found, failed = {name: [] for name in runs}, {}
     for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].append(timed(run, device))
-    return found
+        for name in list(found):
+            try:
+                found[name].append(timed(runs[name], device))
+            except RuntimeError as error:
+                failed[name] = reason(error)
+                del found[name]
+    return found, failed
 
 
 def figures(found: dict[str, list[float]], name: str, batch: int, bases: Collection[str] = OFFICIAL) -> dict[str, Any]:

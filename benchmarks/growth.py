@@ -136,7 +136,7 @@ def fit_of(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return row
     row |= {"seconds_at_largest": last["seconds"], "peak_cache_mib_at_largest": last["peak_cache_mib"]}
     row["attention_share_of_gflop"] = last["attention_gflop"] / last["gflop"]
-    row["attention_share_of_seconds"] = last["attention_s"] / last["seconds"]
+    row["attention_share_of_seconds"] = last["attention_s"] / last["watched_s"]
     row["attention_equals_linear_at_side"] = crossover(points, "linear_gflop", "attention_gflop")
     row["in_seconds_at_side"] = crossover(points, "linear_s", "attention_s")
     return row

@@ -52,7 +52,8 @@ def parser_of() -> argparse.ArgumentParser:
     for name, what in HELP.items():
         kind = type(SIZES["cuda"][name])
         parser.add_argument(f"--{name}", type=kind, help=f"{what} ({', '.join(str(s[name]) for s in SIZES.values())})")
-    parser.add_argument("--no-compile", action="store_true", help="plain blocks and sdpa on CUDA, too")
+    parser.add_argument("--precision", choices=("no", "bf16"), help="(bf16 on CUDA, no on a CPU)")
+    parser.add_argument("--no-compile", action="store_true", help="plain blocks on CUDA, too")
     parser.add_argument("--out", type=Path, help="result and table (results/input_pipeline_gpu.json, ..._cpu.json)")
     return parser
 
@@ -111,7 +112,7 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(
-    run_dir: Path, sizes: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any], flex: bool
+    run_dir: Path, sizes: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Run `train.train_var`: its own images a second and share of waiting, but for the start."""
     from train import train_var
@@ -121,8 +122,7 @@ def trained(
     never = {"validate_every": 10**9, "checkpoint_every": 10**9, "validation_images": 1, "previews": 0}
     run = {**run, **never, "run_dir": run_dir, "log_every": max(1, sizes["steps"] // LINES), "bar_every": 60, "ema": 0}
     run |= {"batch_size": sizes["batch"], "total_images": sizes["batch"] * sizes["steps"]}
-    attention = "flex" if flex else "sdpa"
-    train_var.main([f"--attention={attention}", *words({**given, "transformer": shape, "run": run})])
+    train_var.main(words({**given, "transformer": shape, "run": run}))
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [line for line in metrics if line["kind"] == "train"][STARTING:]
     row = {"workers": run["workers"], **spread("images_per_s", [line["images_per_s"] for line in kept])}
@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if on_cpu := options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # for train.cache_tokens, which has no such flag
     fast = not on_cpu and not options.no_compile
-    precision = "no" if on_cpu else "bf16"
+    precision = options.precision or ("no" if on_cpu else "bf16")
     run = {"precision": precision, "compile": fast, "cpu": on_cpu}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -154,23 +154,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         data = {"source": "folder", "path": work / "images", "size": side}
         rows = [cached(work, sizes, data, precision)]
         tokens = {"tokens": {"tokenizer": work / "vqvae", "cache": work / "cache"}}
-        row = trained(work / "on-tokens", sizes, tokens, run | {"workers": 1}, fast)
+        row = trained(work / "on-tokens", sizes, tokens, run | {"workers": 1})
         rows.append(told({"stage": "train on cached tokens", **row}))
         images = {"tokens": {"tokenizer": work / "vqvae"}, "data": data}
-        row = trained(work / "on-images", sizes, images, run | {"workers": sizes["workers"]}, fast)
+        row = trained(work / "on-images", sizes, images, run | {"workers": sizes["workers"]})
         rows.append(told({"stage": "train on images", **row}))
     settings = {**sizes, "side": side, "device": device_name(options.device), "precision": precision, "compile": fast}
     command = command_line("python -m benchmarks.input_pipeline", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=LINES - STARTING, seeds=0, settings=settings)
 
 
+def out_of(options: argparse.Namespace) -> Path:
+    """Where results of a device go."""
+    return Path(f"results/input_pipeline_{'cpu' if options.device == 'cpu' else 'gpu'}.json")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result and its table."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    place = "cpu" if options.device == "cpu" else "gpu"
-    options.out = options.out or Path(f"results/input_pipeline_{place}.json")
-    return measured(parser, options, measure, COLUMNS)
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS, out_of=out_of)
 
 
 if __name__ == "__main__":

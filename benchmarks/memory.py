@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +188,15 @@ def on_device(
     return [row | peaks(device, "kept") for row in rows]
 
 
-def published_on(device: torch.device) -> list[dict[str, Any]]:
-    """All rows of a GPU."""
+def published_on(device: torch.device, write: Callable[[list[dict[str, Any]]], None]) -> None:
+    """All rows of a GPU, written again and again as there are more of them: the whole takes minutes."""
     rows = []
     for *which, variants in MEASURED:
         for variant in variants:
             rows += on_device(*which, variant, device)
             shared_pool.cache_clear()  # else what graphs worked in stays
             print(lines(rows[-1:], ON_GPU).splitlines()[-1], file=sys.stderr, flush=True)
-    return rows
+            write(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,17 +210,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches, device = whole_numbers("--batches", options.batches), resolve_device(options.device)
     except ValueError as error:
         parser.error(str(error))
+    on_cpu = device.type == "cpu"
     settings = {"sampling": SETTINGS, "guided": True, "device": device_name(str(device))}
-    if device.type == "cpu":
-        rows = [published(*which, slices) for which in PUBLISHED for slices in (None, 1)]
-        rows += [measured(batch) for batch in batches]
-        settings["measured"] = " ".join(map(str, SMALL))
-    else:
-        rows = published_on(device)
-    out = options.out or Path(f"results/memory_{'cpu' if device.type == 'cpu' else 'gpu'}.json")
+    settings |= {"measured": " ".join(map(str, SMALL))} if on_cpu else {}
+    out = options.out or Path(f"results/memory_{'cpu' if on_cpu else 'gpu'}.json")
     command = command_line("python -m benchmarks.memory", vars(options), vars(parser_of().parse_args([])))
-    write_result(out, result(rows, command=command, n=1, seeds=0, settings=settings))
-    write_lines(out.with_suffix(".md"), rows, COLUMNS if device.type == "cpu" else ON_GPU)
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        write_result(out, result(rows, command=command, n=1, seeds=0, settings=settings))
+        write_lines(out.with_suffix(".md"), rows, COLUMNS if on_cpu else ON_GPU)
+
+    if on_cpu:
+        rows = [published(*which, slices) for which in PUBLISHED for slices in (None, 1)]
+        write(rows + [measured(batch) for batch in batches])
+    else:
+        published_on(device, write)
     return 0
 
 

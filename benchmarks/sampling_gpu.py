@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import EventStages, ceiling, device_name, figures, in_turns, official_models, settled
+from benchmarks.gpu import (
+    EventStages,
+    ceiling,
+    current_device,
+    device_name,
+    figures,
+    in_turns,
+    official_models,
+    settled,
+)
 from benchmarks.tables import measured
 
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
@@ -109,17 +118,17 @@ def official_run(checkout: Path, pipeline: Any, device: str) -> Run:
 
 def rows_of(
     options: argparse.Namespace, runs: dict[str, Run], batch: int, rounds: int, flops: float, best: float
-) -> list[dict[str, Any]]:
-    """A row a variant: the median and range of its rounds, and ratios round by round."""
-    calls, _, _ = settled({name: partial(run, batch) for name, run in runs.items()})
-    found = in_turns(calls, rounds, options.device)
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row a variant: the median and range of its rounds, and ratios round by round; and what stopped the others."""
+    calls, _, failed = settled({name: partial(run, batch) for name, run in runs.items()})
+    found, stopped = in_turns(calls, rounds, options.device)
     rows = []
-    for name in calls:
+    for name in found:
         row = {"size": options.size, "schedule": options.schedule}
         row |= figures(found, name, batch, bases=("official", "plain"))
         row["share_of_ceiling"] = batch * flops / row["seconds"] / best
         rows.append(row)
-    return rows
+    return rows, {f"{name}, batch {batch}": why for name, why in {**failed, **stopped}.items()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,11 +136,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.models import check_size, image_flops
     from benchmarks.sampling import whole_numbers
     from evaluation.report import command_line, result
-    from sample.load import resolve_device
 
     check_size(options.size)
-    if resolve_device(options.device).type == "cuda":
-        torch.cuda.set_device(options.device)
+    current_device(options.device)
     batches, rounds = whole_numbers("--batches", options.batches), whole_numbers("--rounds", options.rounds)
     if len(batches) != len(rounds):
         raise ValueError(f"--rounds must be one number a batch, got {options.rounds!r} for {options.batches!r}")
@@ -141,19 +148,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     runs = {name: run_of(pipeline) for name, pipeline in pipelines.items()}
     if options.reference is not None:
         runs = {"official": official_run(options.reference, pipelines["plain"], options.device)} | runs
-    best, rows = ceiling(options.device), []
+    best, rows, failed = ceiling(options.device), [], {}
     for batch, count in zip(batches, rounds):
-        made = rows_of(options, runs, batch, count, flops, best)
-        plain = torch.cat(runs["plain"](batch)[0], dim=1)
+        made, stopped = rows_of(options, runs, batch, count, flops, best)
+        failed |= stopped
+        names = [row["variant"] for row in made]
+        plain = torch.cat(runs["plain"](batch)[0], dim=1) if "plain" in names else None
         for row in made:
-            if row["variant"] not in ("official", "plain"):
+            if plain is not None and row["variant"] not in ("official", "plain"):
                 tokens = torch.cat(runs[row["variant"]](batch)[0], dim=1)
                 row["same_tokens"] = float((tokens == plain).float().mean())
             if row["variant"] == "kernels":
                 row |= stage_seconds(pipelines["kernels"], batch)
         rows += made
     settings = {"device": device_name(options.device), "ceiling_tflop_per_s": best / 1e12, "sampling": SETTINGS}
-    settings |= {"gflop_per_image": flops / 1e9, "dtype": options.dtype}
+    settings |= {"gflop_per_image": flops / 1e9, "dtype": options.dtype, "failed": failed}
     command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 

@@ -39,21 +39,24 @@ def measured(
     measure: Callable[[argparse.Namespace], dict],
     names: Sequence[str],
     picture: Callable[[dict, Path], None] | None = None,
+    out_of: Callable[[argparse.Namespace], Path] | None = None,
 ) -> int:
     """Measure, write the result, its table and its picture to `options.out`; a mistake is one line and exit 2.
 
     Args:
         picture: draws a result into a file.
+        out_of: says where to, where `options.out` is None.
     """
     try:
         content = measure(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(" ".join(str(error).split()))
-    write_result(options.out, content)
-    write_lines(options.out.with_suffix(".md"), content["rows"], names)
+    out = options.out if out_of is None or options.out is not None else out_of(options)
+    write_result(out, content)
+    write_lines(out.with_suffix(".md"), content["rows"], names)
     if picture is not None:
-        write_picture(picture, content, options.out)
-    print(f"written: {options.out}")
+        write_picture(picture, content, out)
+    print(f"written: {out}")
     return 0
 
 

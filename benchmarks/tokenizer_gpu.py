@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import OFFICIAL, Run, device_name, figures, in_turns, official_models, settled
+from benchmarks.gpu import OFFICIAL, Run, current_device, device_name, figures, in_turns, official_models, settled
 from benchmarks.tables import check_counts, measured
 from benchmarks.tokenizer import random_images
 
@@ -102,12 +102,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build and time; the result as `report.result` makes it."""
     from benchmarks.reference import check_checkout
     from evaluation.report import command_line, result
-    from sample.load import resolve_device
 
     check_counts(options, "batch", "rounds")
-    place = resolve_device(options.device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = current_device(options.device)
     if options.reference is not None:
         check_checkout(options.reference)
     pixels = random_images(options.schedule, options.batch).add(1).mul(127.5).round().byte().to(place)
@@ -122,9 +119,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows, failed = [], {}
     for work in ("encode", "decode"):
         runs, made, stopped = settled({name: both[work] for name, both in works.items()}, times=3)
-        found, first = in_turns(runs, options.rounds, options.device), next(iter(runs))
-        failed |= {f"{name} {work}": why for name, why in stopped.items()}
-        for name in runs:
+        (found, late), first = in_turns(runs, options.rounds, options.device), next(iter(runs))
+        failed |= {f"{name} {work}": why for name, why in {**stopped, **late}.items()}
+        for name in found:
             row = {"work": work, **figures(found, name, options.batch)}
             if work == "encode" and name != first:
                 row["tokens_equal"] = float((made[name] == made[first]).float().mean())

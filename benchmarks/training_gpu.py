@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu import Run, ceiling, device_name, figures, in_turns, official_models, settled
+from benchmarks.gpu import Run, ceiling, current_device, device_name, figures, in_turns, official_models, settled
 from benchmarks.tables import check_counts, measured
 from benchmarks.training import official_loss, random_batch, step_flops, without_drops
 
@@ -173,11 +173,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.models import check_size, random_pipeline
     from benchmarks.reference import check_checkout
     from evaluation.report import command_line, result
-    from sample.load import resolve_device
 
     check_counts(options, "batch", "rounds")
     size, names, device = check_size(options.size), chosen(options), options.device
-    resolve_device(device)
+    current_device(device)
     if options.reference is not None:
         check_checkout(options.reference)
     with torch.device(device):
@@ -189,17 +188,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _, var = official_models(options.reference, pipeline, device)
         steps = their_steps(theirs, var, given, device) | steps
     runs, losses, failed = settled({name: step for name, (step, _) in steps.items()})
-    best, found = ceiling(device), in_turns(runs, options.rounds, device)
-    rows = [figures(found, name, options.batch) for name in runs]
+    best, (found, stopped) = ceiling(device), in_turns(runs, options.rounds, device)
+    rows = [figures(found, name, options.batch) for name in found]
     for row in rows:
         row["share_of_ceiling"] = step_flops(config, options.batch) / row["seconds"] / best
         row["loss"] = float(losses[row["variant"]])
-        if device == "cuda":
+        if torch.device(device).type == "cuda":
             row["peak_mib"] = peak_mib(*steps[row["variant"]])
     settings = {"size": size, "schedule": options.schedule, "device": device_name(device)}
     settings |= {"ceiling_tflop_per_s": best / 1e12, "step_gflop": step_flops(config, options.batch) / 1e9}
+    settings["failed"] = {**failed, **stopped}
     command = command_line("python -m benchmarks.training_gpu", vars(options), vars(parser_of().parse_args([])))
-    return result(rows, command=command, n=options.rounds, seeds=0, settings=settings | {"failed": failed})
+    return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -85,8 +85,9 @@ def test_tokenizer_beside_the_official_one(tmp_path):
     assert plain["tokens_equal"] == 1 and plain["times_official_float32"] > 0
 
 
-def test_input_pipeline(tmp_path):
-    found = measured(input_pipeline, [*PIPELINE, "--passes", "2"], tmp_path)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_input_pipeline(tmp_path, precision):
+    found = measured(input_pipeline, [*PIPELINE, "--passes", "2", "--precision", precision], tmp_path)
     cached, tokens, images = found["rows"]
     assert cached["images_per_s"] > 0
     for row in (tokens, images):
@@ -100,8 +101,19 @@ def test_what_fails_is_left_out():
 
     runs, first, failed = gpu.settled({"a": lambda: 7, "b": lacking})
     assert list(runs) == ["a"] and first == {"a": 7} and failed == {"b": "no memory"}
-    found = gpu.in_turns(runs, 3, "cpu")
-    assert len(found["a"]) == 3
+    left = [2]
+
+    def lacking_later():
+        left[0] -= 1
+        return left[0] or lacking()
+
+    found, failed = gpu.in_turns({**runs, "c": lacking_later}, 3, "cpu")
+    assert len(found.pop("a")) == 3 and not found and failed == {"c": "no memory"}
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(gpu, "resolve_device", torch.device)
+    assert gpu.current_device("cuda") == torch.device("cuda") and gpu.current_device("cpu") == torch.device("cpu")
 
 
 def test_figures_compare_round_by_round():

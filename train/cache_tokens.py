@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_class_arguments(CacheConfig, "cache")
     built = made.instantiate(made.parse_args(argv))
     config: CacheConfig = built.cache
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=config.precision)
     vqvae = load_tokenizer(config.tokenizer)
     name = tokenizer_hash(vqvae)
     ready(vqvae, accelerator.device, config)
