@@ -14,6 +14,7 @@ from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObje
 from train.config import exit_code
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock
 from train.supernet import SupernetConfig, SupernetObjective
 from train.train_var import main
@@ -182,6 +183,22 @@ def refiner(student, teacher, **settings):
     return RefinerObjective(student, VarLossConfig(drop=0.3), OptimizerConfig(), code=config, teacher=teacher)
 
 
+def smoothed_refiner():
+    config = CollaborationConfig(role="refiner", handover=2, teacher="-")
+    loss = VarLossConfig(label_smoothing=0.1)
+    return RefinerObjective(make_model(), loss, OptimizerConfig(), code=config, teacher=make_model(seed=1))
+
+
+def test_parts_that_one_scale_leaves_unused_are_found():
+    """The first scale alone reads no inputs; DDP must know."""
+    config = CollaborationConfig(role="drafter", handover=1)
+    common = (make_model(), VarLossConfig(drop=0.1), OptimizerConfig())
+    assert DrafterObjective(*common, code=config).find_unused
+    assert ProgressiveObjective(*common, progressive=ProgressiveConfig(coarse=1)).find_unused
+    assert not ProgressiveObjective(*common, progressive=ProgressiveConfig(coarse=2)).find_unused
+    assert VarObjective(*common, text_encoder=torch.nn.Linear(2, 2)).find_unused
+
+
 @pytest.mark.parametrize("divergence", ["teacher", "student"])
 def test_a_refiner_follows_its_teacher(divergence):
     teacher = make_model(seed=1)
@@ -193,6 +210,24 @@ def test_a_refiner_follows_its_teacher(divergence):
     loss.backward()
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not any("frozen" in name or "teacher" in name for name in other.state_dict())
+
+
+TEXT = {"conditioning": "text", "text_width": 6, "text_length": 5}
+
+
+def test_a_refiners_teacher_reads_its_own_null_text(monkeypatch):
+    """What is dropped is each model's own learned prompt: a teacher of other weights is followed there as well."""
+    teacher, student = make_model(seed=1, **TEXT), make_model(seed=2, **TEXT)
+    objective = refiner(student, teacher).train()
+    objective.config.drop = 1.0
+    seen = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        condition = model.condition
+        monkeypatch.setattr(model, "condition", lambda p, n=name, c=condition: c(seen.setdefault(n, p)))
+    objective(token_batch() | {"states": torch.randn(6, 5, 6), "mask": torch.ones(6, 5, dtype=torch.bool)}, START)
+    for name, model in (("teacher", teacher), ("student", student)):
+        assert torch.equal(seen[name].states_BTE, model.null_prompt(seen[name]).states_BTE)
+    assert not torch.equal(seen["teacher"].states_BTE, seen["student"].states_BTE)
 
 
 @torch.no_grad()
@@ -216,6 +251,8 @@ def test_early_scales_fade_out():
         (lambda: CollaborationConfig(role="teacher"), "code.role"),
         (lambda: CollaborationConfig(role="refiner", handover=1), "code.teacher"),
         (lambda: refiner(make_model(), make_model(vocab_size=17)), "vocab_size"),
+        (lambda: refiner(make_model(num_classes=3), make_model(num_classes=4)), "num_classes"),
+        (lambda: smoothed_refiner(), "loss.label_smoothing must be 0"),
         (lambda: refiner(make_model(vocab_size=2), make_model(**BITS)), "bitwise"),
         (lambda: refiner(make_model(schedule="1,2"), make_model(schedule="1,2")), "code.handover"),
     ],

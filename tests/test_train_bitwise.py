@@ -15,9 +15,10 @@ from sample.load import load_pipeline
 from tokenizer.aspects import aspect_schedule, schedule_of
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
-from train import cache_tokens, train_tokenizer, train_var
+from train import cache_text, cache_tokens, train_tokenizer, train_var
 from train.buckets import AspectConfig, AspectImages
 from train.objectives import token_weights
+from train.text_cache import TextCache
 from train.token_cache import TokenCache
 from train.train_var import draw_flips, preparer
 from var.transformer import NextScaleTransformer
@@ -91,6 +92,17 @@ def test_self_correction_is_for_training(trained: Path) -> None:
     assert not torch.equal(made["ids"], plain["ids"]) and not torch.equal(made["inputs"], plain["inputs"])
 
 
+def test_images_become_the_tokens_of_the_float32_tokenizer_under_autocast(trained: Path) -> None:
+    vqvae = MultiScaleVQ.from_pretrained(trained / "tokenizer/latest/vqvae").eval()
+    image = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch = {"image": image, "label": torch.zeros(8, dtype=torch.int64), "counter": range(8)}
+    prepare = preparer(vqvae, None)
+    with torch.no_grad():
+        expected = prepare(batch)["ids"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(prepare(batch)["ids"], expected)
+
+
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory) -> Path:
     """13 squares and 9 landscapes of 3:2 in Infinity's lists, one of them broken."""
@@ -122,6 +134,16 @@ def test_batches_have_one_shape_and_epochs_cover_it(lists: Path) -> None:
     assert len(held) == 1 and held[0]["image"].shape == (3, 256, 256)
 
 
+def test_lists_of_one_shape_are_read_one_after_the_other(lists: Path, tmp_path: Path) -> None:
+    (square,) = lists.glob("1.000*.jsonl")
+    rows = square.read_text().splitlines(keepends=True)
+    for name, part in (("1.000_a", rows[:5]), ("1.000_b", []), ("1.002_c", rows[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part).replace('"1.000', f'"{lists}/1.000'))
+    data = AspectImages(AspectConfig(folder=str(tmp_path), size="0.06M", val_fraction=0.0), "train", batch_size=1)
+    assert len(data) == 13
+    assert [data.captions(i) for i in (0, 4, 5, 12)] == [(f"short {i}", f"long {i}") for i in (0, 4, 5, 12)]
+
+
 def test_training_on_several_aspects(lists: Path, tmp_path: Path) -> None:
     sizes = {"layers_per_block": 1, "attention": False, "norm_groups": 4, "latent_channels": 6}
     vqvae = MultiScaleVQ(channels=[4, 4, 4, 4, 8], **sizes, schedule=aspect_schedule("1:1", "0.06M"), bitwise=True)
@@ -131,6 +153,9 @@ def test_training_on_several_aspects(lists: Path, tmp_path: Path) -> None:
     assert in_child(train_var.main, [f"--run.run_dir={tmp_path}/var", *options, *TRANSFORMER]) == 0
     row = curve(tmp_path / "var", "train")[-1]
     assert row["step"] == 6 and np.isfinite(row["loss"])
+    texts = [f"--text.pretrained={tmp_path}/var/latest", "--text.train=false", f"--text.cache={tmp_path}/states"]
+    assert in_child(cache_text.main, [f"--run.run_dir={tmp_path}/var", *options, *TRANSFORMER, *texts]) == 0
+    assert TextCache(tmp_path / "states").has(["short 0", "long 12"]).all()
     trained = NextScaleTransformer.from_pretrained(tmp_path / "var/latest/transformer")
     assert trained.schedule == aspect_schedule("1:1", "0.06M")
     with pytest.raises(ValueError, match="no template ends with 5x5"):

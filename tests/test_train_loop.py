@@ -213,6 +213,15 @@ def test_dead_codes_restart_at_data_the_same_way_every_time(vqvae):
     assert torch.equal(codebook, before)  # too late in training
 
 
+@pytest.mark.parametrize("until, moved", [(0.0, False), (0.8, True)])
+def test_sizes_of_scales_are_left_alone_from_the_start(tiny_vqvae, until, moved):
+    vqvae = type(tiny_vqvae).from_config(tiny_vqvae.config, normalize_scales=True)
+    objective = tokenizer_objective(vqvae, restart_until=until, draw_codes=False)
+    before = vqvae.quantizer.scale_rms_K.clone()
+    objective.after_step(images(), objective(images(), START)[1], START, Processes(Accelerator(cpu=True)))
+    assert torch.equal(vqvae.quantizer.scale_rms_K, before) == (not moved)
+
+
 def test_perceptual_network_never_changes(vqvae):
     objective = tokenizer_objective(vqvae, perceptual_kind="scenes").train()
     before = {name: value.clone() for name, value in objective.perceptual.state_dict().items()}
@@ -387,6 +396,8 @@ def cache(tokenizer_run, tmp_path_factory):
     assert stage("cache_tokens", *arguments) == 0
     assert stage("cache_tokens", *arguments, "--cache.seed=1") == 2
     assert stage("cache_tokens", *arguments, "--cache.latents=true") == 2  # its shards have none
+    assert stage("cache_tokens", *arguments, '--data.scene_tags={"colors": 2.0}') == 2
+    assert stage("cache_tokens", *arguments, "--cache.precision=bf16") == 2
     return folder
 
 

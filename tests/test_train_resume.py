@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,12 +16,17 @@ from training_toys import (
     in_processes,
     kill_self,
     start_child,
+    toy_config,
     toy_run,
+    toy_task,
     wait_for,
 )
 
 from train.checkpoint import complete_checkpoints, write_checkpoint
 from train.config import exit_code
+from train.loop import run, start
+from train.optimizers import OptimizerConfig
+from train.state import resume, save
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +89,10 @@ def test_streamed_data_goes_on_where_it_was(tmp_path, workers):
     assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
+@pytest.mark.parametrize("number, stream", [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
+def test_stopped_by_a_signal(tmp_path, whole, number, stream, capfd):
     def main(argv):
-        toy_run(tmp_path, workers=1, die=lambda step: time.sleep(0.05))
+        toy_run(tmp_path, workers=1, stream=stream, die=lambda step: time.sleep(0.05))
 
     def body():
         os.setsid()
@@ -101,8 +108,9 @@ def test_stopped_by_a_signal(tmp_path, whole, number, capfd):
     assert "same command goes on" in capfd.readouterr().err
     kept = complete_checkpoints(tmp_path / "checkpoints")
     assert kept and final_state(tmp_path)["step"] < 12
-    assert in_child(toy_run, tmp_path) == 0
-    assert_same_run(tmp_path, whole)
+    assert in_child(toy_run, tmp_path, workers=int(stream), stream=stream) == 0
+    if not stream:  # that has an order of its own
+        assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -125,6 +133,72 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capfd):
     assert all(torch.isfinite(v).all() for v in final_state(tmp_path)["model"].values())
 
 
+def test_settings_of_the_present_command_hold_after_resuming(tmp_path, monkeypatch):
+    """EMA decay and betas are not those of the checkpoint, as the rate and the weight decay are not."""
+    assert in_child(toy_run, tmp_path, total_images=32) == 0
+
+    def resumed():
+        monkeypatch.setattr("training_toys.OptimizerConfig", partial(OptimizerConfig, betas=(0.5, 0.6)))
+        session = start(toy_task(), toy_config(tmp_path, ema=0.5))
+        resume(session)
+        betas = {group["betas"] for optimizer in session.all_optimizers for group in optimizer.param_groups}
+        assert session.step == 4 and session.ema.decay == 0.5 and betas == {(0.5, 0.6)}
+
+    assert in_child(resumed) == 0
+
+
+def test_what_has_no_state_yet_begins_at_its_first_step(tmp_path):
+    """A parameter without gradients before the checkpoint is not one Adam step ahead afterwards."""
+    folder = tmp_path / "run"
+
+    def saved():
+        session = start(toy_task(), toy_config(folder))
+        optimizer = session.optimizers["main"][0]
+        first, *others = (p for group in optimizer.param_groups for p in group["params"])
+        first.grad = torch.ones_like(first)
+        optimizer.step()
+        assert len(optimizer.state) == 1
+        save(session)
+        resume(session)
+        assert set(optimizer.state) == {first} and others
+
+    assert in_child(saved) == 0
+
+
+def test_a_kill_between_checkpoint_and_link_is_mended(tmp_path, monkeypatch):
+    def killed():
+        monkeypatch.setattr("train.state.point_link", lambda *paths: kill_self())
+        toy_run(tmp_path, keep=1)
+
+    assert in_child(toy_run, tmp_path, total_images=32, keep=1) == 0
+    assert in_child(killed) == -signal.SIGKILL
+    assert (tmp_path / "latest").resolve().is_dir()  # the one before is still there
+    assert in_child(toy_run, tmp_path, total_images=64, keep=1) == 0
+    assert (tmp_path / "latest").resolve().parent.name == "step_00000008"
+
+
+def test_a_refused_command_leaves_the_configuration(tmp_path):
+    notes = tmp_path / "notes"
+
+    def recorded(**changes):
+        task = replace(toy_task(), record=lambda: notes.write_text("written"))
+        run(task, toy_config(tmp_path, total_images=8, **changes))
+
+    assert in_child(recorded) == 0
+    notes.unlink()
+    assert in_child(lambda: os._exit(exit_code(lambda argv: recorded(batch_size=16)))) == 2
+    assert not notes.exists()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [({"precision": "fp16"}, "run.precision fp16 needs a GPU"), ({"half_stream": True}, "run.half_stream needs")],
+)
+def test_precisions_that_do_nothing_are_refused(tmp_path, settings, words, capfd):
+    assert in_child(lambda: os._exit(exit_code(lambda argv: toy_run(tmp_path, **settings)))) == 2
+    assert words in capfd.readouterr().err
+
+
 def test_another_batch_size_or_model_is_refused(tmp_path, capfd):
     assert in_child(toy_run, tmp_path) == 0
     assert in_child(lambda: os._exit(exit_code(lambda argv: toy_run(tmp_path, batch_size=16)))) == 2
@@ -139,6 +213,6 @@ def test_only_the_newest_checkpoints_stay(tmp_path, whole):
 def test_incomplete_checkpoints_are_ignored_by_name(tmp_path):
     for name in (".tmp-step_00000009", "step_abc", "notes"):
         (tmp_path / name).mkdir()
-    write_checkpoint(tmp_path, 3, lambda folder: (folder / "x").write_text("1"), keep=2)
+    write_checkpoint(tmp_path, 3, lambda folder: (folder / "x").write_text("1"))
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000003"]
     assert not (tmp_path / ".tmp-step_00000009").exists()

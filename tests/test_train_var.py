@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from training_toys import curve, in_child
 
@@ -147,6 +148,24 @@ def text_run(vqvae_folder, folder, *arguments: str) -> int:
 def encode_texts(vqvae_folder, encoder_folder, cache, *arguments: str) -> int:
     given = [*TINY, *TEXT, f"--tokens.tokenizer={vqvae_folder}", f"--text.pretrained={encoder_folder}"]
     return stage(cache_text.main, *given, f"--text.cache={cache}", "--encode.file_size=7", *arguments)
+
+
+def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):
+    """Other sizes are refused, stochastic depth is taken, and config.yaml says what is trained."""
+    from var.transformer import NextScaleTransformer
+
+    given = [*TINY, f"--tokens.tokenizer={vqvae_folder}"]
+    assert stage(train_var.main, *given, f"--run.run_dir={tmp_path}/base") == 0
+    start = f"--start_from={tmp_path}/base/latest/transformer"
+    model = NextScaleTransformer.from_pretrained(tmp_path / "base/latest/transformer")
+    small = [word for word in given if not word.startswith("--transformer.")]
+    assert stage(train_var.main, *small, start, f"--run.run_dir={tmp_path}/on", "--transformer.drop_path=0.3") == 0
+    again = NextScaleTransformer.from_pretrained(tmp_path / "on/latest/transformer")
+    assert again.config.drop_path == 0.3
+    written = yaml.safe_load((tmp_path / "on/config.yaml").read_text())["transformer"]
+    assert written["width"] == model.config.width and written["drop_path"] == 0.3
+    assert stage(train_var.main, *small, start, f"--run.run_dir={tmp_path}/no", "--transformer.depth=7") == 2
+    assert "transformer.depth 7 is not that of start_from" in capfd.readouterr().err
 
 
 def test_cached_texts_train_as_the_encoder_does(vqvae_folder, encoder_folder, tmp_path):

@@ -91,6 +91,12 @@ def toy_run(
     folder: Path, *, export=None, die=None, bad_step=None, dropout: float = 0.3, stream: bool = False, **changes
 ) -> None:
     """Train the toy. `export(folder)` stands in for writing weights; `die(step)` is called after every step."""
+    task = toy_task(export=export, stream=stream, dropout=dropout, bad_step=bad_step, die=die)
+    run(task, toy_config(folder, **changes))
+
+
+def toy_task(*, export=None, stream: bool = False, **options) -> Task:
+    """The toy, as `run` takes it."""
     torch.manual_seed(0)
 
     def write(path: Path, objective: ToyObjective, weights: dict | None) -> None:
@@ -99,10 +105,8 @@ def toy_run(
         if export is not None:
             export(path)
 
-    objective = ToyObjective(dropout, bad_step, die)
-    data = streamed_rows() if stream else Rows()
-    task = Task(objective=objective, train_data=data, val_data=Rows(16), prepare=dict, export=write)
-    run(task, toy_config(folder, **changes))
+    objective, data = ToyObjective(**options), streamed_rows() if stream else Rows()
+    return Task(objective=objective, train_data=data, val_data=Rows(16), prepare=dict, export=write)
 
 
 def kill_self() -> None:

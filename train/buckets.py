@@ -49,20 +49,23 @@ class AspectConfig:
 
 
 class Lines:
-    """The lines of a text file by number; only their places are held in memory."""
+    """The lines of some text files by number, one file after the other; only their places are held in memory."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        with path.open("rb") as file:
-            ends = [0, *accumulate(len(line) for line in file)]
-        self.places = np.array(ends, dtype=np.int64)
+    def __init__(self, *paths: Path):
+        self.paths, self.places = paths, []
+        for path in paths:
+            with path.open("rb") as file:
+                self.places.append(np.array([0, *accumulate(len(line) for line in file)], dtype=np.int64))
+        self.ends = list(accumulate(len(places) - 1 for places in self.places))
 
     def __len__(self) -> int:
-        return len(self.places) - 1
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            return whole[self.places[index] : self.places[index + 1]].decode("utf-8")
+        which = bisect_right(self.ends, index)
+        places, index = self.places[which], index - (self.ends[which - 1] if which else 0)
+        with self.paths[which].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return whole[places[index] : places[index + 1]].decode("utf-8")
 
 
 class AspectImages(Dataset):
@@ -117,8 +120,8 @@ class AspectImages(Dataset):
 
     def at(self, index: int, epoch: int) -> dict:
         """Item `index`, in epoch `epoch`; an image that cannot be read is replaced by the next one of its shape."""
-        ratio = max((r for r, start in self.starts.items() if start <= index), key=lambda r: self.starts[r])
-        local, count = index - self.starts[ratio], self.counts[ratio]
+        ratio, local = self._place(index)
+        count = self.counts[ratio]
         tries = min(count, BAD_IN_A_ROW)
         for offset in range(tries):
             row = json.loads(self.lists[ratio][self.first + (local + offset) % count])
@@ -128,19 +131,33 @@ class AspectImages(Dataset):
                 self.corrupt.add(str(row["image_path"]), str(error))
         raise ValueError(f"{tries} images in a row cannot be read; {self.corrupt.summary(3)}")
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions that item `index` may come with."""
+        ratio, local = self._place(index)
+        short, long = _texts(json.loads(self.lists[ratio][self.first + local]))
+        return (short or long, long or short)
+
+    def _place(self, index: int) -> tuple[float, int]:
+        """The shape of an image, and its number among those of that shape."""
+        ratio = max((r for r, start in self.starts.items() if start <= index), key=lambda r: self.starts[r])
+        return ratio, index - self.starts[ratio]
+
     def _item(self, row: dict, ratio: float, *key: int) -> dict:
         h, w = (side * STRIDE for side in aspect_schedule(ratio, self.config.size).latent_hw)
         image = decode(self.root / row["image_path"], at_least=max(h, w), max_pixels=MAX_PIXELS)
         return {"image": crop(image, (h, w), resize_factor=1.0), "label": -1, "caption": self._caption(row, *key)}
 
     def _caption(self, row: dict, *key: int) -> str:
-        texts = [row.get("text") or "", row.get("long_caption") or ""]
+        texts = _texts(row)
         is_long = uniforms(1, self.seed, *key, 6)[0] >= self.config.short_captions
         return texts[is_long] or texts[not is_long]
 
     def _read_lists(self, folder: Path) -> dict[float, Lines]:
-        found = {path: Lines(path) for path in sorted(folder.glob("*.jsonl"))}
-        lists = {nearest_template(_ratio(path)): lines for path, lines in found.items() if len(lines)}
+        paths: dict[float, list[Path]] = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            paths.setdefault(nearest_template(_ratio(path)), []).append(path)
+        found = {ratio: Lines(*of_shape) for ratio, of_shape in paths.items()}
+        lists = {ratio: lines for ratio, lines in found.items() if len(lines)}
         if not lists:
             raise FileNotFoundError(f"aspects.folder {str(folder)!r} has no list like 1.500_000002500.jsonl in it")
         example = json.loads(next(iter(lists.values()))[0])["image_path"]
@@ -151,6 +168,11 @@ class AspectImages(Dataset):
             )
         self.root = roots[0]
         return lists
+
+
+def _texts(row: dict) -> tuple[str, str]:
+    """The short caption and the long one, empty where there is none."""
+    return row.get("text") or "", row.get("long_caption") or ""
 
 
 def _ratio(path: Path) -> float:

@@ -22,7 +22,6 @@ from train.config import exit_code
 from train.stream import StreamDataset
 from train.text import load_text_encoder, text_reader
 from train.text_cache import DTYPES, TextCache, begin_cache, describe, write_states
-from train.train_tokenizer import load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if text.pretrained is None or text.cache is None:
         raise ValueError("text.pretrained and text.cache must say which encoder's states go where")
     accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu or built.run.cpu)
-    splits = train_var.datasets(built, load_tokenizer(built.tokens.tokenizer))
+    splits = train_var.datasets(built, train_var.open_tokenizer(built))
     encoder, tokenizer = load_text_encoder(text.pretrained)
     read, folder = text_reader(encoder, tokenizer, length, frozen=True), Path(text.cache)
     manifest = describe(encoder, tokenizer, text_length=length, dtype=config.dtype, pretrained=text.pretrained)

@@ -97,6 +97,9 @@ def encode_split(
         "passes": items.count,
         "seed": config.seed,
         "latents": config.latents,
+        "precision": config.precision,
+        "fast": config.fast,
+        **{f"data.{option}": value for option, value in vars(data).items() if option != "cache_dir"},
     }
     check_plan(folder, manifest, accelerator)
     shards = range(-(-len(items) // config.shard_size))
@@ -123,10 +126,13 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
     """
     path = folder / "plan.json"
     if path.exists():
-        kept = {"latents": False, **json.loads(path.read_text(encoding="utf-8"))}  # older caches do not say
-        for name, value in manifest.items():
-            if kept[name] != value:
-                raise ValueError(f"cache.folder {folder} was begun with another {name}: remove it or give another one")
+        kept = {"latents": False, **json.loads(path.read_text(encoding="utf-8"))}
+        for name, value in json.loads(json.dumps(manifest)).items():  # as it is read: lists for tuples
+            if kept.get(name, value) != value:  # older caches do not say all
+                raise ValueError(
+                    f"cache.folder {folder} was begun with another {name}, {kept[name]} and not {value}: "
+                    "remove it or give another one"
+                )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(path, json.dumps(manifest, indent=1))

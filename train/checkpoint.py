@@ -27,11 +27,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Make `folder/step_...` with what `write(directory)` puts into it, then drop all but the newest `keep`.
-
-    Call it in one process only.
-    """
+def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Make `folder/step_...` with what `write(directory)` puts into it. Call it in one process only."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover)
@@ -44,12 +41,16 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         shutil.rmtree(final)
     os.rename(partial, final)
     _flush(folder)
+    return final
+
+
+def drop_old(folder: Path, *, keep: int) -> None:
+    """Drop all checkpoints but the newest `keep`; links should lead to the newest one by now."""
     for old in complete_checkpoints(folder)[:-keep]:
         # Renamed first: a kill while the files go must not leave half a directory under a complete one's name.
         doomed = old.with_name(f"{PARTIAL}old-{old.name}")
         os.rename(old, doomed)
         shutil.rmtree(doomed)
-    return final
 
 
 def point_link(link: Path, target: Path) -> None:

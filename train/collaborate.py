@@ -65,6 +65,7 @@ class DrafterObjective(VarObjective):
         super().__init__(transformer, config, optimizer, text_encoder)
         code.check(transformer.schedule)
         self.drafted = ScaleSchedule(transformer.schedule.sides[: code.handover])
+        self.find_unused = self.find_unused or code.handover == 1  # the first scale alone reads no inputs
 
     def passes(self, clock: Clock) -> dict[str, Any]:
         """The scales before the hand-over."""
@@ -112,7 +113,10 @@ class RefinerObjective(VarObjective):
         code.check(transformer.schedule)
         if text_encoder is not None:
             raise ValueError("text.train must be false for a refiner: its teacher reads the same text encoder")
-        for name in ("schedule", "vocab_size", "latent_channels", "bitwise", "conditioning"):
+        if config.label_smoothing:
+            raise ValueError("loss.label_smoothing must be 0 for a refiner: it learns its teacher's distributions")
+        names = ("schedule", "vocab_size", "latent_channels", "bitwise", "conditioning")
+        for name in (*names, "num_classes") if transformer.config.conditioning == "class" else names:
             mine, theirs = getattr(transformer.config, name), getattr(teacher.config, name)
             if mine != theirs:
                 raise ValueError(f"code.teacher must have the refiner's {name} {mine}, got {theirs}")
@@ -128,13 +132,12 @@ class RefinerObjective(VarObjective):
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """Weighted divergence, and divergence and accuracy by scale; of bitwise tokens a mean over the bits."""
-        prompt, (teacher,) = self.training_prompt(batch, clock), self.frozen
-        ids, inputs = batch["ids"], batch["inputs"]
-        cond = self.transformer.condition(prompt)
+        ids, inputs, (teacher,) = batch["ids"], batch["inputs"], self.frozen
+        cond = self.transformer.condition(self.training_prompt(batch, clock))
         ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond).log_softmax(dim=-1)
         with torch.no_grad(), fast_cpu_attention(ids.device):
             teacher.to(ids.device)
-            their_cond = teacher.condition(prompt)
+            their_cond = teacher.condition(self.training_prompt(batch, clock, teacher))
             theirs = teacher.logits(teacher(inputs, their_cond), their_cond).log_softmax(dim=-1)
         student, target = (ours, theirs) if self.code.divergence == "teacher" else (theirs, ours)
         all_but_tokens = (0, *range(2, ids.ndim))

@@ -85,6 +85,11 @@ class RunConfig:
         return Path(self.run_dir) / "checkpoints"
 
     @property
+    def latest(self) -> Path:
+        """The link to the newest weights."""
+        return Path(self.run_dir) / "latest"
+
+    @property
     def metrics(self) -> Path:
         """The metrics file, one JSON object per line."""
         return Path(self.run_dir) / "metrics.jsonl"

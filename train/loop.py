@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import DataLoader, default_collate
 
 from tokenizer.precision import set_product_precision
@@ -35,8 +35,9 @@ from train.order import KeyedDataset, KeyedSampler, uniforms
 from train.report import log_training, open_tensorboard, progress_bar, write_metrics, write_pictures
 from train.session import Batch, Meter, Metrics, Session, Task, averaged_weights, parameters_of
 from train.state import resume, save
-from train.stopping import catch_signals, check_finite, leave_signals_to_parent, must_stop, stopped_by
+from train.stopping import catch_signals, check_finite, must_stop, stopped_by
 from train.stream import StreamDataset, StreamLoader
+from train.workers import leave_signals_to_parent
 
 
 def run(task: Task, config: RunConfig) -> dict[str, float]:
@@ -49,6 +50,8 @@ def run(task: Task, config: RunConfig) -> dict[str, float]:
     """
     session = start(task, config)
     resume(session)
+    if task.record is not None:
+        task.record()
     open_tensorboard(session)
     last: dict[str, float] = {}
     with catch_signals(session), progress_bar(session) as bar:
@@ -98,12 +101,18 @@ def start(task: Task, config: RunConfig) -> Session:
             "torchrun --nproc_per_node N and --run.cpu=true"
         )
     config.check_split(accelerator.num_processes)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("run.precision fp16 needs a GPU: take bf16 or no")
+    if config.half_stream and accelerator.mixed_precision == "no":
+        raise ValueError("run.half_stream needs run.precision bf16 or fp16")
     if accelerator.mixed_precision != "no":
         set_product_precision("tf32")  # what stays float32, as the head, has more digits even so
     if accelerator.is_fsdp2 and not task.objective.shardable:
         raise ValueError(
             f"{type(task.objective).__name__} does not train sharded (FSDP): use configs/accelerate/ddp.yaml"
         )
+    if accelerator.is_fsdp2:  # autocast says what is in half precision, as for whole parameters; sums stay float32
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if config.gradient_checkpointing:
         task.objective.checkpoint_activations()
     if config.half_stream:

@@ -204,14 +204,15 @@ class TokenizerObjective(Objective):
         if self.config.decoder_only:
             return
         quantizer = self.vqvae.quantizer
-        if quantizer.normalize_scales and clock.progress <= self.config.restart_until:
+        first = clock.step == 0 and self.config.draw_codes
+        moving = clock.progress < self.config.restart_until
+        if quantizer.normalize_scales and moving:
             drift_K = processes.reduce(metrics["rms_K"]) / processes.accelerator.num_processes
-            quantizer.scale_rms_K.mul_(drift_K if clock.step == 0 else 1 + (1 - decay) * (drift_K - 1))
+            quantizer.scale_rms_K.mul_(drift_K if first else 1 + (1 - decay) * (drift_K - 1))
         if not quantizer.has_codebook:
             return
         every = self.config.restart_every
-        first = clock.step == 0 and self.config.draw_codes
-        if first or (every and clock.step and clock.step % every == 0 and clock.progress <= self.config.restart_until):
+        if first or (every and clock.step and clock.step % every == 0 and moving):
             self.restart_codes(batch["image"], share_K1, clock, processes)
 
     @torch.no_grad()
@@ -339,7 +340,8 @@ class VarObjective(Objective):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
         self.config, self.optimizer = config, optimizer
-        self.find_unused = config.drop == 0  # then the null prompt learns nothing
+        # Then the null prompt learns nothing, or a part of the encoder that makes no states, as BERT's pooler.
+        self.find_unused = config.drop == 0 or text_encoder is not None
 
     def branches(self) -> dict[str, Branch]:
         """One branch: the transformer, and the text encoder if it trains."""
@@ -377,13 +379,13 @@ class VarObjective(Objective):
         """Weight of each token in the loss, (L,); progressive training changes it over time."""
         return token_weights(self.transformer.schedule, self.config.weights)
 
-    def training_prompt(self, batch: Batch, clock: Clock) -> Prompt:
-        """The batch's prompt; in training, null for a share of the images."""
-        prompt = self.prompt(batch)
+    def training_prompt(self, batch: Batch, clock: Clock, reader: NextScaleTransformer | None = None) -> Prompt:
+        """The batch's prompt; in training, for a share of the images, the null prompt of who reads it (the model)."""
+        prompt, reader = self.prompt(batch), reader or self.transformer
         if not self.training or self.config.drop == 0:
             return prompt
-        u_B = image_draws(batch["counter"], 1, clock.seed, 2, device=self.transformer.device)[:, 0]
-        return drop_prompts(prompt, self.transformer.null_prompt(prompt), u_B < self.config.drop)
+        u_B = image_draws(batch["counter"], 1, clock.seed, 2, device=reader.device)[:, 0]
+        return drop_prompts(prompt, reader.null_prompt(prompt), u_B < self.config.drop)
 
     def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""

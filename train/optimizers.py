@@ -13,7 +13,7 @@ from train.schedules import bend, lr_factor, weight_decay_at
 
 # Embedding-like tables that keep their size: positions, levels, start tokens, head temperatures, AdaLN offsets.
 UNDECAYED = re.compile(
-    r"(^|\.)(start_position|position|level_embedding|log_scale|ada_offset|null_text|query|codebook|relative_attention)"
+    r"(^|\.)(start_position|position|level_embedding|log_scale|ada_offset|null_text|query_|codebook|relative_attention)"
 )
 HIDDEN = re.compile(r"(^|\.)blocks?\.\d+\.")
 

@@ -95,6 +95,8 @@ class ProgressiveObjective(VarObjective):
     ):
         super().__init__(transformer, config, optimizer, text_encoder)
         self.progressive = progressive
+        if 1 in (progressive.coarse, progressive.first):  # the first scale alone reads no inputs
+            self.find_unused = True
 
     def stage(self, clock: Clock) -> tuple[int, float]:
         """Scales trained in this step, and the weight of the newest one."""

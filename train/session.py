@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 
 from train.optimizers import Branch
@@ -123,6 +124,7 @@ class Task:
         export: (folder, objective with averaged weights, None or its full state dict where parameters are sharded)
             writes `save_pretrained` folders.
         preview: objective with averaged weights to named grids, (n, 3, h, w) in [-1, 1].
+        record: writes the configuration into the run's folder; called when the run is known to be the same.
     """
 
     objective: Objective
@@ -131,6 +133,7 @@ class Task:
     prepare: Callable[[Batch], Batch]
     export: Export
     preview: Callable[[Objective], dict[str, torch.Tensor]] | None = None
+    record: Callable[[], None] | None = None
 
 
 @dataclass
@@ -244,9 +247,18 @@ def averaged_weights(session: Session) -> Iterator[None]:
     parameters = session.averaged_parameters
     kept = [p.detach().clone() for p in parameters]
     session.ema.copy_to(parameters)
+    forget_gathered(session.model)
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
+        forget_gathered(session.model)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Let sharded modules (FSDP2) gather their parameters anew: some stay gathered after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from train.checkpoint import complete_checkpoints, point_link, write_atomically, write_checkpoint
+from train.checkpoint import complete_checkpoints, drop_old, point_link, write_atomically, write_checkpoint
 from train.session import Meter, Session, averaged_weights
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -36,8 +36,9 @@ def save(session: Session) -> None:
             session.task.export(folder / "weights", session.objective, weights)
 
     if accelerator.is_main_process:
-        written = write_checkpoint(config.checkpoints, session.step, write, keep=config.keep)
-        point_link(Path(config.run_dir) / "latest", written / "weights")
+        written = write_checkpoint(config.checkpoints, session.step, write)
+        point_link(config.latest, written / "weights")
+        drop_old(config.checkpoints, keep=config.keep)
     accelerator.wait_for_everyone()
 
 
@@ -86,6 +87,8 @@ def resume(session: Session) -> None:
         restore(session, state)
     if session.accelerator.is_main_process:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        if found:  # a kill may have come between the checkpoint and its link
+            point_link(config.latest, found[-1] / "weights")
         cut_metrics(config.metrics, session.step)
 
 
@@ -107,10 +110,10 @@ def restore(session: Session, state: dict) -> None:
     set_model_state_dict(session.model, state["model"], options=FULL)
     for optimizer, saved in zip(session.all_optimizers, state["optimizers"], strict=True):
         if saved is not None:
-            set_optimizer_state_dict(session.model, optimizer, saved, options=FULL)
+            restore_optimizer(session, optimizer, saved)
     if session.ema is not None and state["ema"] is not None:
         shadow = state["ema"].pop("shadow_params")
-        session.ema.load_state_dict(state["ema"])
+        session.ema.load_state_dict({**state["ema"], "decay": session.config.ema})
         for mine, saved in zip(session.ema.shadow_params, shadow, strict=True):
             mine.copy_(_like(saved, mine))
     if session.accelerator.scaler and state["scaler"]:
@@ -124,6 +127,18 @@ def restore(session: Session, state: dict) -> None:
     # The saved sums are over all processes: one process holds them, so that they count once.
     share = 1 if session.accelerator.is_main_process else 0
     session.meter = Meter({name: share * v.to(session.accelerator.device) for name, v in state["meter"].items()})
+
+
+def restore_optimizer(session: Session, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Bring an optimiser to its saved state; its settings stay those of the present configuration."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    set_optimizer_state_dict(session.model, optimizer, saved, options=FULL)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    # What had no gradient yet has no state; torch has made some, of a first step that was none.
+    begun = {parameter for name, parameter in session.objective.named_parameters() if name in saved["state"]}
+    for parameter in [p for p in optimizer.state if p not in begun]:
+        del optimizer.state[parameter]
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -76,11 +76,3 @@ def catch_signals(session: Session) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For data loading workers: Ctrl-C, and SIGTERM from `timeout` or a scheduler, reach the whole group of processes,
-    but the batches of the running step are still needed. A worker ends when its parent says so, or is gone.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

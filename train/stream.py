@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from train.images import CorruptLog, RowReader
 from train.sources import damaged_shard
+from train.workers import leave_signals_to_parent
 
 
 class StreamDataset(IterableDataset):
@@ -166,7 +167,13 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict]:
         batches = _Batches(self)
-        loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
+            pin_memory=self.pin_memory,
+        )
         for worker, progress, batch in loader:
             if batch is None:
                 continue

@@ -14,6 +14,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -205,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained.encoder.save_pretrained(folder / "text_encoder")
         tokenizer.save_pretrained(folder / "tokenizer")
 
-    save_config(made, config, run_config.run_dir)
     captions = built.captions
     which = {"tags": captions.scene_tags, "split": captions.split}
     task = Task(
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_data=Captions(captions.val_captions, seed=2**31 + run_config.seed, **which),
         prepare=prepare,
         export=export,
+        record=partial(save_config, made, config, run_config.run_dir),
     )
     run(task, run_config)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = zip(image.split(8), rebuilt.float().split(8))
         return {"reconstructions": torch.cat([half for pair in rows for half in pair])}
 
-    save_config(made, config, run_config.run_dir)
     task = Task(
         objective=objective,
         train_data=build_dataset(data, "train", seed=run_config.seed, corrupt_log=unreadable),
@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare=to_images,
         export=export_weights,
         preview=preview if run_config.previews else None,
+        record=partial(save_config, made, config, run_config.run_dir),
     )
     run(task, run_config)
 

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -181,13 +183,33 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
         return model
     rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
     changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
+    given = given_sizes(config.transformer)
+    if "drop_path" in given:
+        changed["drop_path"] = given.pop("drop_path")
     model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
+    for name, wanted in given.items():
+        if listed(getattr(model.config, name)) != listed(wanted):
+            raise ValueError(
+                f"transformer.{name} {wanted} is not that of start_from {config.start_from!r}, which has "
+                f"{getattr(model.config, name)}: leave it out"
+            )
     for name, wanted in tokens.items():
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
     if conditioning == "class" and model.config.num_classes < num_classes:
         raise ValueError(f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes")
     return model
+
+
+def given_sizes(transformer: Namespace) -> dict[str, Any]:
+    """The options of a transformer that are not their defaults."""
+    defaults = signature(NextScaleTransformer.__init__).parameters
+    return {name: value for name, value in vars(transformer).items() if listed(value) != listed(defaults[name].default)}
+
+
+def listed(value: Any) -> Any:
+    """Tuples as the lists that a file keeps of them."""
+    return [listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
@@ -235,7 +257,11 @@ def preparer(
         made = {"counter": batch["counter"], "label": batch["label"]}
         if schedule is not vqvae.schedule:
             made["schedule"] = schedule
-        f_BCHW = batch.get("latents") if "ids" in batch else vqvae.encode(to_images(batch)["image"])
+        if "ids" in batch:
+            f_BCHW = batch.get("latents")
+        else:
+            with torch.autocast(device.type, enabled=False):  # tokens are those of the float32 encoder, as VAR's are
+                f_BCHW = vqvae.encode(to_images(batch)["image"])
         if batch.get("training") and (flips or noise):
             draws = partial(draw_flips, largest=flips) if flips else partial(draw_noise, largest=noise)
             drawn = draws(batch["counter"], quantizer.channels, schedule, seed=seed, device=device)
@@ -395,7 +421,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
     prepare = preparer(vqvae, read, flips=built.tokens.flips, noise=built.tokens.noise, seed=run_config.seed)
-    save_config(made, config, run_config.run_dir)
+    for name in vars(config.transformer):  # what the file says is what is trained, with start_from, too
+        config.transformer[name] = getattr(transformer.config, name)
     task = Task(
         objective=objective,
         train_data=train_data,
@@ -403,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare=prepare,
         export=exporter(vqvae, texts),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
+        record=partial(save_config, made, config, run_config.run_dir),
     )
     run(task, run_config)
 
