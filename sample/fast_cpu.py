@@ -20,7 +20,7 @@ from var.masks import Mask
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
 HINT_HW = (64, 64)  # the same for convolutions
-LOGITS = 2**18  # attention logits computed at once: 1 MiB, which stays in the processor's cache
+LOGITS = 2**20  # attention logits computed at once: 4 MiB, of which the processor's cache holds several
 SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
 
@@ -161,15 +161,19 @@ def half_attention(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one."""
+    """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one.
+
+    Keys become float32 head by head, as oneDNN takes their transpose; tokens' heads lie side by side in the cache.
+    """
     if mask is not None:
         return attention(q_BHld, k_BHSd, v_BHSd, mask, scale)
     out_BHld = torch.empty_like(q_BHld, memory_format=torch.contiguous_format)
     factor = q_BHld.shape[-1] ** -0.5 if scale is None else scale
     together = max(1, LOGITS // (q_BHld.shape[1] * q_BHld.shape[2] * k_BHSd.shape[2]))
     for q, k, v, out in zip(*(x.split(together) for x in (q_BHld, k_BHSd, v_BHSd, out_BHld))):
+        k_BHSd32 = k.to(torch.float32, memory_format=torch.contiguous_format)
         with bfloat16_products():
-            logits = q.float() @ k.float().mT
+            logits = q.float() @ k_BHSd32.mT
         weights = (logits if factor == 1 else logits.mul_(factor)).softmax(dim=-1)
         torch.matmul(weights.to(v.dtype), v, out=out)
     return rearrange(out_BHld, "b h l d -> b l (h d)")

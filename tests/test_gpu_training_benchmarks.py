@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import gpu, input_pipeline, tokenizer_gpu, training_gpu
+from benchmarks import gpu, input_pipeline, sampling_gpu, tokenizer_gpu, training_gpu
 from benchmarks.training import random_batch
 from benchmarks.training_gpu import Way
 from tests.training_toys import in_child
@@ -19,6 +19,20 @@ from tests.training_toys import in_child
 CHECKOUT = os.environ.get("VAR_CHECKOUT")
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="VAR_CHECKOUT names no clone of FoundationVision/VAR")
 TRAINING = ["--device", "cpu", "--size", "d6", "--schedule", "1,2", "--batch", "2", "--rounds", "2"]
+SAMPLING = [
+    "--device",
+    "cpu",
+    "--size",
+    "d6",
+    "--schedule",
+    "1,2",
+    "--width",
+    "32",
+    "--batches",
+    "1,2",
+    "--rounds",
+    "1,1",
+]
 TOKENIZER = ["--device", "cpu", "--schedule", "1,2", "--width", "32", "--batch", "2", "--rounds", "2"]
 PIPELINE = ["--device", "cpu", "--size", "tiny", "--schedule", "1,2", "--batch", "4", "--steps", "8", "--images", "32"]
 
@@ -83,6 +97,20 @@ def test_tokenizer_beside_the_official_one(tmp_path):
     rows = measured(tokenizer_gpu, [*TOKENIZER, "--reference", CHECKOUT], tmp_path)["rows"]
     plain = next(row for row in rows if row["variant"] == "float32")
     assert plain["tokens_equal"] == 1 and plain["times_official_float32"] > 0
+
+
+def test_sampling(tmp_path):
+    """A row a batch of what a CPU knows."""
+    found = measured(sampling_gpu, SAMPLING, tmp_path)
+    assert [(row["variant"], row["batch"]) for row in found["rows"]] == [("plain", 1), ("plain", 2)]
+    assert all(row["images_per_s"] > 0 for row in found["rows"]) and found["settings"]["failed"] == {}
+    assert (tmp_path / "result.png").is_file()
+
+
+@needs_checkout
+def test_sampling_beside_the_official_code(tmp_path):
+    rows = measured(sampling_gpu, [*SAMPLING, "--reference", CHECKOUT], tmp_path)["rows"]
+    assert [row["variant"] for row in rows] == ["official", "plain"] * 2 and rows[1]["times_official"] > 0
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
