@@ -22,9 +22,9 @@ from sample.fast import accelerate_transformer, supported
 from sample.generate import generate
 from sample.graphs import GraphedSampler
 from sample.measure import now
-from sample.pipeline import cast
 from sample.plan import Plan
 from sample.plan_text import PlanConfig
+from tokenizer.precision import cast
 from tokenizer.quantizer import MultiScaleQuantizer
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer

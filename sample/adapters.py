@@ -62,7 +62,7 @@ VQVAE = Adapter(
     tokenizer_keys.official_shape,
     tokenizer_keys.official_buffers,
     keeps_buffers=True,
-    needs={"patch": 1, "norm_groups": 32, "bitwise": False},
+    needs={"patch": 1, "norm_groups": 32, "bitwise": False, "normalize_scales": False},
 )
 VAR = Adapter(
     "VAR transformer",
@@ -78,6 +78,7 @@ VAR = Adapter(
         "positions": "learned",
         "mask": "block_causal",
         "level_table": None,
+        "level_every": 0,
         "bitwise": False,
     },
 )

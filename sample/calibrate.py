@@ -88,11 +88,13 @@ def measure_selectivity(
     model = model or pipeline.transformer
     caches: list[SelectivityCache] = []
 
+    first = replace(pipeline.make_plan("var").stages[0], model=model)
+
     def recorder() -> SelectivityCache:
-        caches.append(SelectivityCache(len(model.blocks), model.schedule, top=top))
+        caches.append(SelectivityCache(len(model.blocks), first.pyramid, top=top))
         return caches[-1]
 
-    stage = replace(pipeline.make_plan("var").stages[0], model=model, new_cache=recorder)
+    stage = replace(first, new_cache=recorder)
     name = "class_labels" if pipeline.by_class else "prompt"
     for place, prompt in enumerate(prompts):
         pipeline(

@@ -147,14 +147,22 @@ def _index_in(path: Path) -> Path:
     return found[0] if found else path
 
 
-def _read_shards(index: Path) -> State:
-    _refuse_pointers(index)
+def shard_names(index: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names.
+
+    Raises:
+        ValueError: if it is no such index.
+    """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is not the index of a sharded checkpoint") from None
+
+
+def _read_shards(index: Path) -> State:
+    _refuse_pointers(index)
     whole: State = {}
-    for name in names:
+    for name in shard_names(index):
         whole |= next(_state_dicts(_read_file(index.parent / name)), {})
     return whole
 

@@ -60,7 +60,7 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0) -> list[Work]:
                 work += step_work(stage, range(k), rows, text_tokens)
             config = stage.model.config
             codes = 2 * config.latent_channels if config.bitwise else config.vocab_size
-            drawn = batch * stage.model.schedule.lengths[k] * codes
+            drawn = batch * stage.pyramid.lengths[k] * codes
             made.append(work + Work(steps=1, drawn=drawn, linear=2 * drawn * config.width))
         before = stage
     return made
@@ -68,7 +68,7 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0) -> list[Work]:
 
 def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
     """The work of one pass of a stage's blocks over some scales; several scales are a prefill without a cache."""
-    model, schedule = stage.model, stage.model.schedule
+    model, schedule = stage.model, stage.pyramid
     D, hidden = model.config.width, round(model.config.width * model.config.mlp_ratio)
     cross = model.config.conditioning == "text"
     length = schedule.ends[scales.stop - 1] - schedule.begins[scales.start]
@@ -96,7 +96,7 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
         if continues:
             cache.free_layers(before.active - stage.active)
         else:
-            cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
+            cache = stage.new_cache() if stage.new_cache else stage.model.new_cache(stage.pyramid)
         cache.reserve(plan.reserved(stage))
         if stage.scales.start and not continues:
             _feed(cache, stage, range(stage.scales.start), rows, dtype)
@@ -107,7 +107,7 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
 
 
 def _feed(cache: object, stage: Stage, scales: range, rows: int, dtype: torch.dtype) -> None:
-    schedule, heads = stage.model.schedule, stage.model.config.heads
+    schedule, heads = stage.pyramid, stage.model.config.heads
     begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
     shape = (rows, heads, end - begin, stage.model.config.width // heads)
     fresh = torch.empty(shape, dtype=dtype, device="meta")

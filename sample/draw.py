@@ -17,7 +17,7 @@ from tokenizer.schedule import ScaleSchedule
 
 
 def derive_seed(*key: int) -> int:
-    """A 63-bit seed from non-negative integers; different keys give independent streams."""
+    """A 63-bit seed from non-negative integers; different keys of one length, below 2**32, give independent streams."""
     low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 

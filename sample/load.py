@@ -16,6 +16,7 @@ from sample.fast import FAST, accelerate, native_bfloat16, supported
 from sample.offload import OFFLOADS, keep_on_cpu
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
+from tokenizer.precision import cast
 from var.transformer import NextScaleTransformer
 
 BUNDLED = "scenes"
@@ -105,17 +106,27 @@ def put(
     else:
         keep_on_cpu(pipeline.to(dtype), offload, device)
     if encoder is not None:
-        pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device), dtype))
+        cast(encoder, dtype)
+        pipeline.register_modules(text_encoder=encoder.to(resolve_device(text_device)))
 
 
 def check_refiner(pipeline: NextScalePipeline, other: NextScalePipeline, name: str) -> None:
     """Raise ValueError unless the two models' tokens and texts mean the same."""
-    for part, mine, theirs in (
-        ("tokenizer", pipeline.vqvae.quantizer, other.vqvae.quantizer),
-        ("text encoder", pipeline.text_encoder, other.text_encoder),
-    ):
-        if not _same_weights(mine, theirs):
-            raise ValueError(f"refiner {name} was trained with another {part} than the model it goes on from")
+    mine, theirs = pipeline.vqvae, other.vqvae
+    options = ("latent_channels", "vocab_size", "phi_ratio", "cosine", "bitwise", "normalize_scales")
+    same = all(getattr(mine.config, option) == getattr(theirs.config, option) for option in options)
+    # Bits have no codebook: what they mean is in the encoder and the decoder alone.
+    one, two = (mine, theirs) if mine.config.bitwise else (mine.quantizer, theirs.quantizer)
+    if not (same and _same_weights(one, two)):
+        raise ValueError(f"refiner {name} was trained with another tokenizer than the model it goes on from")
+    if not _same_weights(pipeline.text_encoder, other.text_encoder):
+        raise ValueError(f"refiner {name} was trained with another text encoder than the model it goes on from")
+    ours, its = (part.transformer.config for part in (pipeline, other))
+    if ours.conditioning != its.conditioning or (pipeline.by_class and ours.num_classes != its.num_classes):
+        raise ValueError(
+            f"refiner {name} must have the conditioning and classes of the model it goes on from: "
+            f"{ours.conditioning}, {ours.num_classes}; it has {its.conditioning}, {its.num_classes}"
+        )
 
 
 def _same_weights(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
@@ -219,11 +230,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, *, fastest: bo
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(NextScalePipeline.download(name))
     except HFValidationError:
         reason = "cannot be the name of one on the Hub"
     except RepositoryNotFoundError:

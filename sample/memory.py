@@ -32,7 +32,7 @@ class Memory:
 
     Attributes:
         weights: on the device while tokens are drawn; of all parameters, unless they are offloaded.
-        cache: peak of the key/value caches, the joined keys and values of one layer included.
+        cache: peak of the key/value caches, the joined keys and values of one layer and those of the text included.
         step: what a scale needs beside them, at most.
         decoder: what decoding needs, when the caches are gone.
         decoder_weights: on the device while images are decoded.
@@ -63,12 +63,14 @@ def predict(
     *,
     decode_batch: int | None = None,
     offload: str = "none",
+    text_tokens: int = 0,
 ) -> Memory:
     """The memory of drawing `batch` images by a plan, without the text encoder's.
 
     Args:
         decode_batch: images decoded at once (`MultiScaleVQ.enable_slicing`); all of them when None.
         offload: what waits in CPU memory: "none", "model" or "layers", see `sample.offload`.
+        text_tokens: length of the texts that a text model attends to.
     """
     models = list({id(stage.model): stage.model for stage in plan.stages}.values())
     weights = decoder_weights = sum(weight_bytes(model, dtype) for model in (*models, vqvae))
@@ -78,8 +80,13 @@ def predict(
         weights = staying + max(unit_bytes(unit, dtype) for unit in drawing)
         decoder_weights = staying + unit_bytes([vqvae.decoder], dtype)
     step = max(step_bytes(plan, place, batch, dtype) for place in range(len(plan.stages)))
-    decoder = decoder_bytes(vqvae, min(batch, decode_batch or batch), dtype) + _image_bytes(vqvae, batch, dtype)
-    return Memory(weights, cache_peak(plan, batch, dtype), step, decoder, decoder_weights)
+    h, w = (vqvae.stride * side for side in plan.schedule.latent_hw)
+    image = 2 * batch * 3 * h * w * torch.empty((), dtype=dtype).element_size()
+    decoder = decoder_bytes(vqvae, min(batch, decode_batch or batch), dtype, (h, w)) + image
+    rows, size = batch * (2 if plan.guided else 1), torch.empty((), dtype=dtype).element_size()
+    read = [2 * rows * text_tokens * model.config.width * len(model.blocks) * size for model in models]
+    cache = cache_peak(plan, batch, dtype) + max(read)
+    return Memory(weights, cache, step, decoder, decoder_weights)
 
 
 def official_cache_bytes(plan: Plan, batch: int) -> int:
@@ -115,20 +122,15 @@ def _draw_bytes(filters: Filter, values: int, device: torch.device, kernel: bool
     return 3 * FLOAT * values + (2 * FLOAT + LONG + 1) * filters.top_k
 
 
-def decoder_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype) -> int:
-    """What the decoder's largest residual block holds, for so many images at once."""
-    config, (h, w) = vqvae.config, vqvae.image_hw
+def decoder_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype, image_hw: tuple[int, int]) -> int:
+    """What the decoder's largest residual block holds, for so many images of a size at once."""
+    config, (h, w) = vqvae.config, image_hw
     coarser = [*config.channels[1:], config.channels[-1]]  # what comes into a level lives as long as the level runs
     levels = [
         (entering + MAPS * width) * (h * w // 4**i // config.patch**2)
         for i, (width, entering) in enumerate(zip(config.channels, coarser))
     ]
     return batch * max(levels) * torch.empty((), dtype=dtype).element_size()
-
-
-def _image_bytes(vqvae: MultiScaleVQ, batch: int, dtype: torch.dtype) -> int:
-    h, w = vqvae.image_hw
-    return 2 * batch * 3 * h * w * torch.empty((), dtype=dtype).element_size()
 
 
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:

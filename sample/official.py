@@ -6,16 +6,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from sample import adapters
 from sample.adapters import Adapter
-from sample.checkpoints import State, read_state, stream
+from sample.checkpoints import State, read_state, shard_names, stream
 from tokenizer import convert_bitwise as bitwise_keys
 from tokenizer.aspects import aspect_schedule
+from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
 from var import convert_infinity as infinity_keys
 
@@ -104,6 +105,7 @@ class Component:
         """Our model with its weights, in eval mode."""
         model = self.on_meta()
         model.load_state_dict({key: tensor.clone() for key, tensor in stream(self.weights)}, assign=True)
+        cast(model, model.dtype)  # of a file in half precision, what is to stay float32 becomes it
         return model.eval()
 
 
@@ -217,7 +219,7 @@ def _token_patch(config: Mapping, vae: State, file: str | Path) -> int:
 
 
 def fetch(file: str | Path) -> Path:
-    """A local path, downloaded first if it is hf://OWNER/NAME/FILE.
+    """A local path, downloaded first if it is hf://OWNER/NAME/FILE; of an index (`.index.json`), all shards as well.
 
     Raises:
         FileNotFoundError: if it cannot be had from the Hub.
@@ -232,7 +234,10 @@ def fetch(file: str | Path) -> Path:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what goes wrong is said once, here
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", inner))
+        path = Path(hf_hub_download(f"{owner}/{name}", inner))
+        for shard in shard_names(path) if inner.endswith(".index.json") else ():
+            hf_hub_download(f"{owner}/{name}", (PurePosixPath(inner).parent / shard).as_posix())
+        return path
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{file} could not be had from the Hub: {str(error).splitlines()[0]}") from None
     finally:

@@ -7,7 +7,6 @@ diffusers reads the annotations of `NextScalePipeline.__init__`, so they are not
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -32,11 +31,13 @@ from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
 from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.model import MultiScaleVQ
+from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CALLBACK_TENSORS = ("f_hat", "tokens")
 PLAN_WORDS = ("plan", "depth", "cache")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
@@ -108,12 +109,12 @@ class NextScalePipeline(DiffusionPipeline):
         if held is not None and (places or kwargs or dtype not in (None, self.transformer.dtype)):
             plain = {"accelerated": "fast=off", "offloaded": "offload=none"}[held]
             raise ValueError(f"an {held} pipeline stays on its device and in its dtype: load the model with {plain}")
-        if places or kwargs:
-            super().to(*places, **kwargs)
-        if dtype is not None:
+        if dtype is not None:  # first, so that a device never holds the float32 weights
             for component in (self.transformer, self.vqvae, self.text_encoder, self.refiner):
                 if component is not None:
                     cast(component, dtype)
+        if places or kwargs:
+            super().to(*places, **kwargs)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
@@ -125,6 +126,18 @@ class NextScalePipeline(DiffusionPipeline):
     ) -> None:
         """diffusers' name of `load_pipeline(offload="layers")`, see `sample.offload`."""
         keep_on_cpu(self.to("cpu"), "layers", _gpu(gpu_id, device))
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """The local folder of a Hub repository, for `from_pretrained`; see `huggingface_hub.snapshot_download`.
+
+        diffusers' own looks for a file of code beside the weights of each class that is not its own.
+        """
+        from huggingface_hub import snapshot_download
+
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {name: options[name] for name in known if options.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=list(HUB_FILES), **given)
 
     @classmethod
     def from_official(
@@ -481,14 +494,6 @@ def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[i
             known = f"0..{num_classes - 1}, or {num_classes} for the null class"
             raise ValueError(f"class_labels must be in {known}, got {label}")
     return labels
-
-
-def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32."""
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
 
 
 def _gpu(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

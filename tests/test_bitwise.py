@@ -22,9 +22,12 @@ from torch.nn import functional as F
 from sample import adapters
 from sample.calibrate import measure_selectivity
 from sample.convert import convert, convert_back
+from sample.costs import cache_peak, plan_work
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.load import load_pipeline
+from sample.measure import Stopwatch
+from sample.memory import predict
 from sample.methods import Step
 from sample.official import Flags, load_official
 from sample.plan import plain
@@ -322,6 +325,41 @@ def test_pipeline_draws_any_aspect(pipeline) -> None:
     assert not np.array_equal(other.images, output.images)
 
 
+@pytest.mark.parametrize("words", [{"aspect": "16:9"}, {"aspect": "1:1", "size": "0.25M"}], ids=str)
+def test_costs_are_those_of_the_shape_that_is_drawn(pipeline, words: dict) -> None:
+    plan = pipeline.make_plan(**words)
+    watch = Stopwatch(torch.device("cpu"))
+    prompt = pipeline.encode_prompt(["a"])
+    with torch.no_grad():
+        generate(plan, pipeline.vqvae.quantizer, prompt, [0], hooks=[watch])
+    assert cache_peak(plan, 1, torch.float32) == watch.cache_bytes
+    bits = 2 * pipeline.transformer.config.latent_channels
+    assert [work.drawn for work in plan_work(plan, 1)] == [bits * n for n in plan.schedule.lengths]
+    own, read = (predict(plan, pipeline.vqvae, 1, torch.float32, text_tokens=n) for n in (0, 10))
+    config = pipeline.transformer.config
+    assert read.cache - own.cache == 2 * 2 * 10 * config.width * config.depth * 4  # keys and values, with guidance
+    square = predict(pipeline.make_plan(), pipeline.vqvae, 1, torch.float32)
+    h, w = plan.schedule.latent_hw
+    assert own.decoder * 16 * 16 == square.decoder * h * w
+
+
+def test_guidance_on_blocks_stays_where_a_subnet_skips_them(pipeline) -> None:
+    """Block 2 of 4 is none of the two that run."""
+    words = {"plan": "supernet:1", "depth": 2, "guidance_blocks": [-2], "seed": 0, "output_type": "np"}
+    guided, without = (pipeline("a", guidance_scale=scale, **words).images for scale in (3.0, 0.0))
+    assert not np.array_equal(guided, without)
+
+
+def test_positions_of_another_grid_are_refused() -> None:
+    sizes = {"depth": 1, "width": 16, "heads": 2, "latent_channels": 4, "positions": "rope", "num_classes": 3}
+    own = aspect_schedule("1:1", "0.06M")
+    alone = NextScaleTransformer(**sizes, vocab_size=8, schedule=own.text)
+    with pytest.raises(ValueError, match="a model of several shapes is trained with rope_grid"):
+        alone.check_schedule(own)
+    several = NextScaleTransformer(**sizes, vocab_size=8, schedule=own.text, rope_grid=[64, 64])
+    assert several.check_schedule(own) == own
+
+
 METHODS = [
     {"cache": "window:50%"},
     {"cache": "snapkv:30%", "plan": "supernet:4", "depth": 2},
@@ -353,6 +391,9 @@ def test_neutral_settings_are_the_plain_loop_on_bits(kind: str, request: pytest.
 def test_scalekv_measures_and_cuts_on_bits(pipeline) -> None:
     index = measure_selectivity(pipeline, ["a"], model=pipeline.transformer)
     assert np.shape(index) == (4, 7)
+    pipeline.register_to_config(sampling={**pipeline.config.sampling, "aspect": "16:9"})
+    assert np.shape(measure_selectivity(pipeline, ["a"], model=pipeline.transformer)) == (4, 7)
+    pipeline.register_to_config(sampling={**pipeline.config.sampling, "aspect": "1:1"})
     pipeline.transformer.register_to_config(selectivity=index)
     whole, cut = (pipeline("a", seed=0, output_type="np", cache=share).images for share in ("100%", "20%"))
     assert whole.shape == cut.shape and not np.array_equal(whole, cut)

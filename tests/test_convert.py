@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +23,9 @@ from sample import adapters, convert_cli
 from sample.checkpoints import read_state, stream, write_safetensors
 from sample.convert import convert, convert_back
 from sample.load import load_pipeline
-from sample.official import Flags, load_official
+from sample.official import Flags, fetch, load_official
 from sample.pipeline import NextScalePipeline
+from tokenizer.model import MultiScaleVQ
 from var.conditioning import ClassPrompt
 from var.presets import PRESETS
 
@@ -473,8 +476,46 @@ def test_hub_repositories_load_by_id(monkeypatch: pytest.MonkeyPatch, files: dic
     assert asked == [("owner/name", "sub/var.pth"), ("owner/name", "vae.pth")]
     convert(tmp_path / "ours", family="var", **official)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path / "ours"))
-    pipeline = load_pipeline("owner/converted", device="cpu")
-    assert same(pipeline.transformer.state_dict(), models["transformer"].state_dict())
+    for pipeline in (
+        load_pipeline("owner/converted", device="cpu"),
+        NextScalePipeline.from_pretrained("owner/converted"),
+    ):
+        assert same(pipeline.transformer.state_dict(), models["transformer"].state_dict())
+
+
+def test_all_shards_come_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    (tmp_path / "sub").mkdir()
+    index = tmp_path / "sub/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name: str(asked.append(name) or tmp_path / name))
+    assert fetch("hf://owner/name/sub/model.safetensors.index.json") == index
+    assert asked == ["sub/model.safetensors.index.json", "sub/1.safetensors", "sub/2.safetensors"]
+
+
+def test_files_in_half_precision_draw_at_once(files: dict[str, Path], tmp_path: Path) -> None:
+    """The head and the quantiser become float32, as `load_pipeline` has them."""
+    halved = {}
+    for name in ("vae", "var"):
+        state = torch.load(files[name], weights_only=True)
+        halved[name] = tmp_path / f"{name}-half.pth"
+        torch.save(
+            {key: v.to(torch.bfloat16) if v.is_floating_point() else v for key, v in state.items()}, halved[name]
+        )
+    pipeline = NextScalePipeline.from_official(vae=halved["vae"], transformer=halved["var"])
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert next(pipeline.transformer.head.parameters()).dtype == torch.float32
+    assert np.isfinite(pipeline(class_labels=1, seed=0, output_type="np").images).all()
+
+
+def test_a_tokenizer_of_normed_scales_has_no_official_file() -> None:
+    sizes = {"channels": [32, 32], "latent_channels": 4, "vocab_size": 16, "schedule": "1,2,4"}
+    model = MultiScaleVQ(**sizes, normalize_scales=True)
+    with pytest.raises(ValueError, match="only a model with normalize_scales False"):
+        adapters.to_official(adapters.VQVAE, model.state_dict(), model.config)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(

@@ -5,11 +5,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from sample.load import assemble, load_pipeline, model_digest, model_folder
 from sample.pipeline import NextScalePipeline, image_seeds
 from sample.plan import plain
 from sample.text import encode_prompts
+from var.transformer import NextScaleTransformer
 
 TEXTS = ["a red star", "a blue heart above a cross", "two rings"]
 
@@ -41,6 +43,37 @@ def test_a_batch_is_its_images_one_by_one(class_pipeline, text_pipeline):
     together = text_pipeline(TEXTS, seed=[5, 4, 3], output_type="np")
     alone = [text_pipeline(text, seed=seed, output_type="np") for text, seed in zip(TEXTS, (5, 4, 3))]
     np.testing.assert_allclose(np.concatenate([one.images for one in alone]), together.images, atol=1e-5)
+
+
+def test_weights_are_cast_before_they_move(class_folder, monkeypatch):
+    """Else a device has to hold them in float32 first."""
+    moved = []
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_, **__: moved.append(self.transformer.dtype))
+    NextScalePipeline.from_pretrained(class_folder).to("cpu", torch.bfloat16)
+    assert moved == [torch.bfloat16]
+
+
+def test_a_text_encoder_elsewhere_keeps_what_it_wants_in_float32(text_folder):
+    encoder = load_pipeline(text_folder, dtype="float16", device="cpu", text_device="cpu").text_encoder
+    assert {p.dtype for name, p in encoder.named_parameters() if ".wo." in name} == {torch.float32}
+    assert {p.dtype for name, p in encoder.named_parameters() if ".wi." in name} == {torch.float16}
+
+
+def test_a_refiner_must_know_the_same_classes(class_pipeline, class_folder, tmp_path):
+    model = class_pipeline.transformer
+    fewer = NextScaleTransformer.from_config(dict(model.config) | {"num_classes": 2})
+    NextScalePipeline(fewer, class_pipeline.vqvae).save_pretrained(tmp_path / "fewer")
+    with pytest.raises(ValueError, match="class, 5; it has class, 2"):
+        load_pipeline(class_folder, device="cpu", refiner=tmp_path / "fewer")
+
+
+def test_a_refiner_must_have_the_same_phi(class_pipeline, class_folder, tmp_path):
+    vqvae = class_pipeline.vqvae
+    other = type(vqvae).from_config(vqvae.config, phi_ratio=0.7)
+    other.load_state_dict(vqvae.state_dict())
+    NextScalePipeline(class_pipeline.transformer, other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        load_pipeline(class_folder, device="cpu", refiner=tmp_path / "other")
 
 
 def test_images_per_prompt_follow_their_prompt(text_pipeline):

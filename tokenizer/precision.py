@@ -1,9 +1,10 @@
-"""How many digits float32 matrix products on a GPU have."""
+"""How many digits numbers have: of a model's weights, and of float32 matrix products on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 
@@ -31,3 +32,11 @@ def product_precision(precision: str) -> Iterator[None]:
     finally:
         switch = torch.backends.cuda.matmul
         setattr(switch, "fp32_precision" if hasattr(switch, "fp32_precision") else "allow_tf32", before)
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from sample.fast import accelerate_tokenizer, supported
-from sample.pipeline import cast
 from tokenizer.model import MultiScaleVQ
+from tokenizer.precision import cast
 from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset

@@ -103,13 +103,15 @@ def read_config(
         shapes: shape of every official tensor; a missing key raises from the mapping itself.
         schedule: the scales in tokens; Infinity draws any of its templates, this is where ours begins.
         rope_grid: (height, width) of the last scale at 1M.
-        heads: attention heads, of a model without cosine attention.
+        heads: attention heads, to be checked.
         level_every: blocks of a chunk, where the level embedding is added before every chunk.
         norm_eps: of the layer norms.
     """
     width, bits = shapes["word_embed.weight"]
     qk_norm = any(key.endswith(".sa.scale_mul_1H11") for key in shapes)
-    detected = shapes["blocks.0.sa.scale_mul_1H11"][1] if qk_norm else heads or max(width // 128, 1)
+    if not qk_norm:
+        raise ValueError("the transformer has no cosine attention (scale_mul_1H11), as every published one does")
+    detected = shapes["blocks.0.sa.scale_mul_1H11"][1]
     if heads not in (None, detected):
         raise ValueError(f"heads is {heads}, the transformer has {detected}")
     outputs = shapes["head.weight"][0]

@@ -187,20 +187,19 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if every and i and i % every == 0:
                 h = h + self._levels(schedule, scales)
             skipped = layers is not None and i not in layers
-            if skipped and not short:
-                continue
-            memory = cond.memory[i] if cond.memory else None
-            where = (short_mask, short_rope) if skipped else (mask, rope)
-            fed = h[:, :short] if skipped else h
-            arguments = (fed, cond.blocks[i], memory, cond.memory_mask_B11T, *where, cache, i, begin)
-            arguments += (block.draw_kept(fed),)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                out = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                out = block(*arguments)
-            out = out.to(h.dtype)  # of a half stream: a gate in float32 would end it
-            h = torch.cat([out, h[:, short:]], dim=1) if skipped else out
-            if after and i in after:
+            if short or not skipped:
+                memory = cond.memory[i] if cond.memory else None
+                where = (short_mask, short_rope) if skipped else (mask, rope)
+                fed = h[:, :short] if skipped else h
+                arguments = (fed, cond.blocks[i], memory, cond.memory_mask_B11T, *where, cache, i, begin)
+                arguments += (block.draw_kept(fed),)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    out = self._gradient_checkpointing_func(block, *arguments)
+                else:
+                    out = block(*arguments)
+                out = out.to(h.dtype)  # of a half stream: a gate in float32 would end it
+                h = torch.cat([out, h[:, short:]], dim=1) if skipped else out
+            if after and i in after:  # of skipped blocks as well: guidance does not go with a subnet
                 h = after[i](h)
         return h
 
@@ -216,13 +215,18 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """`schedule` if this model can work on it, its own when None.
 
         Raises:
-            ValueError: if positions are learned for one schedule, the first scales differ in tokens, or there are more
-                scales than levels.
+            ValueError: if positions are learned for one schedule or measured on another grid, the first scales differ
+                in tokens, or there are more scales than levels.
         """
         if schedule is None or schedule == self.schedule:
             return self.schedule
         if self.position_1LD is not None:
             raise ValueError(f"schedule {schedule.text} needs rotary positions; this model learned those of its own")
+        if self.schedule.grid is None and schedule.grid not in (None, self.schedule.latent_hw):
+            raise ValueError(
+                f"schedule {schedule.text} has positions on a grid of {schedule.grid}, this model learned them on its "
+                f"own last scale, {self.schedule.latent_hw}: a model of several shapes is trained with rope_grid"
+            )
         if schedule.lengths[0] != self.schedule.lengths[0]:
             raise ValueError(
                 f"schedule must begin with {self.schedule.lengths[0]} tokens as the model's own, got {schedule.text}"
