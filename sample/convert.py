@@ -141,6 +141,8 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
             written by `convert` or `convert_back`, or that they read.
     """
     out = Path(out)
+    if out.is_symlink():  # what it leads to is replaced
+        out = out.resolve()
     if out.exists() and (out.is_file() or any(out.iterdir())):
         if not overwrite:
             raise ValueError(f"out {out} exists already: name another folder, or overwrite it")

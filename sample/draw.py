@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import torch
@@ -168,7 +169,10 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     Raises:
         ValueError: if there are none, or one is out of range.
     """
-    checked = [int(seed) for seed in seeds]
+    try:
+        checked = [index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seed must be whole numbers, got {seeds!r}") from None
     if not checked:
         raise ValueError("seeds is empty: give one per image")
     for seed in checked:

@@ -157,7 +157,7 @@ class NextScalePipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | TextPrompt | None = None,
         *,
         class_labels: int | Sequence[int] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | TextPrompt | None = None,
         image: Picture | Sequence[Picture] | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
         mask_rule: str = "corrected",
@@ -244,6 +244,8 @@ class NextScalePipeline(DiffusionPipeline):
             elif smooth:
                 raise ValueError("search compares images as they are drawn: leave out smooth")
             else:
+                if isinstance(prompt, TextPrompt):
+                    raise ValueError("search needs the texts, which its reward reads: give them as prompt, not encoded")
                 names = condition.classes_B.tolist() if self.by_class else _texts(prompt, num_images_per_prompt)
                 call |= {"search": search, "prompts": names, "decode": self.vqvae.decode}
                 made = search_images(plan, self.vqvae.quantizer, condition, seeds, **call)
@@ -371,17 +373,18 @@ class NextScalePipeline(DiffusionPipeline):
         labels = check_classes(class_labels, self.transformer.config.num_classes)
         return ClassPrompt(torch.tensor(labels, device=self.transformer.device)).select(_repeat(len(labels), copies))
 
-    def _negative(self, negative: str | Sequence[str] | None, batch: int, copies: int) -> Prompt | None:
+    def _negative(self, negative: str | Sequence[str] | TextPrompt | None, batch: int, copies: int) -> Prompt | None:
         if negative is None:
             return None
         if self.by_class:
             raise ValueError("negative_prompt is for text models; this model knows classes")
-        texts = [negative] if isinstance(negative, str) else list(negative)
+        texts = [negative] if isinstance(negative, str) else negative
         if len(texts) not in (1, batch // copies):
             raise ValueError(
                 f"negative_prompt must be one text or one a prompt, got {len(texts)} for {batch // copies}"
             )
-        encoded = self.encode_prompt(texts)
+        encoded = texts if isinstance(texts, TextPrompt) else self.encode_prompt(texts)
+        encoded = encoded.to(self.transformer.device)
         return encoded.select(_repeat(len(texts), batch // len(texts)).to(encoded.mask_BT.device))
 
     @property

@@ -159,6 +159,8 @@ def cache_factory(
         ValueError: if the share is too small, or ScaleKV lacks what `nextscale calibrate` measures.
     """
     policy, share, window = read_cache(cache)
+    if share < 1 and model.config.mask == "block_diagonal":
+        raise ValueError(f"cache must be 100% for a block_diagonal model, whose scales read no others; got {cache}")
     schedule = schedule or model.schedule
     if policy == "full":
         return None

@@ -537,6 +537,15 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     assert logging.get_verbosity() == logging.WARNING
 
 
+def test_a_link_is_written_through(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    for _ in range(2):
+        convert(tmp_path / "link", family="var", vae=files["vae"], transformer=files["var"], overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/model_index.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_streaming_maps_the_file_anew(files: dict[str, Path], tmp_path: Path) -> None:
     mapped = []
 

@@ -45,6 +45,25 @@ def test_a_batch_is_its_images_one_by_one(class_pipeline, text_pipeline):
     np.testing.assert_allclose(np.concatenate([one.images for one in alone]), together.images, atol=1e-5)
 
 
+def test_encoded_texts_serve_as_negatives_but_not_for_a_search(text_pipeline):
+    from sample.methods import Step
+    from sample.search import Search
+
+    encoded = text_pipeline.encode_prompt(TEXTS[1:2])
+    call = {"seed": 3, "guidance_scale": 2.0}
+    expected = pixels(text_pipeline, TEXTS[0], negative_prompt=TEXTS[1], **call)
+    assert np.array_equal(pixels(text_pipeline, TEXTS[0], negative_prompt=encoded, **call), expected)
+    search = Search(candidates=2, steps=(Step(2, 1, "random"),))
+    with pytest.raises(ValueError, match="search needs the texts"):
+        text_pipeline(encoded, seed=3, search=search)
+
+
+@pytest.mark.parametrize("seed", [1.7, [1.5], "one"])
+def test_seeds_are_whole_numbers(class_pipeline, seed):
+    with pytest.raises((ValueError, TypeError), match="seed must be"):
+        class_pipeline(class_labels=[1], seed=seed)
+
+
 def test_weights_are_cast_before_they_move(class_folder, monkeypatch):
     """Else a device has to hold them in float32 first."""
     moved = []

@@ -86,7 +86,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         selectivity: list[list[float]] | None = None,
     ):
         super().__init__()
-        _check_sizes(width=width, heads=heads, conditioning=conditioning, positions=positions)
+        _check_sizes(width, heads, pool_heads or heads, conditioning=conditioning, positions=positions)
         vocab_size = 2 if bitwise else vocab_size
         given = ScaleSchedule.of(schedule)
         self.schedule = replace(given, grid=tuple(rope_grid) if rope_grid is not None else given.grid)
@@ -307,9 +307,12 @@ def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     return torch.tensor(schedule.level_ids, device=device)
 
 
-def _check_sizes(*, width: int, heads: int, conditioning: str, positions: str) -> None:
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+def _check_sizes(width: int, heads: int, pool_heads: int, *, conditioning: str, positions: str) -> None:
+    for name, count in (("heads", heads), ("pool_heads", pool_heads)):
+        if count < 1 or width % count:
+            raise ValueError(f"width must be a multiple of {name}, got width {width} and {name} {count}")
+    if positions != "learned" and width // heads % 4:
+        raise ValueError(f"rotary positions need heads of a multiple of 4, got width {width} and heads {heads}")
     if conditioning not in ("class", "text"):
         raise ValueError(f"conditioning must be class or text, got {conditioning!r}")
     if positions not in ("learned", "rope", "both"):
