@@ -5,7 +5,9 @@ Exact and computed, not timed: the plans' own caches run on tensors without stor
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,8 +41,11 @@ def sized(size: str) -> NextScaleTransformer:
         return NextScaleTransformer(**PRESETS[size], schedule="var256", selectivity=index)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compute, write the result and its table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_bytes", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT, help=f"result and table ({OUT})")
+    out = parser.parse_args(argv).out
     model, refiner = sized("d30"), sized("d16")
     rows = []
     for words in PLANS:
@@ -51,8 +56,8 @@ def main() -> int:
     for row in rows:
         row["cache_of_full"] = row["peak_cache_mib"] / rows[0]["peak_cache_mib"]
     settings = {"model": "d30", "refiner": "d16", "schedule": "var256", "dtype": "bfloat16", "rows_per_image": 2}
-    write_result(OUT, result(rows, command="python -m benchmarks.cache_bytes", n=1, seeds=None, settings=settings))
-    write_text(OUT.with_suffix(".md"), as_table(rows) + "\n")
+    write_result(out, result(rows, command="python -m benchmarks.cache_bytes", n=1, seeds=None, settings=settings))
+    write_text(out.with_suffix(".md"), as_table(rows) + "\n")
     print(as_table(rows))
     return 0
 

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, help="images of each (1)")
     parser.add_argument("--seed", type=int, default=0, help="the name of the first image (0)")
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
-    parser.add_argument("--out", type=Path, help="folder of a calibrated copy; the model's own folder if left out")
+    parser.add_argument("--out", type=Path, help="new folder of a calibrated copy; the model's own if left out")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
 
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
+    if args.out is not None and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out} exists already: name another folder")
     if args.out is not None:
         with silent_loading():
             load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(args.out)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHARES = ("100%", "50%", "20%", "10%")
 BATCHES = (1, 2, 4, 8, 16, 32)
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-TIMES = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def read_size(text: str) -> float:
 
 
 def read_time(text: str) -> float:
-    """Seconds of "80ms", "1.5s" or a bare number.
+    """Seconds of "80ms" or "1.5s".
 
     Raises:
         ValueError: if it is none of these.

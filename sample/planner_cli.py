@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     memory = read_size(args.memory) if args.memory is not None else None
     latency = read_time(args.latency) if args.latency is not None else None
+    if args.out is not None and args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out must end in .png, .pdf or .svg, got {args.out}")
     if args.batch is not None and args.batch < 1:
         raise ValueError(f"--batch must be 1 or more, got {args.batch}")
     prompts, _ = read_prompts(args)

@@ -121,8 +121,8 @@ def test_nothing_beats_the_front(points):
 
 def test_sizes_and_times_are_read():
     assert (read_size("6GiB"), read_size("500 MB"), read_size("1024")) == (6 * 2**30, 5e8, 1024)
-    assert (read_time("80ms"), read_time("1.5s"), read_time("2")) == (0.08, 1.5, 2)
-    for read, text in ((read_size, "6GiBs"), (read_size, "-1"), (read_time, "fast")):
+    assert (read_time("80ms"), read_time("1.5s"), read_time("2s")) == (0.08, 1.5, 2)
+    for read, text in ((read_size, "6GiBs"), (read_size, "-1"), (read_time, "fast"), (read_time, "200")):
         with pytest.raises(ValueError, match="must be like"):
             read(text)
 

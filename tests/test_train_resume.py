@@ -1,6 +1,7 @@
 """A run that is killed at any instant, then started again, is the run that was never stopped: bit for bit on CPU."""
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -188,6 +189,25 @@ def test_a_refused_command_leaves_the_configuration(tmp_path):
     notes.unlink()
     assert in_child(lambda: os._exit(exit_code(lambda argv: recorded(batch_size=16)))) == 2
     assert not notes.exists()
+
+
+def test_a_run_goes_on_with_what_it_depends_on_alone(tmp_path, capfd):
+    def built_on(tokenizer):
+        run(replace(toy_task(), depends={"tokenizer": tokenizer}), toy_config(tmp_path, total_images=32))
+
+    assert in_child(built_on, "one") == 0
+    assert in_child(built_on, "one") == 0
+    assert in_child(lambda: os._exit(exit_code(lambda argv: built_on("other")))) == 2
+    assert "was trained with another tokenizer: resume with that one" in capfd.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path, capfd):
+    assert in_child(toy_run, tmp_path, total_images=32) == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert in_child(lambda: os._exit(exit_code(lambda argv: toy_run(tmp_path)))) == 2
+    assert "holds a run without its checkpoints" in capfd.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(

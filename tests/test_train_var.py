@@ -150,6 +150,25 @@ def encode_texts(vqvae_folder, encoder_folder, cache, *arguments: str) -> int:
     return stage(cache_text.main, *given, f"--text.cache={cache}", "--encode.file_size=7", *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--run.run_dir="], "run.run_dir must name the run's folder"),
+        (["--run.total_image=8"], "run.total_image"),
+        (["--transformer.depth=0"], "depth and width must be 1 or more"),
+        (["--transformer.heads=0"], "width must be a multiple of heads"),
+        (["--progressive.coarse=9"], "progressive.coarse must be below the model's 3 scales, got 9"),
+        (["--optimizer.clip=-1"], "clip and weight_decay must be 0 or more"),
+        (["--run.validation_images=0"], "run.validation_images must be 1 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_line(vqvae_folder, tmp_path, capfd, arguments, words):
+    given = [*TINY, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run", *arguments]
+    assert stage(train_var.main, *given) == 2
+    error = capfd.readouterr().err
+    assert words in error.replace("\n", " ") and not (tmp_path / "run").exists()
+
+
 def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):
     """Other sizes are refused, stochastic depth is taken, and config.yaml says what is trained."""
     from var.transformer import NextScaleTransformer

@@ -21,7 +21,7 @@ class RunConfig:
     """How long, how fast and where a run goes.
 
     Args:
-        run_dir: folder of the run, made if missing; the same folder again resumes it.
+        run_dir: folder of the run, made if missing; the same folder again resumes it. Training needs one.
         total_images: images to train on, over all processes.
         batch_size: images per optimiser step, over all processes.
         micro_batch: images per forward pass and process; as many as fit the batch when null.
@@ -45,7 +45,7 @@ class RunConfig:
         bar_every: seconds between updates of the progress bar.
     """
 
-    run_dir: str = "runs/unnamed"
+    run_dir: str = ""
     total_images: int = 1_000_000
     batch_size: int = 64
     micro_batch: int | None = None
@@ -67,7 +67,8 @@ class RunConfig:
     bar_every: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("total_images", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep"):
+        counts = ("total_images", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep")
+        for name in (*counts, "validation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be 1 or more, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -94,6 +95,11 @@ class RunConfig:
         """The metrics file, one JSON object per line."""
         return Path(self.run_dir) / "metrics.jsonl"
 
+    def check_named(self) -> None:
+        """Raise ValueError unless the run has a folder: a command without a configuration trains nothing."""
+        if not self.run_dir:
+            raise ValueError("run.run_dir must name the run's folder: give --config FILE, or --run.run_dir=FOLDER")
+
     def micro(self, processes: int) -> int:
         """Images per forward pass of one process."""
         return self.micro_batch or max(1, self.batch_size // processes)
@@ -113,7 +119,7 @@ class RunConfig:
 
 def base_parser(description: str) -> ArgumentParser:
     """A parser with --config; a stage adds its own dataclasses."""
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; flags go over it")
     return parser
 
@@ -148,11 +154,19 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
     Returns:
         0; 2 for bad input; 3 for a loss that is not finite; 128 + signal when stopped.
     """
+    from safetensors import SafetensorError
+
     from train.session import NonFiniteError, Stopped
 
     try:
         work(argv)
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
+    except (
+        ArgumentError,
+        ValueError,
+        TypeError,
+        OSError,
+        SafetensorError,
+    ) as error:  # the last one of a full disk, too
         return _say(error, 2)
     except NonFiniteError as error:
         return _say(error, 3)

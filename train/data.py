@@ -199,6 +199,10 @@ def _open_folder(config: DataConfig, split: str) -> tuple[FolderSource, bool]:
         raise FileNotFoundError(f"path={config.path!r} is not a folder")
     wanted = {config.train_split, config.val_split, *VAL_NAMES}
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name in wanted)
+    asked = [config.val_split] if config.val_path is None else []
+    asked += [config.train_split] if config.train_split != "train" else []
+    for missing in (name for name in asked if name and name not in names):
+        raise ValueError(f"path={config.path!r} has no folder {missing!r} (train_split, val_split) in it")
     folder, hashed = root, config.val_path is None
     if config.train_split in names:
         name, hashed = _pick_split(names, config, split)

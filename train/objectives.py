@@ -82,6 +82,9 @@ class TokenizerLossConfig:
     def __post_init__(self) -> None:
         if self.perceptual_kind not in ("none", "scenes", "lpips"):
             raise ValueError(f"loss.perceptual_kind must be none, scenes or lpips, got {self.perceptual_kind!r}")
+        for name in ("l1", "l2", "gradient", "perceptual", "early", "vq", "adversary"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 class SceneMaps(nn.Module):

@@ -94,6 +94,9 @@ class ProgressiveObjective(VarObjective):
         progressive: ProgressiveConfig,
     ):
         super().__init__(transformer, config, optimizer, text_encoder)
+        scales = len(transformer.schedule)
+        if progressive.coarse >= scales:
+            raise ValueError(f"progressive.coarse must be below the model's {scales} scales, got {progressive.coarse}")
         self.progressive = progressive
         if 1 in (progressive.coarse, progressive.first):  # the first scale alone reads no inputs
             self.find_unused = True

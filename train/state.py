@@ -55,6 +55,7 @@ def collect(session: Session) -> dict:
     return {
         "step": session.step,
         "batch_size": session.config.batch_size,
+        "depends": dict(session.task.depends),
         "model": get_model_state_dict(session.model, options=FULL),
         "optimizers": [
             get_optimizer_state_dict(session.model, optimizer, options=FULL) if optimizer.state else None
@@ -71,11 +72,17 @@ def resume(session: Session) -> None:
     """Load the newest checkpoint if there is one, and cut metrics.jsonl back to it.
 
     Raises:
-        ValueError: if the checkpoint is of another model or batch size, or a stream of other processes.
+        ValueError: if the checkpoint is of another model, tokenizer or batch size, or a stream of other processes, or
+            there was one and it is gone.
     """
     config = session.config
     found = complete_checkpoints(config.checkpoints)
     session.accelerator.wait_for_everyone()
+    if not found and config.latest.is_symlink():
+        raise ValueError(
+            f"run.run_dir {config.run_dir} holds a run without its checkpoints, which cannot go on: "
+            f"bring {config.checkpoints} back, or give another run.run_dir"
+        )
     if found:
         state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         if state["batch_size"] != config.batch_size:
@@ -83,6 +90,9 @@ def resume(session: Session) -> None:
                 f"run.batch_size {config.batch_size} differs from {state['batch_size']} of the run in "
                 f"{config.run_dir}: resume with that, or give another run.run_dir"
             )
+        for name, value in session.task.depends.items():
+            if state.get("depends", {}).get(name, value) != value:  # older runs do not say
+                raise ValueError(f"run.run_dir {config.run_dir} was trained with another {name}: resume with that one")
         check_shapes(session, state["model"])
         restore(session, state)
     if session.accelerator.is_main_process:

@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = made.parse_args(argv)
     built = made.instantiate(config)
     run_config: RunConfig = built.run
+    run_config.check_named()
     torch.manual_seed(run_config.seed)
     if not built.text.train:
         raise ValueError("text.train must be true here: the text encoder is what is trained")

@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(config.run.seed)  # before the tokenizer below draws its first weights
     built = made.instantiate(config)
     run_config: RunConfig = built.run
+    run_config.check_named()
     vqvae = built.tokenizer.to(memory_format=image_format())
     data: DataConfig = built.data
     if tuple(data.hw) != vqvae.image_hw:

@@ -36,7 +36,7 @@ from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
 from train.text_cache import TextCache, check_manifest, encoder_hash
-from train.token_cache import TokenCache
+from train.token_cache import TokenCache, tokenizer_hash
 from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
 
@@ -408,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = made.parse_args(argv)
     built = made.instantiate(config)
     run_config: RunConfig = built.run
+    run_config.check_named()
     torch.manual_seed(run_config.seed)
     vqvae = open_tokenizer(built)
     if built.tokens.flips and not vqvae.config.bitwise:
@@ -431,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export=exporter(vqvae, texts),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
+        depends={"tokenizer": tokenizer_hash(vqvae)},
     )
     run(task, run_config)
 

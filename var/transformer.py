@@ -86,6 +86,9 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         selectivity: list[list[float]] | None = None,
     ):
         super().__init__()
+        if depth < 1 or width < 1 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
+            given = f"{depth}, {width}, {mlp_ratio} and {drop_path}"
+            raise ValueError(f"depth and width must be 1 or more, mlp_ratio above 0, drop_path in [0, 1): got {given}")
         _check_sizes(width, heads, pool_heads or heads, conditioning=conditioning, positions=positions)
         vocab_size = 2 if bitwise else vocab_size
         given = ScaleSchedule.of(schedule)
