@@ -52,8 +52,9 @@ def pyramid(model: MultiScaleVQ, image: np.ndarray) -> np.ndarray:
     for (h, w), ids_Bl, f_hat in zip(model.schedule.sides, ids, model.quantizer.partial_sums(ids, model.schedule)):
         decoded = model.decode(f_hat)[0].clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         halves = [colours[ids_Bl[0].numpy().reshape(h, w)], decoded.permute(1, 2, 0).numpy()]
-        columns.append(stack([enlarge(half) for half in halves], axis=0))
-    columns.append(stack([np.full((SIDE, SIDE, 3), 255, np.uint8), enlarge(image)], axis=0))
+        columns.append(np.concatenate([label(f"{h}x{w}", SIDE), stack([enlarge(half) for half in halves], axis=0)]))
+    original = stack([np.full((SIDE, SIDE, 3), 255, np.uint8), enlarge(image)], axis=0)
+    columns.append(np.concatenate([label("the image", SIDE), original]))
     return stack(columns, axis=1)
 
 
@@ -71,7 +72,7 @@ def samples(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np.
 def searched(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np.ndarray:
     """The same seeds without a search (above) and with one (below), framed by the judge; uint8 (h, w, 3)."""
     candidates, steps = make_steps("best", 1, len(pipeline.transformer.schedule))
-    search = Search(candidates=candidates, steps=steps, reward=load_reward("scenes"), rounds=8, enough=0.5)
+    search = Search(candidates=candidates, steps=steps, reward=load_reward("scenes"), rounds=4, enough=0.5)
     panels = []
     for prompt in PROMPTS:
         made = [pipeline(prompt, num_images_per_prompt=each, seed=0, search=way).images for way in (None, search)]

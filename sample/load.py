@@ -64,7 +64,7 @@ def load_pipeline(
         pipeline = NextScalePipeline.from_pretrained(folder) if whole else assemble(folder)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            component.eval()
+            check_whole(component.eval(), model)
     if refiner is not None:
         other = load_pipeline(refiner, dtype="float32", device="cpu")
         check_refiner(pipeline, other, str(refiner))
@@ -74,6 +74,13 @@ def load_pipeline(
         return pipeline
     possible = supported(place, precision)
     return accelerate(pipeline, possible if fast == "on" else replace(possible, graphs=False))
+
+
+def check_whole(component: torch.nn.Module, model: str | Path) -> None:
+    """Raise ValueError, naming the first, if weights that a configuration asks for were not in the files."""
+    for name, parameter in component.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model {str(model)!r}: its {type(component).__name__} lacks the weights {name}")
 
 
 def check_fast(fast: str, offload: str, device: torch.device) -> None:

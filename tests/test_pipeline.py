@@ -1,6 +1,8 @@
 """The pipeline: diffusers' conventions hold, a seed names an image, a saved pipeline draws the same images."""
 
+import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +58,14 @@ def test_encoded_texts_serve_as_negatives_but_not_for_a_search(text_pipeline):
     search = Search(candidates=2, steps=(Step(2, 1, "random"),))
     with pytest.raises(ValueError, match="search needs the texts"):
         text_pipeline(encoded, seed=3, search=search)
+
+
+def test_a_model_without_some_of_its_weights_is_one_line(class_folder, tmp_path):
+    shutil.copytree(class_folder, tmp_path / "more")
+    path = tmp_path / "more/transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"depth": 3}))
+    with pytest.raises(ValueError, match=r"its NextScaleTransformer lacks the weights blocks\.2"):
+        load_pipeline(tmp_path / "more", device="cpu")
 
 
 @pytest.mark.parametrize("seed", [1.7, [1.5], "one"])

@@ -201,6 +201,16 @@ def test_a_run_goes_on_with_what_it_depends_on_alone(tmp_path, capfd):
     assert "was trained with another tokenizer: resume with that one" in capfd.readouterr().err
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path, capfd):
+    assert in_child(toy_run, tmp_path, total_images=64) == 0
+    newest = complete_checkpoints(tmp_path / "checkpoints")[-1]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:200])
+    assert in_child(lambda: os._exit(exit_code(lambda argv: toy_run(tmp_path)))) == 2
+    assert f"is damaged: remove {newest}" in capfd.readouterr().err
+    shutil.rmtree(newest)
+    assert in_child(toy_run, tmp_path) == 0
+
+
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path, capfd):
     assert in_child(toy_run, tmp_path, total_images=32) == 0
     before = (tmp_path / "metrics.jsonl").read_text()

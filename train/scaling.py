@@ -11,6 +11,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Ladder:
 
     @classmethod
     def read(cls, path: Path) -> Ladder:
-        """From YAML. Raises FileNotFoundError without the file, ValueError on unknown or missing keys."""
+        """From YAML. Raises FileNotFoundError without the file, ValueError on wrong keys, or two runs of one name."""
         import yaml
 
         if not path.is_file():
@@ -70,6 +71,7 @@ class Ladder:
             size = {f"transformer.{name}": value for name, value in model.items() if name not in ("seeds", "flags")}
             stem = "-".join(f"{name[0]}{value}" for name, value in model.items() if name in ("depth", "width"))
             rungs += [Rung(f"{stem}-s{seed}", seed, {**size, **model.get("flags", {})}) for seed in seeds]
+        check_names(path, rungs)
         return cls(
             Path(content["base"]),
             Path(content["folder"]),
@@ -86,16 +88,58 @@ class Ladder:
 
     def training(self, rung: Rung) -> list[str]:
         """The command that trains a rung, and resumes it."""
+        return [*self.launch, *self.training_words(rung)]
+
+    def training_words(self, rung: Rung) -> list[str]:
+        """That command without what launches it, which decides nothing about the run."""
         flags = {**self.flags, **rung.flags, "run.run_dir": self.run_folder(rung), "run.seed": rung.seed}
         words = [f"--{name}={value}" for name, value in flags.items()]
-        return [*self.launch, "-m", "train.train_var", "--config", str(self.base), *words]
+        return ["-m", "train.train_var", "--config", str(self.base), *words]
 
     def evaluation(self, rung: Rung) -> list[str]:
         """The command that measures a trained rung."""
+        return [sys.executable, *self.evaluation_words(rung)]
+
+    def evaluation_words(self, rung: Rung) -> list[str]:
+        """That command without the interpreter."""
         run = self.run_folder(rung)
         words = ["--model", run, "--suite", "scenes", "--per-tag", self.per_tag, "--work", run / "evaluation"]
         words += [f"--{name}={value}" for name, value in self.evaluate.items()]
-        return [sys.executable, "-m", "nextscale", "evaluate", *map(str, words), "--out", str(run / "evaluation.json")]
+        return ["-m", "nextscale", "evaluate", *map(str, words), "--out", str(run / "evaluation.json")]
+
+    def check_finished(self) -> None:
+        """Raise ValueError if a run or evaluation that is done was made by another command than this ladder's.
+
+        Those made before commands were kept say nothing.
+        """
+        for rung in self.rungs:
+            run = self.run_folder(rung)
+            _check_made(run / "done", self.training_words(rung))
+            if self.per_tag and (run / "evaluation.json").exists():
+                _check_made(run / "evaluated", self.evaluation_words(rung))
+
+
+def check_names(path: Path, rungs: Sequence[Rung]) -> None:
+    """Raise ValueError, naming both, if two rungs of a ladder would share a folder."""
+    named: dict[str, Rung] = {}
+    for rung in rungs:
+        other = named.setdefault(rung.name, rung)
+        if other is not rung:
+            raise ValueError(
+                f"--config {path}: models {other.flags} and {rung.flags} are both called {rung.name}, by depth, width "
+                "and seed: leave one out, or give it another ladder and folder"
+            )
+
+
+def _check_made(note: Path, words: Sequence[str]) -> None:
+    """Raise ValueError unless the command kept in a note, if there is one, is of these words."""
+    before = shlex.split(note.read_text(encoding="utf-8")) if note.exists() else []
+    if before and sorted(before) != sorted(words):
+        lost, new = ([w for w in some if w not in others] for some, others in ((before, words), (words, before)))
+        raise ValueError(
+            f"{note} is of a run with {shlex.join(lost) or 'no more'}, and the ladder says "
+            f"{shlex.join(new) or 'no more'}: give another folder, or remove {note.parent}"
+        )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     ladder = Ladder.read(args.config)
     if args.dry_run:
         return show(ladder)
+    ladder.check_finished()
     if not args.fit_only and (code := climb_all(ladder, args.jobs)):
         return code
     return report(args, ladder_points(ladder))
@@ -187,16 +232,24 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
 
 
 def climb(ladder: Ladder, rung: Rung) -> int:
-    """Train a rung and evaluate it, unless that is done; the exit code of what failed, else 0."""
+    """Train a rung and evaluate it, unless that is done; the exit code of what failed, else 0.
+
+    The files `done` and `evaluated` in its folder hold the commands.
+    """
+    from sample.images import write_text
+
     folder = ladder.run_folder(rung)
     if not (folder / "done").exists():
         print(f"{rung.name}: {folder}", flush=True)
         code = subprocess.run(ladder.training(rung)).returncode
         if code:
             return code
-        (folder / "done").touch()
+        write_text(folder / "done", shlex.join(ladder.training_words(rung)) + "\n")
     if ladder.per_tag and not (folder / "evaluation.json").exists():
-        return subprocess.run(ladder.evaluation(rung)).returncode
+        code = subprocess.run(ladder.evaluation(rung)).returncode
+        if code:
+            return code
+        write_text(folder / "evaluated", shlex.join(ladder.evaluation_words(rung)) + "\n")
     return 0
 
 

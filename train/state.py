@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate.utils import gather_object
@@ -84,7 +85,7 @@ def resume(session: Session) -> None:
             f"bring {config.checkpoints} back, or give another run.run_dir"
         )
     if found:
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(found[-1])
         if state["batch_size"] != config.batch_size:
             raise ValueError(
                 f"run.batch_size {config.batch_size} differs from {state['batch_size']} of the run in "
@@ -100,6 +101,21 @@ def resume(session: Session) -> None:
         if found:  # a kill may have come between the checkpoint and its link
             point_link(config.latest, found[-1] / "weights")
         cut_metrics(config.metrics, session.step)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What `collect` returned when a checkpoint was written.
+
+    Raises:
+        ValueError: if its file is damaged.
+    """
+    try:
+        return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, UnpicklingError):
+        raise ValueError(
+            f"{checkpoint / 'state.pt'} is damaged: remove {checkpoint}, and the same command goes on from "
+            "the checkpoint before it"
+        ) from None
 
 
 def check_shapes(session: Session, saved: dict[str, torch.Tensor]) -> None:
