@@ -5,6 +5,8 @@ Image i of A and image i of B are of one seed (and prompt or class), so what the
 Shapes: N images, D features.
 """
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +120,7 @@ def frechet_infinity(features_ND: torch.Tensor, reference: Moments, *, points: i
         share[begin : begin + count] += weight / count
     value = float(weights @ distances)
     half = Z95 * float(frechet_influence(features_ND, reference).std()) * float(np.square(share).sum() ** 0.5)
-    return Extrapolated(value, [max(value - half, 0.0), value + half], counts.tolist(), distances)
+    return Extrapolated(value, [max(value - half, 0.0), max(value + half, 0.0)], counts.tolist(), distances)
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float | list[float] | int]:
@@ -137,39 +139,99 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     """All that two work folders of `evaluation.run` can be compared by: a row of figures, and what they say.
 
     Inception features need `reference`, an npz with statistics; those of the scenes network are compared with fresh
-    renders. Images without a partner of the same seed and class are left out.
+    renders. Images without a partner of the same seed and class or text are left out.
     Raises ValueError if nothing can be compared, FileNotFoundError if a folder holds no features.
     """
-    paths = [shard_paths(work) for work in (a, b)]
-    rows = common_rows(*(list(zip(read_column(p, "seeds"), read_column(p, "labels"), strict=True)) for p in paths))
-    row: dict = {"a": a.name, "b": b.name, "n": len(rows[0])}
-    sentences = []
+    works = (a, b)
+    paths, names = [shard_paths(work) for work in works], names_apart(a, b)
+    rows = common_rows(*image_keys(works, paths))
+    row: dict = {"a": names[0], "b": names[1], "n": len(rows[0])}
+    sentences: list[str] = []
+    statistics = stored_moments(reference) if reference is not None else None
     for network in sorted(set(networks_in(paths[0])) & set(networks_in(paths[1]))):
-        real = scene_reference() if network == "scenes" else stored_moments(reference) if reference else None
+        real = scene_reference() if network == "scenes" else statistics
         if real is None:
             continue
-        name = {"scenes": "fd_scenes", "inception": "fid", "dinov2": "fd_dinov2"}.get(network, f"fd_{network}")
-        one, other = (read_described(p, network).features[torch.tensor(r)] for p, r in zip(paths, rows, strict=True))
-        found = compare_frechet(one, other, real)
-        sentences.append(found.sentence(name, lower_is_better=True, names=(a.name, b.name)))
-        row |= {f"{name}_{key}": value for key, value in found.row().items()}
-        if len(one) < 3 * one.shape[1]:
-            sentences.append(f"caution: {len(one)} pairs are few for {one.shape[1]} features: intervals are rough")
-        if len(one) >= 50:
-            for side, features in (("a", one), ("b", other)):
-                extrapolated = frechet_infinity(features, real)
-                row |= {
-                    f"{name}_infinity_{side}": extrapolated.value,
-                    f"{name}_infinity_{side}_ci95": extrapolated.ci95,
-                }
+        sides = [read_described(p, network).features[torch.tensor(r)] for p, r in zip(paths, rows, strict=True)]
+        widths = {len(real.mean), *(side.shape[1] for side in sides)}
+        if len(widths) > 1:
+            sentences.append(f"caution: {network} is left out: features and reference have {sorted(widths)} numbers")
+            continue
+        figures, said = compare_features(figure_of(network), *sides, real, names)
+        row |= figures
+        sentences += said
     if all(has_column(p, "correct") for p in paths):
         sides = [read_column(p, "correct").astype(float)[r] for p, r in zip(paths, rows, strict=True)]
         found = compare_means(*sides)
-        sentences.append(found.sentence("score", lower_is_better=False, names=(a.name, b.name)))
+        sentences.append(found.sentence("score", lower_is_better=False, names=names))
         row |= {f"score_{key}": value for key, value in found.row().items()}
-    if not sentences:
+    if len(row) == 3:
         raise ValueError("nothing to compare: give --reference, statistics of the network that described them")
     return row, sentences
+
+
+def figure_of(network: str) -> str:
+    """What a Frechet distance on a network's features is called."""
+    return {"scenes": "fd_scenes", "inception": "fid", "dinov2": "fd_dinov2"}.get(network, f"fd_{network}")
+
+
+def compare_features(
+    name: str, a_ND: torch.Tensor, b_ND: torch.Tensor, real: Moments, names: tuple[str, str]
+) -> tuple[dict, list[str]]:
+    """Figures of the Frechet distance `name` of two paired sets, at N and at infinitely many images; what they say."""
+    found = compare_frechet(a_ND, b_ND, real)
+    sentences = [found.sentence(name, lower_is_better=True, names=names)]
+    row: dict = {f"{name}_{key}": value for key, value in found.row().items()}
+    if len(a_ND) < 3 * a_ND.shape[1]:
+        sentences.append(f"caution: {len(a_ND)} pairs are few for {a_ND.shape[1]} features: intervals are rough")
+    if len(a_ND) >= 50:
+        for side, features in (("a", a_ND), ("b", b_ND)):
+            extrapolated = frechet_infinity(features, real)
+            row[f"{name}_infinity_{side}"] = extrapolated.value
+            row[f"{name}_infinity_{side}_ci95"] = extrapolated.ci95
+    return row, sentences
+
+
+def names_apart(a: Path, b: Path) -> tuple[str, str]:
+    """Two folders by the last parts of their paths that tell them apart; by the last one if they are the same."""
+    parts = [Path(os.path.abspath(path)).parts for path in (a, b)]
+    count = next((n for n in range(1, max(map(len, parts)) + 1) if parts[0][-n:] != parts[1][-n:]), 1)
+    return tuple(Path(*part[-count:]).as_posix() for part in parts)
+
+
+def image_keys(works: Sequence[Path], paths: Sequence[Sequence[Path]]) -> list[list[tuple]]:
+    """What tells a folder's images apart, by row: seed, class and, for texts, a digest of the prompt.
+
+    Shards of texts made before digests were kept have none; then both runs must be of the same requests.
+    Raises ValueError if the folders are of other suites, or prompts cannot be paired.
+    """
+    there = [_settings(work) for work in works]
+    _check_alike(works, there, ["suite", "extractors"])
+    columns = [[read_column(p, "seeds"), read_column(p, "labels")] for p in paths]
+    texts = any((labels < 0).any() for _, labels in columns)
+    if texts and all(has_column(p, "prompts") for p in paths):
+        columns = [[*found, read_column(p, "prompts")] for found, p in zip(columns, paths, strict=True)]
+    elif texts:
+        _check_alike(works, there, ["per_class", "seed", "images"], "; no digests of the prompts are kept to pair by")
+        if any("images" not in settings for settings in there):
+            raise ValueError(f"{works[0]} and {works[1]} do not say which prompts their images show: make them again")
+    return [list(zip(*(column.tolist() for column in found), strict=True)) for found in columns]
+
+
+def _settings(work: Path) -> dict:
+    """What made a work folder's images; nothing where it does not say."""
+    path = Path(work) / "settings.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _check_alike(works: Sequence[Path], there: Sequence[dict], names: Sequence[str], why: str = "") -> None:
+    """Raise ValueError at the first of these settings that both folders say and that differs."""
+    for name in names:
+        a, b = (settings.get(name) for settings in there)
+        if name == "extractors" and a and b:  # only networks that both have are compared
+            a, b = ({network: found[network] for network in sorted(a.keys() & b.keys())} for found in (a, b))
+        if a is not None and b is not None and a != b:
+            raise ValueError(f"{works[0]} is of {name} {a!r} and {works[1]} of {b!r}: they cannot be paired{why}")
 
 
 def common_rows(a: Sequence[tuple], b: Sequence[tuple]) -> tuple[list[int], list[int]]:

@@ -1,13 +1,15 @@
 """`nextscale compare`: two measured models under common seeds. Torch is imported when the work starts."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 EXAMPLES = """examples:
   nextscale compare cache/run/a cache/run/b --reference VIRTUAL_imagenet256_labeled.npz --out results/a_b.json
   nextscale compare cache/run/a cache/run/b          on the scenes network, against fresh renders
 
-A and B are --work folders of evaluation.run. Images of one seed are paired: what they share cancels."""
+A and B are --work folders of evaluation.run. Images of one seed and class or text are paired: what they
+share cancels."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +27,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
     from evaluation.compare import compare_works
-    from evaluation.report import command_line, result, table, write_result
+    from evaluation.report import command_line, portable, result, table, write_result
 
     row, sentences = compare_works(args.a, args.b, args.reference)
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     print("\n".join(sentences))
     if args.out is not None:
         command = command_line("nextscale compare", {"reference": args.reference, "out": args.out}, {})
-        command = command.replace("compare", f"compare {args.a.name} {args.b.name}", 1)
+        works = shlex.join([portable(args.a), portable(args.b)])
+        command = command.replace("compare", f"compare {works}", 1)
         write_result(args.out, result([row], command=command, n=row["n"], seeds=None))
         print(f"written: {args.out}")
     return 0

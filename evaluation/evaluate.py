@@ -19,7 +19,7 @@ from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
-from evaluation.sources import Images, open_images
+from evaluation.sources import Images, geneval_tree, open_images
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.images import (
@@ -28,6 +28,7 @@ from sample.images import (
     grid,
     image_stream,
     make_requests,
+    metadata_digest,
     process_share,
     requests_digest,
     write_png,
@@ -54,33 +55,58 @@ def evaluate(args: argparse.Namespace) -> int:
     measure = Measure.of(args)
     settings: dict = {}
     source = args.images
+    unjudged = args.model is not None and not judgeable(suite_prompts(args))
+    if unjudged:
+        check_unjudged(args, measure)
     if args.model is not None:
         source, settings = make_images(args)
         if source is None:
             return 0
-        if not judgeable(suite_prompts(args)):
-            print(f"{source}: images of {args.suite}; no judge here knows their classes, GenEval's detector does")
+    if unjudged:
+        print(f"{source}: images of {args.suite}; no judge here knows their classes, GenEval's detector does")
+        if not measure.metrics:
             return 0
-    if args.suite is None:
-        images, judged = open_images(source), None
-        row = {"images": portable(args.images), "n": len(images)}
-    else:
-        judged = Judged.of(source)
-        images = judged.images
-        row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
-        row |= {"suite": suite_name(args.suite), **judged.scores(args.seed)}
-        settings["prompts"] = len(set(judged.prompts))
-    prompts = [metadata["prompt"] for metadata in judged.metadatas] if judged is not None else None
+    images, metadatas, judged = read_images(args, source, judge=not unjudged)
+    row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
+    row |= {"suite": suite_name(args.suite)} if args.suite is not None else {}
+    row |= judged.scores(args.seed) if judged is not None else {"n": len(images)}
+    prompts = tags = None
+    if metadatas is not None:
+        prompts, tags = ([metadata[name] for metadata in metadatas] for name in ("prompt", "tag"))
+        settings["prompts"] = len({path.parent.parent for path in images.paths})
     figures, noticed = measure.figures(images, prompts)
     row |= figures
     settings |= measure.settings()
-    tags = [metadata["tag"] for metadata in judged.metadatas] if judged is not None else None
     cautions = [*noticed, *measure.cautions(len(images), tags)]
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)
     write(args, row, settings | {"cautions": cautions}, images, judged)
     return 0
+
+
+def check_unjudged(args: argparse.Namespace, measure: Measure) -> None:
+    """Raise ValueError if something is asked for that only a judge, or a metric, could give."""
+    if args.verdicts is not None:
+        raise ValueError(f"--verdicts {args.verdicts}: no judge here knows the classes of --suite {args.suite}")
+    if args.out is not None and not measure.metrics:
+        raise ValueError(f"--out {args.out}: nothing is measured of --suite {args.suite} without --metrics")
+
+
+def read_images(
+    args: argparse.Namespace, source: Path, *, judge: bool
+) -> tuple[Images, list[dict] | None, Judged | None]:
+    """The images to measure; with a suite, the metadata of each image's prompt, and verdicts if they are to be judged.
+
+    Raises ValueError if a tree that is to be of unseen pairs holds others.
+    """
+    if args.suite is None:
+        return open_images(source), None, None
+    images, metadatas = geneval_tree(source)
+    others = sum(not metadata.get("unseen") for metadata in metadatas)
+    if args.suite == "scenes-unseen" and others:
+        raise ValueError(f"--suite scenes-unseen: {others} of {len(images)} images in {source} are of other prompts")
+    return images, metadatas, Judged.of(source) if judge else None
 
 
 def write(args: argparse.Namespace, row: dict, settings: dict, images: Images, judged: Judged | None) -> None:
@@ -171,7 +197,9 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     asked |= {"per_tag": args.per_tag} if args.suite in SCENES else {"requests": requests_digest(requests)}
     of_job = {**settings, **asked}
     folder = args.work or default_folder(of_job)
-    job = Job(folder / "settings.json", of_job)
+    if args.suite not in SCENES:
+        of_job["metadata"] = metadata_digest(requests)  # not in the folder's name: those of before have none
+    job = Job(folder / "settings.json", of_job, later=("metadata",), option="--work")
     job.check()
     tree = GenEvalTree(folder, settings)
     todo = tree.missing(process_share(requests))

@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluation.judge import score
 from evaluation.scenes import COLOURS, RELATIONS, TAGS
-from evaluation.verdicts import prompt_intervals
+from evaluation.verdicts import prompt_intervals, widened
 
 # COCO's 80 classes under GenEval's names, in COCO's order; the order decides which prompts a seed gives.
 CLASSES = (
@@ -165,7 +165,7 @@ def read_suite(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"suite {path} is not a file")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"suite {path} holds no prompt")
     return [_read_line(path, number, line.strip()) for number, line in enumerate(lines, 1)]
@@ -201,7 +201,7 @@ def read_results(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"results {path} is not a file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -225,8 +225,6 @@ def summarize(rows: Sequence[dict], *, seed: int = 0) -> dict:
     correct, metadatas = [bool(row["correct"]) for row in rows], [row["metadata"] for row in rows]
     metadatas = [{**metadata, "tag": row["tag"]} for metadata, row in zip(metadatas, rows)]
     prompts = [Path(json.dumps(metadata, sort_keys=True)) for metadata in metadatas]
-    found = score(correct, metadatas)
-    for name, (low, high) in prompt_intervals(correct, metadatas, prompts, seed=seed).items():
-        found[name] = [min(low, found[name][0]), max(high, found[name][1])]
+    found = widened(score(correct, metadatas), prompt_intervals(correct, metadatas, prompts, seed=seed))
     solved = {prompt for prompt, good in zip(prompts, correct) if good}
     return {"prompts": len(set(prompts)), "prompts_correct": len(solved) / len(set(prompts)), **found}

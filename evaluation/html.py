@@ -110,11 +110,16 @@ def result_section(path: Path) -> Section:
 
 
 def run_section(folder: Path) -> Section:
-    """A training run: where it ended, its curves, its newest pictures, its configuration."""
+    """A training run: where it ended, its curves, its newest pictures, its configuration.
+
+    Raises ValueError if it has no metrics yet.
+    """
     rows: dict[tuple[str, int], dict] = {}
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         rows[row["kind"], row["step"]] = row  # a resumed run writes some steps again
+    if not rows:
+        raise ValueError(f"{folder / 'metrics.jsonl'} holds no line yet: nothing to report")
     kinds = {kind: [row for key, row in sorted(rows.items()) if key[0] == kind] for kind in ("train", "validation")}
     newest = [(kind, found[-1]) for kind, found in kinds.items() if found]
     names = list(dict.fromkeys(name for _, row in newest for name in row if name != "kind"))

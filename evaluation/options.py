@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sample.cli import take_negative_lists
 from sample.plans_cli import add_plan_options, by_scale
 
 EXAMPLES = """examples:
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = "Measure a model, a folder of images, or a tokenizer.", EXAMPLES
+    take_negative_lists(parser)
     what = parser.add_argument_group("what to measure (one of)")
     what.add_argument("--model", help="make images: scenes (bundled), a model folder, a training run, or a Hub id")
     what.add_argument("--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), or an .npz")
@@ -105,5 +107,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--tokenizer takes no --suite, and --metrics only with the images to reconstruct: --reference")
     if args.model is not None and args.suite is None:
         raise ValueError("--model needs --suite scenes: the prompts to make images of")
+    if args.verdicts is not None and args.suite is None:
+        raise ValueError(f"--verdicts {args.verdicts} needs --suite: the prompts that images are judged by")
     if args.images is not None and not args.suite and not args.metrics:
         raise ValueError(f"--images needs --suite scenes (a GenEval tree) or --metrics {','.join(METRICS)}")

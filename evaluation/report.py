@@ -36,9 +36,17 @@ def command_line(program: str, options: Mapping, defaults: Mapping) -> str:
             continue
         flag = f"--{name.replace('_', '-')}"
         is_path = isinstance(value, Path) or str(value).startswith(("/", "~", ".."))
-        text = portable(value) if is_path else str(value)
-        words += [flag] if value is True else [flag, shlex.quote(text)]
+        text = portable(value) if is_path else _word(value)
+        if value is True:
+            words.append(flag)
+        else:  # a value like -5,-1 would be taken for an option
+            words += [f"{flag}={shlex.quote(text)}"] if text.startswith("-") else [flag, shlex.quote(text)]
     return " ".join(words)
+
+
+def _word(value: object) -> str:
+    """A value as its option reads it: those by scale after commas."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def commit() -> str:

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a .html file, got {out}")
     if args.card is not None and args.card.suffix != ".md":
         raise ValueError(f"--card must be a .md file, got {args.card}")
+    if args.card is not None or args.push is None:
+        keep_tables("--out" if args.card is None else "--card", args.card or out)
     from evaluation.html import sections_of, to_html
 
     sections = [section for source in args.sources for section in sections_of(source)]
@@ -57,6 +59,13 @@ def run(args: argparse.Namespace) -> int:
         push(args.push, title, sections, front_matter(args.sources))
         print(f"pushed: {args.push}")
     return 0
+
+
+def keep_tables(option: str, page: Path) -> None:
+    """Raise ValueError if a page's Markdown would overwrite the table of a results file."""
+    result = page.with_suffix(".json")
+    if result.is_file():
+        raise ValueError(f"{option} {page} would overwrite {page.with_suffix('.md')}, the table of {result}: rename it")
 
 
 def front_matter(sources: list[Path]) -> str:

@@ -96,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+    if args.bootstrap == 1:
+        raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     for name, suffix in (("out", ".json"), ("npz", ".npz")):
         path = getattr(args, name)
         if path is not None and path.suffix != suffix:
@@ -153,7 +155,7 @@ class Generation:
         from evaluation.adm import shuffled_order
         from evaluation.distributions import Measure
         from evaluation.scenes import prompt_suite
-        from sample.images import Job, make_requests, requests_digest
+        from sample.images import Job, NpzFile, make_requests, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
 
         suite = SUITES[args.suite]
@@ -186,9 +188,15 @@ class Generation:
             "spatial": "sfid" in measure.metrics,
         }
         work = args.work or default_work(settings)
-        job = Job(work / "settings.json", settings)
-        job.check()
-        job.save()
+        jobs = [Job(work / "settings.json", settings, option="--work")]
+        if args.npz is not None:
+            of_images = {name: value for name, value in settings.items() if name not in ("extractors", "spatial")}
+            outputs = (args.npz, NpzFile.parts_of(args.npz))
+            jobs.append(Job(npz_job(args.npz), of_images, outputs=outputs, option="--npz"))
+        for job in jobs:
+            job.check()
+        for job in jobs:
+            job.save()
         return cls(args, pipeline, measure, requests, settings, call, work)
 
     def shard(self, number: int) -> list["Request"]:
@@ -331,6 +339,11 @@ def check_model(args: argparse.Namespace, suite: Suite, pipeline: "NextScalePipe
         size = "x".join(map(str, pipeline.vqvae.image_hw))
         raise ValueError(f"--suite {args.suite} is of {suite.side}x{suite.side} images, and {args.model} makes {size}")
     return classes
+
+
+def npz_job(path: Path) -> Path:
+    """The file that says what made the images kept at a path; FILE.json may be the result's."""
+    return path.with_name(f"{path.name}.json")
 
 
 def default_work(settings: dict) -> Path:

@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.per_tag, options.n, options.batch_size) < 1 or options.seed < 0:
         parser.error("--per-tag, --n and --batch-size must be 1 or more, --seed 0 or more")
+    if options.out.suffix != ".json":
+        parser.error(f"--out must be a .json file, got {options.out}")
     try:
         content = measure(options)
     except (ValueError, FileNotFoundError) as error:

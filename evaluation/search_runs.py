@@ -1,9 +1,9 @@
 """One row of the search benchmark: a search named in a few words, run on a suite of prompts, resumed where it stopped.
 
-A row is a text: plain; METHOD@B, with as many candidates as a budget of B plain images allows, within 5 % and with all
-networks; METHOD:N, with the N of the method; or steps, as 12/cluster@1:8/resample@4:3/best. Marks may follow: +oracle
-(the judge itself is the reward), +noise=S (the reward's log-odds get Gaussian noise of that size), +rounds=R+enough=P,
-+potential=max, +draw=systematic, +features=NAME, +sharpness=L, +guidance=T (of all candidates).
+A row is a text: plain; METHOD@B, with as many candidates as a budget of B plain images allows, within 5 %, with all
+networks and rounds; METHOD:N, with the N of the method; or steps, as 12/cluster@1:8/resample@4:3/best. Marks may
+follow: +oracle (the judge itself is the reward), +noise=S (the reward's log-odds get Gaussian noise of that size),
++rounds=R+enough=P, +potential=max, +draw=systematic, +features=NAME, +sharpness=L, +guidance=T (of all candidates).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from evaluation.judge import judge, score
 from evaluation.search_whole import ORACLE
-from evaluation.verdicts import prompt_intervals
+from evaluation.verdicts import prompt_intervals, widened
 from sample.accounting import Ledger
 from sample.images import Request, atomically, to_uint8, write_text
 from sample.methods import METHODS, fit_budget, make_steps
@@ -219,7 +219,7 @@ def row_of(
     prompts = [Path(f"{request.group:05d}") for request in requests]
     scores = score(correct, metadatas)
     if len(set(prompts)) < n:
-        scores |= prompt_intervals(correct, metadatas, prompts, seed=seed)
+        scores = widened(scores, prompt_intervals(correct, metadatas, prompts, seed=seed))
     return {
         "row": row.text,
         "method": row.method,

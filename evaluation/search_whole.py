@@ -26,7 +26,9 @@ ORACLE = "oracle"  # the name of the judge as a reward, for rows that are marked
 
 def is_whole(search: Search | None) -> bool:
     """Whether a search, or none, only chooses among finished images."""
-    return search is None or (len(search.steps) == 1 and search.rounds == 1 and not search.also_score)
+    if search is None:
+        return True
+    return len(search.steps) == 1 and search.rounds == 1 and search.scored <= {search.steps[-1].scale}
 
 
 def candidates_of(search: Search | None) -> int:

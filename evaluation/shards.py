@@ -3,6 +3,9 @@
 WORK/settings.json says what made them; WORK/features/000012.npz holds one shard.
 """
 
+import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from evaluation.features import Described
 from sample.images import Request, atomically
 
 FIELDS = ("features", "log_posterior", "spatial")
+DAMAGED = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading a cut file raises
 
 
 def shard_path(work: Path, number: int) -> Path:
@@ -28,13 +32,16 @@ def write_shard(
     correct: Sequence[bool] | None = None,
 ) -> None:
     """Write one shard: labels (-1 for texts), seeds, digests; float32 `NETWORK.features`, `.log_posterior` and maybe
-    `.spatial`; `correct`, whether each image shows its caption, where that is judged.
+    `.spatial`; for texts `prompts`, digests of them; `correct`, whether each image shows its caption, where that is
+    judged.
     """
     arrays = {
         "labels": np.array([request.prompt if isinstance(request.prompt, int) else -1 for request in requests]),
         "seeds": np.array([request.seed for request in requests], np.int64),
         "digests": np.array(digests),
     }
+    if isinstance(requests[0].prompt, str):
+        arrays["prompts"] = np.array([prompt_digest(request.prompt) for request in requests])
     if correct is not None:
         arrays["correct"] = np.array(correct)
     for network, found in described.items():
@@ -48,6 +55,11 @@ def write_shard(
             np.savez(file, **arrays)
 
     atomically(path, save)
+
+
+def prompt_digest(prompt: str) -> str:
+    """Sixteen hexadecimal digits of a text."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def shard_paths(work: str | Path) -> list[Path]:
@@ -65,21 +77,28 @@ def read_column(paths: Sequence[Path], name: str) -> np.ndarray:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 parts.append(archive[name])
-        except (KeyError, ValueError, OSError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{path} has no readable {name}: {error}; remove it and run again") from None
     return np.concatenate(parts)
 
 
 def has_column(paths: Sequence[Path], name: str) -> bool:
-    """Whether the shards hold an array of this name."""
-    with np.load(paths[0]) as archive:
-        return name in archive.files
+    """Whether all shards hold an array of this name. Raises ValueError if one is damaged."""
+    return all(name in names_in(path) for path in paths)
 
 
 def networks_in(paths: Sequence[Path]) -> list[str]:
-    """The networks that described the images."""
-    with np.load(paths[0]) as archive:
-        return [name.removesuffix(".features") for name in archive.files if name.endswith(".features")]
+    """The networks that described the images. Raises ValueError if the first shard is damaged."""
+    return [name.removesuffix(".features") for name in names_in(paths[0]) if name.endswith(".features")]
+
+
+def names_in(path: Path) -> list[str]:
+    """The arrays of a shard. Raises ValueError if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive.files
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read: {error}; remove it and run again") from None
 
 
 def read_described(paths: Sequence[Path], network: str) -> Described:

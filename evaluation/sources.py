@@ -238,7 +238,8 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
             raise ValueError(f"{file} is not one JSON object: {error}") from None
         if not isinstance(metadata, dict) or not {"tag", "include", "prompt"} <= metadata.keys():
             raise ValueError(f"{file} must hold GenEval's fields tag, include and prompt")
-        samples = sorted(p for p in (file.parent / "samples").glob("*") if p.suffix.lower() in EXTENSIONS)
+        there = (file.parent / "samples").glob("[!.]*")  # hidden: what a killed process was writing
+        samples = sorted(p for p in there if p.suffix.lower() in EXTENSIONS)
         if not samples:
             raise FileNotFoundError(f"{file.parent} has no image in samples/: the generation is not finished")
         paths += samples

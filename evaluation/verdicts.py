@@ -42,10 +42,7 @@ class Judged:
         scores = score(self.correct, self.metadatas)
         if len(set(self.prompts)) == len(self.images):
             return scores
-        for name, (low, high) in prompt_intervals(self.correct, self.metadatas, self.prompts, seed=seed).items():
-            wilson_low, wilson_high = scores[name]
-            scores[name] = [min(low, wilson_low), max(high, wilson_high)]
-        return scores
+        return widened(scores, prompt_intervals(self.correct, self.metadatas, self.prompts, seed=seed))
 
     def lines(self) -> Iterator[str]:
         """A JSON object per image: file (below the tree), prompt, tag, correct, reason, details."""
@@ -60,6 +57,12 @@ class Judged:
             rows += [i for i, metadata in enumerate(self.metadatas) if metadata["tag"] == tag][:count]
         images = list(FileImages([self.images.paths[i] for i in rows]))
         return images, [self.metadatas[i]["prompt"] for i in rows], [self.correct[i] for i in rows]
+
+
+def widened(scores: dict, intervals: dict[str, list[float]]) -> dict:
+    """The scores with each of their intervals widened to cover another under the same name, too."""
+    found = {name: [min(low, scores[name][0]), max(high, scores[name][1])] for name, (low, high) in intervals.items()}
+    return scores | found
 
 
 def prompt_intervals(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._ArgumentGroup:
     """Declare how to draw, with which model and to where (the group that is returned); `out` describes --out."""
+    take_negative_lists(parser)
     how = parser.add_argument_group("how (the model's own settings unless given)")
     how.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
     how.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
@@ -92,6 +94,11 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     )
     where.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
     return where
+
+
+def take_negative_lists(parser: argparse.ArgumentParser) -> None:
+    """Let -5,-1 be the value of the option before it; argparse does so from Python 3.14 on."""
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     job.check()
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
+    there = len(requests) - of_all_processes(len(todo))
     call, ledger = call_options(args), Ledger()
     search = make_search(args, pipeline, requests[0].prompt, call)
     if search is not None:
@@ -153,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     if written is not None:
         rate = f", {len(todo) / seconds:.1f} images/s" if todo else ""
-        print(f"{written}: {len(requests)} images ({len(mine) - len(todo)} were there already){rate}")
+        print(f"{written}: {len(requests)} images ({there} were there already){rate}")
         if ledger.images:
             print(f"{search}: {ledger}")
     return 0
@@ -175,7 +183,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         return args.prompt or None, None
     if not args.prompts.is_file():
         raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
-    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
     if not lines[0].startswith("{"):
@@ -219,7 +227,7 @@ def make_sink(
     args: argparse.Namespace, folder: Path, pipeline: NextScalePipeline, requests: list[Request]
 ) -> tuple[Sink, Job]:
     """Where the images go, and what must not change between the runs of one job."""
-    from sample.images import GenEvalTree, Job, NpzFile, PngFolder, requests_digest
+    from sample.images import GenEvalTree, Job, NpzFile, PngFolder, metadata_digest, requests_digest
     from sample.load import model_digest
 
     own = pipeline.config.sampling or {}
@@ -237,13 +245,22 @@ def make_sink(
     informal = ("model",)  # a folder may have moved
     if args.out.suffix == ".npz":
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}
-        return NpzFile(args.out, requests), Job(args.out.with_suffix(".json"), of_job, informal)
+        sink = NpzFile(args.out, requests)
+        return sink, Job(args.out.with_suffix(".json"), of_job, informal, outputs=(sink.path, sink.parts))
     if args.prompts is not None:
         of_job = {**settings, "n": images_of_each(args), "requests": requests_digest(requests)}
-        tree = GenEvalTree(args.out, settings, every_scale=args.show_scales)
-        return tree, Job(args.out / "settings.json", of_job, informal)
-    pictures = PngFolder(args.out, settings, every_scale=args.show_scales)
+        of_job["metadata"] = metadata_digest(requests)
+        tree = GenEvalTree(args.out, settings, informal=informal, every_scale=args.show_scales)
+        return tree, Job(args.out / "settings.json", of_job, informal, later=("metadata",))
+    pictures = PngFolder(args.out, settings, informal=informal, every_scale=args.show_scales, trees=args.show_search)
     return pictures, Job(args.out / "settings.json", settings, informal)
+
+
+def of_all_processes(count: int) -> int:
+    """The sum of every process's count; all of them must ask."""
+    from accelerate.utils import gather_object
+
+    return sum(gather_object([count]))
 
 
 def write_all(stream: Iterator[tuple[Request, np.ndarray]], sink: Sink, job: Job, *, total: int, done: int) -> None:
@@ -284,8 +301,7 @@ def write_trees(args: argparse.Namespace, sink: Sink, batch: list[Request], outp
     from sample.images import write_png
 
     for request, choices in zip(batch, output.search.choices):
-        path = sink.folder / "search" / sink.path(request).name
-        write_png(path, family_tree(choices, f"{request.prompt}, seed {request.seed}"))
+        write_png(sink.tree_path(request), family_tree(choices, f"{request.prompt}, seed {request.seed}"))
 
 
 def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Request]) -> list[Path]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.cli import add_sampling, call_options, read_classes, write_trees
+from sample.cli import add_sampling, call_options, of_all_processes, read_classes, write_trees
 from sample.plans_cli import how_options
 from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sample.images import Job, PngFolder, Request
-    from sample.pipeline import NextScalePipeline
+    from sample.pipeline import NextScaleOutput, NextScalePipeline
 
 EXAMPLES = """examples:
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --n 4 --out edits/
@@ -104,10 +104,12 @@ def run(args: argparse.Namespace) -> int:
     if refiner is not None:
         settings["refiner_digest"] = model_digest(refiner)
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
-    sink = PngFolder(args.out, settings)
-    job = Job(args.out / "settings.json", settings, informal=("model",))
+    informal = ("model",)  # a folder may have moved
+    sink = PngFolder(args.out, settings, informal=informal, trees=args.show_search)
+    job = Job(args.out / "settings.json", settings, informal)
     job.check()
     todo = sink.missing(process_share(requests))
+    there = len(requests) - of_all_processes(len(todo))
     search = make_search(args, pipeline, prompt, call_options(args))
     call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search, **call_options(args)}
     try:
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command goes on", file=sys.stderr
         )
         return 130
-    return finish(sink, requests, image, mask, done=len(requests) - len(todo))
+    return finish(sink, requests, image, mask, done=there)
 
 
 def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | int:
@@ -245,20 +247,17 @@ def draw_all(
     call: dict[str, Any],
 ) -> None:
     """Make and write the edits, under a progress bar. The job's settings go first."""
-    import numpy as np
     from tqdm import tqdm
 
-    kind = "class_labels" if pipeline.by_class else "prompt"
-    with tqdm(total=len(requests), unit="image", disable=None) as bar:
-        for start in range(0, len(requests), args.batch_size):
-            batch = requests[start : start + args.batch_size]
-            what = {kind: [request.prompt for request in batch], "seed": [request.seed for request in batch]}
-            made = pipeline(**what, **call)
-            job.save()
-            for request, picture in zip(batch, made.images):
-                sink.write(request, np.asarray(picture))
-                bar.update()
-            write_trees(args, sink, batch, made)
+    from sample.images import image_stream
+
+    def made(batch: list[Request], output: NextScaleOutput) -> None:
+        job.save()
+        write_trees(args, sink, batch, output)
+
+    stream = image_stream(pipeline, requests, batch_size=args.batch_size, on_output=made, **call)
+    for request, picture in tqdm(stream, total=len(requests), unit="image", disable=None):
+        sink.write(request, picture)
 
 
 def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> int:

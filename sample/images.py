@@ -175,13 +175,24 @@ class PngFolder:
     Args:
         folder: made if missing.
         settings: what made the images, JSON-able; an image holding others is made again.
+        informal: names of settings that may differ.
         every_scale: also keep DIR/scales/<name>.png, a row of the pictures after each scale.
+        trees: an image is finished when DIR/search/<name>.png is there, too, which others write.
     """
 
     block = 1
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, every_scale: bool = False):
-        self.folder, self.settings, self.every_scale = Path(folder), settings, every_scale
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        informal: Sequence[str] = (),
+        every_scale: bool = False,
+        trees: bool = False,
+    ):
+        self.folder, self.settings, self.informal = Path(folder), settings, informal
+        self.every_scale, self.trees = every_scale, trees
 
     def path(self, request: Request) -> Path:
         """Where the image of a request goes."""
@@ -190,6 +201,10 @@ class PngFolder:
     def scales_path(self, request: Request) -> Path:
         """Where its row of scales goes."""
         return self.folder / "scales" / self.path(request).name
+
+    def tree_path(self, request: Request) -> Path:
+        """Where the family tree of its search goes."""
+        return self.folder / "search" / self.path(request).name
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
         """The requests without a whole PNG of the same request and settings."""
@@ -208,8 +223,18 @@ class PngFolder:
 
     def _holds(self, request: Request) -> bool:
         paths = [self.path(request), *([self.scales_path(request)] if self.every_scale else [])]
-        wanted = image_text(request, self.settings)
-        return all(read_png_text(path) == wanted for path in paths)
+        wanted = self._formal(image_text(request, self.settings))
+        if any(self._formal(read_png_text(path)) != wanted for path in paths):
+            return False
+        return not self.trees or read_png_text(self.tree_path(request)) is not None
+
+    def _formal(self, text: dict[str, str] | None) -> dict[str, Any] | None:
+        """A PNG's text, its settings read, without the informal ones; None if it is not ours."""
+        try:
+            settings = json.loads(text["settings"])
+            return {**text, "settings": {name: settings[name] for name in settings if name not in self.informal}}
+        except (TypeError, KeyError, json.JSONDecodeError):
+            return None
 
 
 class GenEvalTree(PngFolder):
@@ -244,12 +269,17 @@ class NpzFile:
 
     def __init__(self, path: Path, requests: Sequence[Request], *, block: int = 256):
         self.path, self.requests, self.block = Path(path), list(requests), block
-        self.parts = self.path.with_name(f"{self.path.name}.parts")
+        self.parts = self.parts_of(self.path)
         self._index = {(request.group, request.place): i for i, request in enumerate(self.requests)}
         self._waiting: dict[int, dict[int, np.ndarray]] = {}
 
+    @staticmethod
+    def parts_of(path: Path) -> Path:
+        """The folder of a file's shards."""
+        return path.with_name(f"{path.name}.parts")
+
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests of shards that are not written; none when the file exists."""
+        """The requests of shards that are not written; none when the file exists: a `Job` vouches for what made it."""
         if self.path.exists():
             return []
         return [request for request in requests if not self._shard(self._place(request) // self.block).exists()]
@@ -298,21 +328,33 @@ class Job:
         path: the file.
         settings: JSON-able.
         informal: names of settings that may differ.
+        later: names of settings that jobs of before do not have; they say nothing where one side has none.
+        outputs: files that only this job may have made: none may be there without its file.
+        option: of the command, which names the place.
     """
 
     path: Path
     settings: dict[str, Any]
     informal: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    option: str = "--out"
 
     def check(self) -> None:
-        """Raise a ValueError that names the first difference, if other settings made what is there."""
+        """Raise a ValueError that names the first difference, if other settings made what is there, or nobody knows."""
         if not self.path.exists():
+            for output in filter(Path.exists, self.outputs):
+                raise ValueError(
+                    f"{output} is there, and no {self.path} says what made it: choose another {self.option}"
+                )
             return
         there = json.loads(self.path.read_text(encoding="utf-8"))
-        for name in sorted({*there, *self.settings} - set(self.informal)):
+        silent = {name for name in self.later if name not in there or self.settings.get(name) is None}
+        for name in sorted({*there, *self.settings} - {*self.informal, *silent}):
             before, now = there.get(name), self.settings.get(name)
             if before != now:
-                raise ValueError(f"{self.path} is of images with {name} {before!r}, not {now!r}: choose another --out")
+                said = f"{self.path} is of images with {name} {before!r}, not {now!r}"
+                raise ValueError(f"{said}: choose another {self.option}")
 
     def save(self) -> None:
         """Write the file unless it is there."""
@@ -326,6 +368,14 @@ def requests_digest(requests: Sequence[Request]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
 
+def metadata_digest(requests: Sequence[Request]) -> str | None:
+    """Twelve hexadecimal digits that change with any prompt's metadata or their order; None if there is none."""
+    if all(request.metadata is None for request in requests):
+        return None
+    lines = "\n".join(json.dumps(request.metadata, sort_keys=True) for request in requests)
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +384,7 @@ def file_stem(prompt: str | int) -> str:
     if isinstance(prompt, int):
         return f"class-{prompt}"
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].rstrip("-")
-    if plain == prompt.replace(" ", "-"):
+    if plain == prompt.replace(" ", "-") and "-" not in prompt:  # "a-red-star" is not "a red star"
         return plain
     return f"{plain}-{zlib.crc32(prompt.encode()):08x}".lstrip("-")
 

@@ -97,7 +97,7 @@ class Search:
         also_score: further scales whose scores "max", "sum" and "difference" take in. "difference" always takes in the
             scale before each resampling.
         rounds: attempts at an image. Images whose best score reaches `enough` stop; the others start again.
-        enough: in the reward's units; needed for several rounds.
+        enough: in the reward's units, of the finished image, which is then scored; needed for several rounds.
         pictures: keep pictures of all decisions, for the family tree; costs decoder calls, which are counted.
         decode_batch: candidates given to the decoder at once, which bounds its memory.
 
@@ -147,7 +147,9 @@ class Search:
         """Scales whose images are scored."""
         scales = {step.scale for step in self.steps if step.how in ("resample", "best")}
         if self.potential == "difference":
-            scales |= {step.scale - 1 for step in self.steps[:-1] if step.how == "resample" and step.scale}
+            scales |= {step.scale - 1 for step in self.steps if step.how == "resample" and step.scale}
+        if self.enough is not None:
+            scales.add(self.steps[-1].scale)
         return scales | set(self.also_score)
 
     def calls(self) -> dict[str, int]:
@@ -250,7 +252,7 @@ class SearchHook(Hook):
     Attributes:
         choices: decisions of each image, in order.
         decoded_BCHW: the final images as the decoder gave them, if they were looked at.
-        scores: the last score of each image's candidates, by rows; None where none was needed.
+        scores: of the finished images, by rows; None unless the last scale was scored.
     """
 
     def __init__(
@@ -264,11 +266,12 @@ class SearchHook(Hook):
         self.choices: list[list[Choice]] = [[] for _ in prompts]
         self.decoded_BCHW: torch.Tensor | None = None
         self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
+        self._scored = False  # the scale that ended last
 
     @property
     def scores(self) -> list[float] | None:
-        """The last score of each row."""
-        return self.history[-1].tolist() if self.history else None
+        """The score of each row, if the last scale was scored."""
+        return self.history[-1].tolist() if self._scored else None
 
     def on_start(self, state: GenerationState) -> None:
         """Multiply every image to its candidates; the first goes on as if it were alone."""
@@ -278,7 +281,7 @@ class SearchHook(Hook):
         """Score, choose, go on with the chosen."""
         step, contested = self.search.step(k), len(state) > len(self.prompts)
         final = step is not None and step is self.search.steps[-1]
-        scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
+        self._scored = scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
         clustered = contested and step is not None and step.how == "cluster"
         decoded = images = None
         pictured = self.search.pictures and step is not None
@@ -352,7 +355,7 @@ class Found:
 
     Attributes:
         f_hat_BCHW, tokens, seeds, origins: as `GenerationState` has them, one row an image.
-        scores: the reward's of each image; None where nothing had to be chosen.
+        scores: the reward's of each image; None where the finished images were not scored.
         rounds: attempts each image took.
         choices: decisions of each image, in its best round.
         decoded_BCHW: the images as the decoder gave them, about [-1, 1], where all were looked at; else None.

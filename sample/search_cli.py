@@ -32,7 +32,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sharpness", type=float, help="lambda in the weights exp(lambda * potential) (10)")
     group.add_argument("--draw", help="multinomial, or systematic: less variance (multinomial)")
     group.add_argument(
-        "--budget", type=float, help="instead of --n: what an image may cost, within 5 %%, in plain images"
+        "--budget",
+        type=float,
+        help="instead of --n: what an image may cost in all --rounds, within 5 %%, in plain images",
     )
     group.add_argument("--rounds", type=int, help="attempts, until an image scores --enough (1)")
     group.add_argument("--enough", type=float, help="a score, in the reward's units")
@@ -46,9 +48,11 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about the images, JSON-able; empty without a search.
 
     Raises:
-        ValueError: if options of a search are given without one.
+        ValueError: if options of a search are given without one, or --n and --budget together.
     """
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if args.search is not None and args.budget is not None and args.n is not None:
+        raise ValueError(f"--n {args.n} and --budget {args.budget:g} both say how many candidates: give one")
     if args.search is None:
         idle = [
             *(name for name in NEEDS_SEARCH if getattr(args, name) is not None),

@@ -61,11 +61,11 @@ class SearchCost:
         return plan_flops(self.plan, text_tokens=self.text_tokens) + self.decoder
 
     def flops(self, search: Search) -> int:
-        """FLOPs of an image with one round of a search, the decoding of the result included."""
+        """The most FLOPs an image costs with a search, in all its rounds, the decoding of the result included."""
         calls = search.calls()
         widths = search.widths(len(self.plan.schedule))
         networks = sum(calls[name] * getattr(self, name) for name in calls)
-        return plan_flops(self.plan, widths, text_tokens=self.text_tokens) + networks
+        return search.rounds * (plan_flops(self.plan, widths, text_tokens=self.text_tokens) + networks)
 
     def relative(self, search: Search) -> float:
         """That in plain images."""

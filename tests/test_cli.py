@@ -1,5 +1,6 @@
 """The `nextscale` command: what it writes, what it keeps, how it fails."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from training_toys import in_processes
 
 import nextscale
 from sample import images
@@ -237,6 +239,7 @@ def test_file_names():
     assert file_stem(3) == "class-3"
     assert file_stem("../etc") != file_stem("etc") and "/" not in file_stem("../etc")
     assert file_stem("A red star") != file_stem("a red star")
+    assert file_stem("a-red-star") != file_stem("a red star")
     assert file_stem("ünter") != file_stem("nter")
     assert len(file_stem("long " * 100)) < 100
     assert file_stem("日本") == f"{file_stem('日本')}" and file_stem("日本")
@@ -253,6 +256,73 @@ def test_text_of_any_language_survives(tmp_path):
     write_png(tmp_path / "x.png", np.zeros((2, 2, 3), np.uint8), {"prompt": "ein grüner Stern ★"})
     assert images.read_png_text(tmp_path / "x.png") == {"prompt": "ein grüner Stern ★"}
     assert names(tmp_path) == ["x.png"]
+
+
+def test_an_npz_of_another_job_is_not_taken_for_this_one(sample, tmp_path):
+    file, words = tmp_path / "x.npz", ["--class", "0", "--n", 2, "--out", tmp_path / "x.npz"]
+    np.savez(file, np.zeros((2, 8, 8, 3), np.uint8))
+    code, out, err = sample(*words, model="class")
+    assert (code, out) == (2, "")
+    assert err.endswith(f"{file} is there, and no {tmp_path / 'x.json'} says what made it: choose another --out\n")
+    file.rename(tmp_path / "x.npz.parts")
+    assert sample(*words, model="class")[0] == 2
+    (tmp_path / "x.npz.parts").unlink()
+    assert sample(*words, model="class")[0] == 0
+    assert sample(*words, "--top-k", 3, model="class")[0] == 2
+
+
+def test_a_model_that_has_moved_redraws_nothing(text_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(text_folder.parent)
+    words = ["sample", "two rings", "--n", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert nextscale.main([*words, "--model", text_folder.name]) == 0
+    before = stamp(tmp_path / "out")
+    assert nextscale.main([*words, "--model", f"./{text_folder.name}/"]) == 0
+    assert "2 images (2 were there already)" in capsys.readouterr().out and stamp(tmp_path / "out") == before
+
+
+def test_other_metadata_is_another_job(sample, tmp_path):
+    prompts, tree = tmp_path / "prompts.jsonl", tmp_path / "tree"
+    words = ["--prompts", prompts, "--out", tree]
+    prompts.write_text(json.dumps({"tag": "colors", "include": [], "prompt": "a red star"}), encoding="utf-8-sig")
+    assert sample(*words)[0] == 0
+    assert json.loads((tree / "00000" / "metadata.jsonl").read_text())["tag"] == "colors"
+    prompts.write_text(json.dumps({"tag": "counting", "include": [], "prompt": "a red star"}))
+    code, _, err = sample(*words)
+    assert code == 2 and "settings.json is of images with metadata" in err
+    settings = json.loads((tree / "settings.json").read_text())
+    del settings["metadata"]  # as before it was kept
+    (tree / "settings.json").write_text(json.dumps(settings))
+    assert "1 images (1 were there already)" in sample(*words)[1]
+
+
+def in_one_of_many(arguments: list[str]) -> None:
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+    assert nextscale.main(arguments) == 0
+
+
+def test_several_processes_count_what_all_of_them_found(text_folder, tmp_path, capfd):
+    words = ["a red star", "--out", str(tmp_path / "out"), "--model", str(text_folder), "--device", "cpu", "--n"]
+    assert nextscale.main(["sample", *words, "3"]) == 0
+    assert in_processes(2, in_one_of_many, ["sample", *words, "5"]) == [0, 0]
+    assert "5 images (3 were there already)" in capfd.readouterr().out
+    Image.new("RGB", (8, 8)).save(tmp_path / "in.png")
+    words = [str(tmp_path / "in.png"), *words, "3", "--box", "1,1,4,4"]
+    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "edits")
+    assert in_processes(2, in_one_of_many, ["edit", *words]) == [0, 0]
+    assert "3 edits (0 were there already)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "words"), [("sample", ["x"]), ("edit", ["x"]), ("evaluate", [])])
+def test_lists_that_begin_with_a_minus_are_values(command, words):
+    from evaluation import options
+    from sample import cli, edit_cli
+
+    parser = argparse.ArgumentParser()
+    {"sample": cli, "edit": edit_cli, "evaluate": options}[command].configure(parser)
+    assert parser.parse_args([*words, "--guidance-blocks", "-5,-1"]).guidance_blocks == [-5, -1]
+    assert parser.parse_args([*words, "--guidance-blocks", "-2", "--out", "x"]).guidance_blocks == [-2]
 
 
 @pytest.mark.slow

@@ -435,6 +435,39 @@ def test_every_way_of_drawing_edits(edit, model, how, tmp_path, text_folder, cla
     assert (tmp_path / "out" / "search").is_dir() == ("--show-search" in how)
 
 
+def test_a_batch_of_edits_counts_candidates(edit, tmp_path, monkeypatch, class_folder):
+    from sample.pipeline import NextScalePipeline
+
+    rewards, sizes, call = types.ModuleType("edit_rewards"), [], NextScalePipeline.__call__
+    rewards.brightness = lambda images, prompts: images.mean(axis=(1, 2, 3)) / 255
+    monkeypatch.setitem(sys.modules, "edit_rewards", rewards)
+
+    def counted(self, *args, **options):
+        sizes.append(len(options["seed"]))
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(NextScalePipeline, "__call__", counted)
+    words = ["a star", "--box", "1,1,4,4", "--search", "best", "--n", 4, "--images", 5, "--batch-size", 8]
+    assert edit(*words, "--reward", "edit_rewards:brightness")[0] == 0
+    assert sizes == [2, 2, 1]
+
+
+def test_edits_that_are_not_finite_are_refused(edit, tmp_path, monkeypatch):
+    from sample.pipeline import NextScalePipeline
+
+    decode = NextScalePipeline.decode
+    monkeypatch.setattr(NextScalePipeline, "decode", lambda *args: decode(*args) * float("nan"))
+    code, _, message = edit("a star", "--box", "1,1,4,4")
+    assert code == 2 and "seed 0, is not finite" in message and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_edits_of_a_model_that_has_moved_are_kept(edit, text_folder, tmp_path, monkeypatch):
+    words = ["a star", "--box", "1,1,4,4", "--n", 2]
+    assert edit(*words)[0] == 0
+    monkeypatch.chdir(text_folder.parent)
+    assert "2 edits (2 were there already)" in edit(*words, "--model", text_folder.name)[1]
+
+
 def test_feathering_reaches_into_the_kept_part():
     from sample.edit_cli import feathered
 

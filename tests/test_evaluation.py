@@ -27,6 +27,7 @@ from evaluation.frechet import (
     kernel_distance,
     moments,
 )
+from evaluation.geneval import metadata_of
 from evaluation.report import WIDE, command_line, markdown, result, table, write_result
 from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
 from evaluation.sources import geneval_tree, open_images, stored_moments
@@ -267,7 +268,9 @@ def test_intervals_widen_when_images_of_a_prompt_agree():
 
 
 def test_a_tree_of_true_renders_is_judged_right(tmp_path):
-    judged = Judged.of(write_tree(tmp_path, per_tag=4, copies=2))
+    write_tree(tmp_path, per_tag=4, copies=2)
+    (tmp_path / "00000" / "samples" / ".tmp-7-0002.png").write_bytes(b"half")  # of a killed process
+    judged = Judged.of(tmp_path)
     scores = judged.scores()
     assert scores["n"] == 48
     assert all(scores[tag] >= 0.75 for tag in TAGS) and scores["overall"] >= 0.95
@@ -341,6 +344,8 @@ def test_photographs_are_cropped_as_adm_does():
 def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"model": str(tmp_path / "runs/a"), "out": Path("/somewhere/else/x.json"), "n": 3, "top_k": None}
+    by_scale = command_line("x", {"top_k": [900, 600], "guidance_blocks": [-5, -1]}, {})
+    assert by_scale == "x --top-k 900,600 --guidance-blocks=-5,-1"
     command = command_line("nextscale evaluate", given, {"n": 1, "top_k": None})
     assert command == "nextscale evaluate --model runs/a --out else/x.json --n 3"
     row = {"score": 0.5, "score_ci95": [0.4, 0.6], "name": "a"}
@@ -378,6 +383,7 @@ def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
         ("--model scenes --suite bench", "invalid choice"),
         ("--images x --metrics is-scenes --out x.txt", "--out must be a .json file"),
         ("--images x --metrics is-scenes --bootstrap 1", "--bootstrap must be 0"),
+        ("--images x --metrics is-scenes --verdicts v.jsonl", "--verdicts v.jsonl needs --suite"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, said, capsys, tmp_path, monkeypatch):
@@ -429,6 +435,33 @@ def test_a_model_is_evaluated_and_finished_images_are_kept(text_folder, tmp_path
     shutil.rmtree("r")
     assert nextscale.main(["evaluate", "--images", "work", "--suite", "scenes", "--bootstrap", "0"]) == 0
     assert "overall" in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged_is_measured(text_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [metadata_of("single_object", [name]) for name in ("cat", "dog")]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8-sig")
+    words = ["evaluate", "--model", str(text_folder), "--suite", "prompts.jsonl", "--n", "2", "--work", "work"]
+    for more, said in ((["--out", "r.json"], "nothing is measured"), (["--verdicts", "v.jsonl"], "no judge here")):
+        assert nextscale.main([*words, *more]) == 2 and not Path("work").exists()
+        assert said in capsys.readouterr().err
+    assert nextscale.main([*words, "--metrics", "is-scenes", "--bootstrap", "0", "--out", "r.json"]) == 0
+    content = json.loads(Path("r.json").read_text())
+    assert content["n"] == 4 and content["settings"]["prompts"] == 2 and Path("r.png").is_file()
+    assert content["rows"][0].keys() == {"model", "suite", "n", "is_scenes"}
+    assert "GenEval's detector does" in capsys.readouterr().out
+    lines[0]["include"][0]["count"] = 2  # other metadata of the same prompts
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert nextscale.main(words) == 2
+    assert "is of images with metadata" in capsys.readouterr().err
+
+
+def test_a_tree_of_all_pairs_is_none_of_unseen_ones(tmp_path, capsys):
+    tree = write_tree(tmp_path, 1)
+    assert (
+        nextscale.main(["evaluate", "--images", str(tree), "--suite", "scenes-unseen", "--metrics", "is-scenes"]) == 2
+    )
+    assert "images in" in capsys.readouterr().err
 
 
 def test_the_default_folder_of_a_job_follows_its_settings():

@@ -112,6 +112,8 @@ def test_extrapolation_takes_the_bias_out():
     found = [frechet_infinity(features(200, seed=s), reference) for s in range(10, 22)]
     assert abs(np.mean([f.value for f in found])) < 0.25 * np.mean(biased)
     assert found[0].counts[0] == 20 and found[0].counts[-1] == 200 and found[0].ci95[0] <= found[0].value
+    far = [frechet_infinity(features(60, seed=s), reference).ci95 for s in range(40)]
+    assert all(0 <= low <= high for low, high in far)
     with pytest.raises(ValueError, match="50 images and 3 points"):
         frechet_infinity(features(20), reference)
 

@@ -113,5 +113,16 @@ def test_sources_that_are_none_are_named(sources, capsys):
         assert nextscale.main(["report", source]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and said in error[0]
+    Path("runs/a/metrics.jsonl").write_text("")
+    assert nextscale.main(["report", "runs/a"]) == 2
+    assert "runs/a/metrics.jsonl holds no line yet" in capsys.readouterr().err
     assert nextscale.main(["report", "runs/a", "--out", "x.pdf"]) == 2
+
+
+def test_the_table_of_a_results_file_is_not_overwritten(sources, capsys):
+    before = Path("r/speed_cpu.md").read_bytes()
+    for words in (["--out", "r/speed_cpu.html"], ["--card", "r/speed_cpu.md"]):
+        assert nextscale.main(["report", "r/speed_cpu.json", *words]) == 2
+        assert f"{words[0]} {words[1]} would overwrite r/speed_cpu.md" in capsys.readouterr().err
+    assert Path("r/speed_cpu.md").read_bytes() == before and not Path("r/speed_cpu.html").exists()
     assert len(sections_of("runs/a")) == 2

@@ -1,6 +1,7 @@
 """`evaluation.run`: one pass over a class model, in shards, the same for any number of processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from training_toys import in_processes
 
 import nextscale
 from evaluation import run
-from evaluation.shards import networks_in, read_column, read_described, shard_paths
+from evaluation.compare import compare_works, names_apart
+from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +100,7 @@ def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeyp
     [
         (["--suite", "cifar10"], "--suite cifar10 has 10 classes"),
         (["--per-class", "0"], "--per-class must be 1 or more, got 0"),
+        (["--bootstrap", "1"], "--bootstrap must be 0 (no intervals) or 2 and more, got 1"),
         (["--metrics", "fid"], "fid needs --reference"),
         (["--npz", "a.png"], "--npz must be a .npz file"),
         (["--model", "nowhere"], "nowhere"),
@@ -124,6 +127,10 @@ def test_damaged_shards_are_named(alone, tmp_path):
     path.write_bytes(shard_paths(alone)[0].read_bytes())
     with pytest.raises(ValueError, match=r"000000\.npz has no readable inception\.features"):
         read_column([path], "inception.features")
+    path.write_bytes(path.read_bytes()[:-40])
+    for read in (lambda: read_column([path], "seeds"), lambda: networks_in([path]), lambda: has_column([path], "x")):
+        with pytest.raises(ValueError, match=r"000000\.npz .*remove it and run again"):
+            read()
     with pytest.raises(FileNotFoundError, match="holds no features"):
         shard_paths(tmp_path / "nothing")
 
@@ -151,6 +158,82 @@ def test_a_text_model_is_judged_and_compared_by_its_score(text_folder, tmp_path,
     capsys.readouterr()
     assert nextscale.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "score differs by" in capsys.readouterr().out
+
+
+def without_prompts(work: Path) -> None:
+    """Shards as they were before digests of prompts were kept."""
+    for path in shard_paths(work):
+        with np.load(path) as archive:
+            arrays = {name: archive[name] for name in archive.files if name != "prompts"}
+        np.savez(path, **arrays)
+
+
+def test_only_images_of_one_prompt_are_paired(text_folder, tmp_path, capsys):
+    for name, per_tag in (("a", "2"), ("more", "3")):
+        chosen = words(text_folder, tmp_path / name, "--suite", "scenes", "--per-class", per_tag)
+        assert run.main([*chosen, "--metrics", "is-scenes"]) == 0
+    a, more = tmp_path / "a", tmp_path / "more"
+    prompts = [dict(zip(*(read_column(shard_paths(w), n) for n in ("seeds", "prompts")))) for w in (a, more)]
+    alike = [seed for seed, prompt in prompts[0].items() if prompts[1].get(seed) == prompt]
+    assert 0 < len(alike) < 12
+    with pytest.raises(ValueError, match=f"got {len(alike)} and {len(alike)}"):
+        compare_works(a, more, None)
+    without_prompts(a)
+    with pytest.raises(ValueError, match=r"is of per_class 2 and .* of 3: they cannot be paired; no digests"):
+        compare_works(a, more, None)
+    copy = shutil.copytree(a, tmp_path / "copy")
+    assert compare_works(a, copy, None)[0]["n"] == 12  # the same requests: paired by seed
+    (copy / "settings.json").unlink()
+    assert nextscale.main(["compare", str(a), str(copy)]) == 2
+    assert "do not say which prompts" in capsys.readouterr().err
+
+
+def test_runs_of_other_suites_and_extractors_are_not_compared(alone, tmp_path):
+    for name, other in (("suite", "cifar10"), ("extractors", {"scenes": "0", "clip": "1"})):
+        work = shutil.copytree(alone, tmp_path / name)
+        settings = json.loads((work / "settings.json").read_text())
+        (work / "settings.json").write_text(json.dumps({**settings, name: other}))
+        with pytest.raises(ValueError, match=f"is of {name} .*cannot be paired"):
+            compare_works(alone, work, None)
+
+
+def test_a_reference_serves_the_network_it_is_of(tmp_path):
+    rng = np.random.default_rng(0)
+    for side in ("x", "y"):
+        folder = tmp_path / side / "work" / "features"
+        folder.mkdir(parents=True)
+        arrays = {"labels": np.zeros(12, int), "seeds": np.arange(12)}
+        for network, width in (("inception", 3), ("dinov2", 5)):
+            arrays[f"{network}.features"] = rng.normal(size=(12, width)).astype(np.float32)
+            arrays[f"{network}.log_posterior"] = np.zeros((12, 0), np.float32)
+        np.savez(folder / "000000.npz", **arrays)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
+    row, said = compare_works(tmp_path / "x" / "work", tmp_path / "y" / "work", tmp_path / "reference.npz")
+    assert "fid_difference" in row and "fd_dinov2_difference" not in row
+    assert "dinov2 is left out" in said[0] and (row["a"], row["b"]) == ("x/work", "y/work")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare_works(tmp_path / "x" / "work", tmp_path / "y" / "work", tmp_path / "reference.npz")
+    assert names_apart(tmp_path / "a", tmp_path / "b") == ("a", "b")
+    assert names_apart(tmp_path / "a", tmp_path / "a") == ("a", "a")
+
+
+def test_images_kept_by_another_job_are_not_taken_for_these(alone, class_folder, tmp_path, capsys):
+    npz = tmp_path / "x.npz"
+    npz.write_bytes(Path(f"{alone}.npz").read_bytes())
+    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2  # nobody knows whose it is
+    assert f"{npz} is there, and no {npz}.json says what made it: choose another --npz" in capsys.readouterr().err
+    npz.unlink()
+    (tmp_path / "x.npz.parts").mkdir()
+    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2
+    (tmp_path / "x.npz.parts").rmdir()
+    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 0
+    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 0  # the same: goes on
+    capsys.readouterr()
+    made = npz.read_bytes()
+    other = words(class_folder, tmp_path / "other", "--npz", str(npz), "--temperature", "0.3")
+    assert run.main(other) == 2 and npz.read_bytes() == made
+    assert f"{npz}.json is of images with sampling" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from subprocess import CompletedProcess
 from threading import Barrier
 
 import numpy as np
@@ -23,7 +24,7 @@ from evaluation.scaling import (
     weights_of,
     write_points,
 )
-from train.scaling import Ladder, Rung, climb_all
+from train.scaling import Ladder, Rung, climb, climb_all
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
@@ -227,6 +228,50 @@ def test_several_runs_at_once_and_the_first_failure_ends_it(tmp_path, monkeypatc
     monkeypatch.setattr("train.scaling.climb", climb)
     assert climb_all(ladder, 2) == 3
     assert climbed[:2] in (["r4", "r3"], ["r3", "r4"]) and "r2" in climbed
+
+
+def toy_ladder(folder: Path, *, heads: int = 2, per_tag: int = 0, **evaluate) -> Path:
+    """A ladder of one rung."""
+    model = {"depth": 4, "width": 64, "heads": heads}
+    content = {"base": "base.yaml", "folder": str(folder / "runs"), "models": [model], "launch": "true"}
+    path = folder / "ladder.yaml"
+    path.write_text(yaml.dump({**content, "per_tag": per_tag, "evaluate": evaluate}))
+    return path
+
+
+def test_finished_rungs_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr("train.scaling.subprocess.run", lambda words: done.append(words) or CompletedProcess(words, 0))
+    ladder = Ladder.read(toy_ladder(tmp_path, per_tag=1, seed=3))
+    run = ladder.run_folder(ladder.rungs[0])
+    assert climb(ladder, ladder.rungs[0]) == 0 and len(done) == 2
+    (run / "evaluation.json").write_text("{}")
+    ladder.check_finished()
+    assert climb(ladder, ladder.rungs[0]) == 0 and len(done) == 2
+    for more in ([], ["--fit-only"]):
+        words = ["scaling", "--config", str(toy_ladder(tmp_path, heads=4, per_tag=1, seed=3)), *more]
+        assert nextscale.main(words) == 2 and len(done) == 2
+        error = capsys.readouterr().err
+        assert (
+            "d4-w64-s0/done is of a run with --transformer.heads=2, and the ladder says --transformer.heads=4" in error
+        )
+    with pytest.raises(ValueError, match=r"evaluated is of a run with --seed=3, and the ladder says --seed=4"):
+        Ladder.read(toy_ladder(tmp_path, per_tag=1, seed=4)).check_finished()
+    words = (run / "done").read_text().split()
+    (run / "done").write_text(" ".join(reversed(words)))  # the order decides nothing
+    ladder.check_finished()
+    (run / "done").write_text("")  # as before commands were kept
+    (run / "evaluated").unlink()
+    Ladder.read(toy_ladder(tmp_path, heads=4, per_tag=1, seed=4)).check_finished()
+
+
+def test_two_rungs_of_one_name_are_named(tmp_path):
+    path = toy_ladder(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["models"].append({"depth": 4, "width": 64, "heads": 4})
+    path.write_text(yaml.dump(content))
+    with pytest.raises(ValueError, match=r"heads': 2.* and .*heads': 4.* are both called d4-w64-s0"):
+        Ladder.read(path)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,41 @@ def test_search_goes_with_editing(run, tiny_class_model):
     assert torch.equal(found[1:2], alone)
 
 
+def test_enough_is_about_the_finished_image(run):
+    resampled = (Step(1, 2, "resample"), Step(2, 1, "random"))
+    for candidates, steps in ((4, (Step(2, 1, "random"),)), (4, resampled)):
+        search = Search(candidates=candidates, steps=steps, reward=BRIGHT, rounds=2, enough=2.0)
+        assert 2 in search.scored
+        found = run(candidates=candidates, steps=steps, rounds=2, enough=2.0)
+        shown = ((found.decoded_BCHW / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        assert found.scores == pytest.approx(BRIGHT(shown, [0] * 3).tolist(), abs=1e-4) and found.rounds == [2, 2, 2]
+        assert {name: 6 * rows for name, rows in search.calls().items() if rows} == found.ledger.calls
+    assert run(candidates=4, steps=resampled).scores == [None] * 3  # the finished images were not looked at
+
+
+def test_a_difference_needs_the_scale_before_every_resampling(run):
+    last = (Step(2, 1, "resample"),)
+    search = Search(candidates=4, steps=last, reward=BRIGHT, potential="difference")
+    assert search.scored == {1, 2}
+    assert search.calls()["reward"] * 3 == run(candidates=4, steps=last, potential="difference").ledger.calls["reward"]
+
+
+def test_a_budget_is_for_all_rounds(class_pipeline):
+    from sample.search_cost import SearchCost
+
+    plan = class_pipeline.make_plan()
+    costs = SearchCost.measure(class_pipeline, plan, BRIGHT, None, 1)
+
+    def cost(candidates, steps):
+        return costs.relative(Search(candidates=candidates, steps=steps, reward=BRIGHT, rounds=4, enough=2.0))
+
+    candidates, steps = fit_budget("best", 8, 3, cost)
+    assert candidates == 2
+    search, ledger = Search(candidates=candidates, steps=steps, reward=BRIGHT, rounds=4, enough=2.0), Ledger()
+    class_pipeline(class_labels=[1, 2], search=search, hooks=[ledger], output_type="pt")
+    assert ledger.total_flops / 2 == pytest.approx(costs.flops(search), rel=1e-3)
+
+
 # --- accounting ------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +496,12 @@ def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
     names = sorted(path.name for path in (tmp_path / "found").glob("*.png"))
     assert names == ["a-red-star_grid.png", "a-red-star_seed0.png", "a-red-star_seed1.png"]
     assert (tmp_path / "found/search/a-red-star_seed1.png").is_file()
+    for again in ("2 were there already", "1 were there already"):  # a tree that is not there is drawn
+        assert nextscale.main([*words, "--n", "2", "--images", "2", "--show-search", "--out", "found"]) == 0
+        assert again in capsys.readouterr().out
+        (tmp_path / "found/search/a-red-star_seed1.png").unlink()
+    assert nextscale.main([*words, "--n", "2", "--images", "2", "--show-search", "--out", "found"]) == 0
+    assert (tmp_path / "found/search/a-red-star_seed1.png").is_file()
     assert nextscale.main([*words, "--n", "1", "--out", "one"]) == 0
     assert nextscale.main([*words[:4], "--out", "plain"]) == 0
     one, plain = (Image.open(tmp_path / name / "a-red-star_seed0.png").tobytes() for name in ("one", "plain"))
@@ -474,6 +515,7 @@ def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
         (["--budget", "0.1"], "budget"),
         (["--show-scales"], "--show-scales"),
         (["--n", "0"], "--n must be 1"),
+        (["--n", "4", "--budget", "4"], "--n 4 and --budget 4 both say how many candidates"),
     ):
         assert nextscale.main([*words, "--out", "bad", *more]) == 2
         assert named in capsys.readouterr().err

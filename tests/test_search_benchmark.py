@@ -92,8 +92,9 @@ def test_the_benchmark_runs_resumes_and_writes(text_folder, tmp_path, monkeypatc
     monkeypatch.setattr("evaluation.reward_accuracy.by_scale", None)
     assert search_benchmark.main(words) == 0
     assert json.loads((tmp_path / "results/search.json").read_text())["rows"] == content["rows"]
-    with pytest.raises(SystemExit, match="2"):
-        search_benchmark.main([*words, "--rows", "luck@2"])
+    for wrong in (["--rows", "luck@2"], ["--out", "x.png"]):
+        with pytest.raises(SystemExit, match="2"):
+            search_benchmark.main([*words, *wrong])
 
 
 def test_choosing_among_images_made_once_is_the_search_itself(text_folder, tmp_path, monkeypatch):
@@ -124,6 +125,7 @@ def test_choosing_among_images_made_once_is_the_search_itself(text_folder, tmp_p
         assert one["compute"] == pytest.approx(two["compute"], rel=0.05)  # texts are padded by the batch
     assert not is_whole(search_of(Row.of("tts:2"), pipeline, reward, metadatas))
     assert not is_whole(search_of(Row.of("best:1+rounds=2+enough=0.9"), pipeline, reward, metadatas))
+    assert not is_whole(search_of(Row.of("importance:3+potential=difference"), pipeline, reward, metadatas))
 
 
 def by_a_pixel(image, metadata):
@@ -136,3 +138,13 @@ def test_results_of_another_search_are_not_taken_for_this_one(tmp_path):
     same_as_before(tmp_path / "a" / "search.json", {"search": "2 best@2:1"})
     with pytest.raises(ValueError, match="another search"):
         same_as_before(tmp_path / "a" / "search.json", {"search": "3 best@2:1"})
+
+
+def test_intervals_of_several_images_a_prompt_are_never_narrower():
+    """Where all images are right, resampling prompts shows no spread at all."""
+    metadatas = prompt_suite(2)
+    requests = make_requests([m["prompt"] for m in metadatas], per_prompt=2, metadata=metadatas)
+    ledger = {"tokens": 1, "calls": {}, "flops": 1.0}
+    batches = [{"correct": [True] * len(requests), "rounds": [1], "seconds": None, "ledger": ledger}]
+    found = row_of(Row.of("plain"), None, batches, requests, 1.0, seed=0)
+    assert found["score"] == 1 and found["score_ci95"][0] < 1 and found["counting_ci95"][0] < 0.7
