@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     disable_progress_bar()
     if prompts is None:
         prompts = read_classes(args.classes, pipeline)
+    if args.model == "scenes":
+        tell_unread(prompts)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     sink, job = make_sink(args, folder, pipeline, requests)
     job.check()
@@ -215,6 +218,25 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
         raise ValueError('--class is for class models, and this model reads texts: give one, e.g. "a red star"')
     known = pipeline.transformer.config.num_classes
     return check_classes(parse_classes(text, known), known)
+
+
+def tell_unread(prompts: Sequence[str]) -> None:
+    """A line on stderr if there are captions of a kind that the bundled model was not trained on; it draws anyway."""
+    from sample.scene_reward import Caption
+
+    unread = []
+    for prompt in prompts:
+        try:
+            Caption.of(prompt)
+        except ValueError:
+            unread.append(prompt)
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        print(
+            "nextscale: caution: the bundled model draws one to four plain shapes from captions like 'a red star left "
+            f"of a ring' or 'three circles'; {unread[0]!r}{more} it does not understand",
+            file=sys.stderr,
+        )
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -289,9 +289,11 @@ class NextScalePipeline(DiffusionPipeline):
         """The images of a result: pasted into their pictures, as a search saw them, or decoded."""
         if canvases:
             return self._pasted(made.f_hat_BCHW, [canvases[row] for row in made.origins], output_type)
-        seen_BCHW = made.decoded_BCHW if isinstance(made, Found) else None
-        if seen_BCHW is None:
+        if not isinstance(made, Found):
             return self.decode(made.f_hat_BCHW, output_type)
+        seen_BCHW = made.decoded_BCHW
+        if seen_BCHW is None:  # part of what the search cost
+            seen_BCHW = made.ledger.call("decoder", self.vqvae.decode, made.f_hat_BCHW)
         return self.image_processor.postprocess(seen_BCHW.float(), output_type=output_type)
 
     def _pasted(self, f_hat_BCHW: torch.Tensor, canvases: Sequence[Canvas], output_type: str) -> Images:

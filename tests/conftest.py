@@ -25,12 +25,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only `-m cuda` sees a GPU: what runs on a CPU is the same everywhere, and children are forked."""
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config.pluginmanager.register(SeededFixtures())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(fixturedef: object, request: object) -> None:
-    """Every fixture is made from the same random state, whichever tests ran before."""
-    torch.manual_seed(0)
+class SeededFixtures:
+    """Every fixture is made from the same random state, whichever tests ran before.
+
+    A plugin of its own: hooks in this file are not called for fixtures of the whole session.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: object, request: object) -> None:
+        """Before each fixture."""
+        torch.manual_seed(0)
 
 
 def liven(module: torch.nn.Module, seed: int) -> torch.nn.Module:

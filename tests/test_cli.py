@@ -15,6 +15,7 @@ from training_toys import in_processes
 
 import nextscale
 from sample import images
+from sample.cli import tell_unread
 from sample.images import NpzFile, file_stem, grid, make_requests, write_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +117,13 @@ def test_geneval_tree(sample, tmp_path):
     prompts.write_text("a cross")
     code, _, err = sample("--prompts", prompts, "--n", 2, "--out", tree)
     assert code == 2 and "settings.json is of images with requests" in err
+
+
+def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
+    tell_unread(["a red star", "three circles", "a ring and a blue square", "a cross above a heart"])
+    assert capsys.readouterr().err == ""
+    tell_unread(["a dog on a sofa", "a star", ""])
+    assert "'a dog on a sofa' and 1 more it does not understand" in capsys.readouterr().err
 
 
 def test_classes_to_npz(sample, class_pipeline, tmp_path):
