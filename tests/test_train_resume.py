@@ -9,7 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from training_toys import (
+    Rows,
     curve,
     equal,
     final_state,
@@ -17,6 +19,7 @@ from training_toys import (
     in_processes,
     kill_self,
     start_child,
+    streamed_rows,
     toy_config,
     toy_run,
     toy_task,
@@ -28,6 +31,8 @@ from train.config import exit_code
 from train.loop import run, start
 from train.optimizers import OptimizerConfig
 from train.state import resume, save
+from train.stream import StreamLoader
+from train.workers import leave_signals_to_parent
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +204,22 @@ def test_a_run_goes_on_with_what_it_depends_on_alone(tmp_path, capfd):
     assert in_child(built_on, "one") == 0
     assert in_child(lambda: os._exit(exit_code(lambda argv: built_on("other")))) == 2
     assert "was trained with another tokenizer: resume with that one" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_loaders_that_are_left_end_with_their_process(stream):
+    """Their workers let SIGTERM pass, but not that of their own parent."""
+
+    def leave():
+        global kept
+        rows = streamed_rows() if stream else Rows()
+        options = {"batch_size": 2, "num_workers": 1}
+        own = {} if stream else {"worker_init_fn": leave_signals_to_parent}
+        kept = iter((StreamLoader if stream else DataLoader)(rows, **options, **own))
+        next(kept)
+
+    began = time.monotonic()
+    assert in_child(leave) == 0 and time.monotonic() - began < 60
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capfd):
