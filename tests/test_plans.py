@@ -278,6 +278,14 @@ def test_a_plan_can_be_the_models_own(tiny_class_model, tiny_vqvae, tmp_path):
     assert again.make_plan("var").stages[0].filter(0).top_k == 5
 
 
+def test_a_calibrated_copy_goes_into_a_new_folder(class_folder, tmp_path, capsys):
+    argv = ["calibrate", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "copy")]
+    assert nextscale.main(argv) == 0
+    assert "selectivity" in (tmp_path / "copy/transformer/config.json").read_text()
+    assert nextscale.main(argv) == 2
+    assert "exists already: name another folder" in capsys.readouterr().err
+
+
 def test_a_refiner_by_name_must_share_the_tokenizer(class_folder, calibrated, text_folder, tmp_path, capsys):
     plan = ["--plan", "code:2", "--refiner"]
     same = sampled(class_folder, tmp_path / "a.npz", *plan, str(calibrated))
