@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, help="images of each (1)")
     parser.add_argument("--seed", type=int, default=0, help="the name of the first image (0)")
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
-    parser.add_argument("--out", type=Path, help="new folder of a calibrated copy; the model's own if left out")
+    parser.add_argument("--out", type=Path, help="folder of a calibrated copy; the model's own if left out")
+    parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
 
@@ -48,23 +50,24 @@ def run(args: argparse.Namespace) -> int:
     """
     prompts, _ = read_prompts(args)
 
+    from sample.convert import finished_folder
     from sample.load import load_pipeline, model_folder, silent_loading
 
     folder = model_folder(args.model)
     pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
-    if args.out is not None and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} exists already: name another folder")
-    if args.out is not None:
-        with silent_loading():
-            load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(args.out)
-        folder = args.out
-    for name in ["transformer"] + ["refiner"] * (pipeline.refiner is not None):
-        index = measure_selectivity(pipeline, prompts, model=getattr(pipeline, name), per_prompt=args.n, seed=args.seed)
-        write_selectivity(folder / name, index)
-        print(f"{name}: {describe(index)}")
-    print(f"written: {folder}")
+    copy = finished_folder(args.out, overwrite=args.overwrite, reads=[folder]) if args.out else nullcontext(folder)
+    with copy as made:
+        if args.out is not None:
+            with silent_loading():
+                load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(made)
+        for name in ["transformer"] + ["refiner"] * (pipeline.refiner is not None):
+            model = getattr(pipeline, name)
+            index = measure_selectivity(pipeline, prompts, model=model, per_prompt=args.n, seed=args.seed)
+            write_selectivity(made / name, index)
+            print(f"{name}: {describe(index)}")
+    print(f"written: {args.out or folder}")
     return 0
 
 

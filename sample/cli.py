@@ -222,6 +222,8 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
 
 def tell_unread(prompts: Sequence[str]) -> None:
     """A line on stderr if there are captions of a kind that the bundled model was not trained on; it draws anyway."""
+    from accelerate import PartialState
+
     from sample.scene_reward import Caption
 
     unread = []
@@ -230,7 +232,7 @@ def tell_unread(prompts: Sequence[str]) -> None:
             Caption.of(prompt)
         except ValueError:
             unread.append(prompt)
-    if unread:
+    if unread and PartialState().is_main_process:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         print(
             "nextscale: caution: the bundled model draws one to four plain shapes from captions like 'a red star left "

@@ -244,8 +244,6 @@ class NextScalePipeline(DiffusionPipeline):
             elif smooth:
                 raise ValueError("search compares images as they are drawn: leave out smooth")
             else:
-                if isinstance(prompt, TextPrompt):
-                    raise ValueError("search needs the texts, which its reward reads: give them as prompt, not encoded")
                 names = condition.classes_B.tolist() if self.by_class else _texts(prompt, num_images_per_prompt)
                 call |= {"search": search, "prompts": names, "decode": self.vqvae.decode}
                 made = search_images(plan, self.vqvae.quantizer, condition, seeds, **call)
@@ -508,8 +506,10 @@ def _gpu(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
     return place if gpu_id is None else torch.device(place.type, gpu_id)
 
 
-def _texts(prompt: str | Sequence[str], copies: int) -> list[str]:
-    """The text of every image."""
+def _texts(prompt: str | Sequence[str] | TextPrompt, copies: int) -> list[str]:
+    """The text of every image, which a search's reward reads."""
+    if isinstance(prompt, TextPrompt):
+        raise ValueError("search needs the texts, which its reward reads: give them as prompt, not encoded")
     return [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(copies)]
 
 

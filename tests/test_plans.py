@@ -284,6 +284,16 @@ def test_a_calibrated_copy_goes_into_a_new_folder(class_folder, tmp_path, capsys
     assert "selectivity" in (tmp_path / "copy/transformer/config.json").read_text()
     assert nextscale.main(argv) == 2
     assert "exists already: name another folder" in capsys.readouterr().err
+    assert nextscale.main([*argv, "--overwrite"]) == 0
+
+
+def test_an_interrupted_calibration_leaves_no_copy(class_folder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sample.calibrate.measure_selectivity", interrupted)
+    argv = ["calibrate", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "copy")]
+    assert nextscale.main(argv) == 130 and not list(tmp_path.iterdir())
 
 
 def test_a_refiner_by_name_must_share_the_tokenizer(class_folder, calibrated, text_folder, tmp_path, capsys):
