@@ -109,6 +109,17 @@ class Stages:
         return taken
 
 
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """Processes started meanwhile see no GPU: the official code would take one. They must not see it even at import."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before, os.environ[name] = os.environ.get(name), ""
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
 Job = Callable[..., dict[str, Any]]  # a run: what it found out, beside its seconds
 
 
@@ -125,7 +136,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self.process.start()
+        with without_gpus():
+            self.process.start()
         theirs.close()
 
     def __enter__(self) -> Worker:
@@ -167,7 +179,6 @@ def _serve(connection: Connection, make: Callable[[], dict[str, Job]]) -> None:
 
     from sample.measure import peak_memory, reset_peak
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the official code would take a GPU where there is one
     torch.set_num_threads(1)
     try:
         jobs = {**make(), "threads": lambda threads: torch.set_num_threads(threads) or {}}

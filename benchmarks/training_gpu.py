@@ -1,10 +1,11 @@
 """A whole training step on a GPU beside the official code: `python -m benchmarks.training_gpu --reference VAR`.
 
 Forward, loss, backward, clipping and fused AdamW of one batch that lies on the device; random weights, one process, in
-turns: A B A B. Ours is `train.loop.train_step` of what `train.train_var` builds, in bfloat16; the official step does
-what its trainer does, in float16 with a gradient scaler (its default) and in bfloat16. Prompts and branches are not
-dropped; float32 products take TensorFloat-32 in both. The learning rate is 0: a step does all its work, yet the weights
-stay, so losses can be compared.
+turns: A B A B. A turn is a few steps, and only then the device is waited for, as training does. Ours is
+`train.loop.train_step` of what `train.train_var` builds, in bfloat16; the official step does what its trainer does, in
+float16 with a gradient scaler (its default, which waits for the device in every step) and in bfloat16. Prompts and
+branches are not dropped; float32 products take TensorFloat-32 in both. The learning rate is 0: a step does all its
+work, yet the weights stay, so losses can be compared.
 
 Peak memory is what a step allocates above what lay there before, plus its own weights and optimizer state: what other
 variants keep does not count. Operations are counted from shapes, masked attention in full, recomputing not at all.
@@ -16,6 +17,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +61,8 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="d16", help="published size, random weights (d16)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
     parser.add_argument("--batch", type=int, default=64, help="images of a step (64)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each variant (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant (5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn (4)")
     parser.add_argument("--variants", default="all", help=f"some of {', '.join([*THEIRS, *OURS])}, by commas (all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the command (cuda)")
     parser.add_argument("--out", type=Path, default=Path("results/training_gpu.json"), help="result and table")
@@ -157,6 +160,12 @@ def their_steps(names: Sequence[str], var: Any, given: Mapping[str, Any], device
     return {name: (official_step(THEIRS[name]), [optimizer]) for name in names}
 
 
+def repeated(run: Run, times: int) -> None:
+    """A run, a number of times."""
+    for _ in range(times):
+        run()
+
+
 def peak_mib(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> float:
     """The largest memory of a step with its own weights and optimizer state, in MiB."""
     kept = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -174,7 +183,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.reference import check_checkout
     from evaluation.report import command_line, result
 
-    check_counts(options, "batch", "rounds")
+    check_counts(options, "batch", "rounds", "steps")
     size, names, device = check_size(options.size), chosen(options), options.device
     current_device(device)
     if options.reference is not None:
@@ -188,14 +197,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _, var = official_models(options.reference, pipeline, device)
         steps = their_steps(theirs, var, given, device) | steps
     runs, losses, failed = settled({name: step for name, (step, _) in steps.items()})
-    best, (found, stopped) = ceiling(device), in_turns(runs, options.rounds, device)
+    turns = {name: partial(repeated, run, options.steps) for name, run in runs.items()}
+    best, (found, stopped) = ceiling(device), in_turns(turns, options.rounds, device)
+    found = {name: [turn / options.steps for turn in seconds] for name, seconds in found.items()}
     rows = [figures(found, name, options.batch) for name in found]
     for row in rows:
         row["share_of_ceiling"] = step_flops(config, options.batch) / row["seconds"] / best
         row["loss"] = float(losses[row["variant"]])
         if torch.device(device).type == "cuda":
             row["peak_mib"] = peak_mib(*steps[row["variant"]])
-    settings = {"size": size, "schedule": options.schedule, "device": device_name(device)}
+    settings = {"size": size, "schedule": options.schedule, "steps": options.steps, "device": device_name(device)}
     settings |= {"ceiling_tflop_per_s": best / 1e12, "step_gflop": step_flops(config, options.batch) / 1e9}
     settings["failed"] = {**failed, **stopped}
     command = command_line("python -m benchmarks.training_gpu", vars(options), vars(parser_of().parse_args([])))

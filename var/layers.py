@@ -97,12 +97,13 @@ class SelfAttention(nn.Module):
 
     def project(self, x_BlD: torch.Tensor, rope_lf: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each (B, H, l, d), of (B, l, D)."""
-        parts = self._joint(x_BlD) if self._joins() else (part(x_BlD) for part in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in parts)
+        q, k, v = self._joint(x_BlD) if self._joins() else self._apart(x_BlD)  # each (B, l, H, d)
         if self.qk_norm:  # the norm runs in float32 under autocast; the cache gets the compute dtype
-            strength = self.log_scale_H11.clamp(max=log(100.0)).exp()
-            q = (F.normalize(q.float(), dim=-1) * strength).to(v.dtype)
+            strength_H1, q = self.log_scale_H11[:, 0].clamp(max=log(100.0)).exp(), q.float()
+            norms_BlH1 = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp(min=1e-12)
+            q = (q * (strength_H1 / norms_BlH1)).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # after the norm: so it compiles into one kernel each
         if rope_lf is not None:
             q, k = rotate(q, rope_lf), rotate(k, rope_lf)
         return q, k, v
@@ -112,11 +113,15 @@ class SelfAttention(nn.Module):
         plain = all(type(part) is nn.Linear for part in (self.to_q, self.to_k, self.to_v))
         return self.training and plain and torch.is_grad_enabled()
 
+    def _apart(self, x_BlD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each (B, l, H, d)."""
+        return tuple(part(x_BlD).unflatten(-1, (self.heads, -1)) for part in (self.to_q, self.to_k, self.to_v))
+
     def _joint(self, x_BlD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, each (B, l, D): a third of the products forwards, and of the sums backwards."""
+        """The same by one product: a third of the products forwards, and of the sums backwards."""
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         bias = torch.cat([self.to_q.bias, torch.zeros_like(self.to_q.bias), self.to_v.bias])
-        return F.linear(x_BlD, weight, bias).chunk(3, dim=-1)
+        return F.linear(x_BlD, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
 
     def read(
         self,
