@@ -41,28 +41,38 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
     save(figure, path)
 
 
+CALLED = {  # on the picture
+    "official": "official code",
+    "plain": "ours, plain",
+    "graphs": "ours, as CUDA graphs",
+    "kernels": "ours, with kernels (--fast auto)",
+    "fast": "ours, kernels as graphs (--fast on)",
+}
+
+
 def draw_sampling_gpu(rows: Sequence[dict], path: Path, title: str) -> None:
     """Milliseconds an image by variant and batch, with the ratio to the official code; "kernels" split into stages."""
     stages = ("blocks_s", "head_s", "draw_s", "quantiser_s", "decoder_s")
     batches = list(dict.fromkeys(row["batch"] for row in rows))
-    figure = Figure(figsize=(7.5 * len(batches), 3.6), layout="constrained")
+    figure = Figure(figsize=(8.5 * len(batches), 3.6), layout="constrained")
     figure.suptitle(title)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
         chosen = [row for row in rows if row["batch"] == batch][::-1]
         for row in chosen:
-            whole, left = 1e3 * row["seconds"] / batch, 0.0
-            axes.barh(row["variant"], whole, color="lightgrey", label="not split" if row is chosen[0] else None)
+            name, whole, left = CALLED[row["variant"]], 1e3 * row["seconds"] / batch, 0.0
+            axes.barh(name, whole, color="lightgrey", label="not split" if row is chosen[0] else None)
             for stage, colour in zip(stages, COLOURS):
                 if stage in row:
                     width = 1e3 * row[stage] / batch
-                    axes.barh(row["variant"], width, left=left, color=colour, label=stage[:-2])
+                    axes.barh(name, width, left=left, color=colour, label=stage[:-2])
                     left += width
-            times = f", {row['times_official']:.1f} x official" if "times_official" in row else ""
+            times = f", {row['times_official']:.1f} times official" if "times_official" in row else ""
             note = f" {whole:.3g} ms: {row['images_per_s']:.3g} images/s{times}"
-            axes.text(max(whole, left), row["variant"], note, va="center", fontsize=8)
+            axes.text(max(whole, left), name, note, va="center", fontsize=8)
         longest = max(1e3 * row["seconds"] / batch for row in chosen)
-        axes.set(title=f"batch {batch}", xlabel="milliseconds an image", xlim=(0, 1.6 * longest))
-        axes.legend(fontsize=8, loc="lower right")
+        title = f"{batch} images at once" if batch > 1 else "one image"
+        axes.set(title=title, xlabel="milliseconds an image", xlim=(0, 1.9 * longest))
+    axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 
 
@@ -139,7 +149,8 @@ def _operations(axes: Axes, rows: Sequence[dict]) -> None:
     crossing = fit["attention_equals_linear_at_side"]
     if crossing is not None:
         axes.axvline(crossing, color="grey", linestyle=":", label=f"they cost the same at {crossing:.0f} pixels")
-    axes.set(ylabel="GFLOP")
+    low, high = axes.get_ylim()
+    axes.set(ylabel="GFLOP", yscale="log", ylim=(max(low, min(y)) / 2, 60 * high))  # the legend stands above the lines
     _log(axes, x, UNITS["side"], "Operations of one image, counted from shapes")
 
 

@@ -87,6 +87,7 @@ def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
     place = tensors[0].device
     with torch.cuda.device(place):
         inputs, aside = own_copies(tensors), recording_stream(place)
+        torch.cuda.empty_cache()  # what the plain call before left free, another stream cannot use
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries set themselves up outside of the recording
             function(*inputs)

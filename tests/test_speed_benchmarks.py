@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from threading import Barrier
 
@@ -15,7 +16,17 @@ from benchmarks.models import image_flops, random_pipeline
 from benchmarks.reference import check_checkout
 from benchmarks.speed_picture import draw_growth, draw_sampling
 from benchmarks.tables import lines, measured
-from benchmarks.timing import Stages, Worker, interleave, median_stages, ratios, spread, summary, undisturbed
+from benchmarks.timing import (
+    Stages,
+    Worker,
+    interleave,
+    median_stages,
+    ratios,
+    spread,
+    summary,
+    undisturbed,
+    without_gpus,
+)
 from evaluation.report import result
 
 
@@ -63,7 +74,10 @@ def doubling():
     def fail():
         raise ValueError("no such thing")
 
-    return {"double": lambda x: {"made": 2 * x}, "fail": fail}
+    def gpus():
+        return {"visible": os.environ["CUDA_VISIBLE_DEVICES"]}
+
+    return {"double": lambda x: {"made": 2 * x}, "fail": fail, "gpus": gpus}
 
 
 def test_workers_answer_in_turns():
@@ -75,6 +89,17 @@ def test_workers_answer_in_turns():
         assert found["one"][0]["seconds"] == found["one"][0]["cpu_s"]  # one thread goes by its own clock
         with pytest.raises(ValueError, match="no such thing"):
             worker.call("fail")
+
+
+def test_workers_see_no_gpu_and_the_process_itself_goes_on_seeing_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with Worker(doubling, threads=1) as worker:
+        worker.built()
+        assert worker.call("gpus")["visible"] == "" and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with without_gpus():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_table_shows_ranges():
