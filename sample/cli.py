@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--class",
         dest="classes",
         metavar="LIST",
-        help='classes: 3 or 0,3,7 or 0-9 or all, or ImageNet names: "golden retriever"',
+        help="classes: 3 or 0,3,7 or 0-9 or all, or names, ImageNet's or your folders': \"golden retriever\"",
     )
     what.add_argument("--n", type=int, help="images of each (1); with --search, the N of the search (2)")
     what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
@@ -123,9 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
     from sample.accounting import Ledger
     from sample.fast import keep_freed_memory
-    from sample.images import image_stream, make_requests, process_share
+    from sample.images import check_place, image_stream, make_requests, process_share
     from sample.load import load_pipeline, model_folder
 
+    check_place("--out", args.out, folder=not to_npz)
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
@@ -186,7 +187,11 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         return args.prompt or None, None
     if not args.prompts.is_file():
         raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
-    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        text = args.prompts.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {args.prompts} must be text in UTF-8: byte {error.start} is none of it") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
     if not lines[0].startswith("{"):
@@ -206,7 +211,7 @@ def _metadata(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
-    """The classes of "3", "0,3,7", "0-9", "all", "null" or, of ImageNet's 1000, "golden retriever".
+    """The classes of "3", "0,3,7", "0-9", "all", "null" or, where classes have names, "golden retriever".
 
     Raises:
         ValueError: if `text` is none of these, or the model knows no such classes.
@@ -217,7 +222,7 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
     if not pipeline.by_class:
         raise ValueError('--class is for class models, and this model reads texts: give one, e.g. "a red star"')
     known = pipeline.transformer.config.num_classes
-    return check_classes(parse_classes(text, known), known)
+    return check_classes(parse_classes(text, known, pipeline.config.class_names), known)
 
 
 def tell_unread(prompts: Sequence[str]) -> None:

@@ -78,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
     from sample.fast import keep_freed_memory
-    from sample.images import Job, PngFolder, make_requests, process_share
+    from sample.images import Job, PngFolder, check_place, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
 
+    check_place("--out", args.out, folder=True)
     folder = model_folder(args.model)
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
     places |= {"fast": args.fast, "offload": args.offload}

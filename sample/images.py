@@ -414,6 +414,22 @@ def read_png_text(path: Path) -> dict[str, str] | None:
         return None
 
 
+def check_place(name: str, path: str | Path, *, folder: bool) -> None:
+    """Whether argument `name` can become a folder, or a file: before long work, not after it.
+
+    Raises:
+        ValueError: if a file stands where a folder must be, or the other way round.
+    """
+    path = Path(path)
+    if not folder and path.is_dir():
+        raise ValueError(f"{name} must be a file, got {path}, which is a folder")
+    places = (path, *path.parents) if folder else path.parents
+    there = next((place for place in places if place.exists()), Path())
+    if not there.is_dir():
+        where = "a folder" if there == path else "in a folder"
+        raise ValueError(f"{name} must be {where}, got {path}: {there} is a file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically; the folder is made if missing."""
     atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

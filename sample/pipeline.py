@@ -75,6 +75,7 @@ class NextScalePipeline(DiffusionPipeline):
         sampling: the model's own defaults of the settings in `SAMPLING`, saved with it.
         refiner: makes the last scales (CoDe); None where `transformer` makes them all.
         handover: scales that `transformer` makes before a refiner, where no plan says so.
+        class_names: what a class model's classes are called, in order; None without names, or for ImageNet's.
     """
 
     _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder", "refiner"]
@@ -89,11 +90,12 @@ class NextScalePipeline(DiffusionPipeline):
         sampling: dict | None = None,
         refiner: NextScaleTransformer | None = None,
         handover: int | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         models = {"transformer": transformer, "vqvae": vqvae, "refiner": refiner}
         self.register_modules(**models, tokenizer=tokenizer, text_encoder=text_encoder)
-        self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover)
+        self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover, class_names=class_names)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
         self.accelerated = None  # what `sample.fast.accelerate` exchanged
         self.graphed: GraphedSampler | None = None  # replays calls without hooks; set by `accelerate` on CUDA

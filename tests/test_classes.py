@@ -5,7 +5,7 @@ import re
 import pytest
 
 import nextscale
-from sample.classes import CLASSES, class_name, class_names, find_class, parse_classes
+from sample.classes import CLASSES, class_name, class_names, find_class, parse_classes, synsets, worth_keeping
 
 
 def test_the_list_is_imagenets():
@@ -77,6 +77,21 @@ def test_classes_on_the_command_line():
     for text, classes in (("cat", 10), ("", 10), ("3,", 1000), ("-1", 1000), ("1.5", 1000), ("9-3", 10)):
         with pytest.raises(ValueError, match=re.escape(repr(text))):
             parse_classes(text, classes)
+
+
+def test_a_models_own_names():
+    own = ["cat, felis catus", "big_dog", "dog"]
+    assert parse_classes("cat, Felis catus, big dog, dog, 1, null", 3, own) == [0, 0, 1, 2, 1, 3]
+    with pytest.raises(ValueError, match=r"class 'horse' is no class of this model; it has 0 cat, 1 big_dog, 2 dog"):
+        parse_classes("horse", 3, own)
+    with pytest.raises(ValueError, match="did you mean 0 cat"):
+        parse_classes("catt", 3, own)
+    assert parse_classes("golden", 1000, [*(f"c{i}" for i in range(999)), "golden"]) == [999]  # and not the retriever
+
+
+def test_synsets_are_not_kept_as_names():
+    assert len(synsets()) == CLASSES and synsets()[0] == "n01440764"
+    assert worth_keeping(synsets()) is None and worth_keeping(None) is None and worth_keeping(("a", "b")) == ["a", "b"]
 
 
 def test_sampling_by_name(tmp_path, capsys, tiny_vqvae):

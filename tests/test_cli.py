@@ -205,6 +205,23 @@ def test_mistakes_are_one_line(sample, tmp_path, monkeypatch, argv, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompts", "latin.txt"], "--prompts latin.txt must be text in UTF-8: byte 2 is none of it"),
+        (["a star", "--out", "latin.txt"], "--out must be a folder, got latin.txt: latin.txt is a file"),
+        (["a star", "--out", "latin.txt/x"], "--out must be in a folder, got latin.txt/x: latin.txt is a file"),
+        (["a star", "--out", "folder.npz"], "--out must be a file, got folder.npz, which is a folder"),
+    ],
+)
+def test_files_that_cannot_be_are_one_line(sample, tmp_path, monkeypatch, argv, message):
+    (tmp_path / "latin.txt").write_bytes(b"a \xff")
+    (tmp_path / "folder.npz").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sample(*argv) == (2, "", f"nextscale: error: {message}\n")
+    assert names(tmp_path) == ["latin.txt"]
+
+
 def test_mistakes_of_the_front_door(capsys):
     assert nextscale.main(["smaple"]) == 2
     assert "invalid choice: 'smaple'" in capsys.readouterr().err

@@ -265,6 +265,13 @@ def test_folder_metadata(tmp_path, kind):
         build_dataset(config("folder", str(tmp_path / "d"), tmp_path, caption_column="prompt"))
 
 
+def test_metadata_must_name_every_file(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl, image 2: file_name must be a file's path, got None"):
+        build_dataset(config("folder", str(tmp_path), tmp_path))
+
+
 def test_validation_by_subfolder_by_path_and_by_hash(tmp_path):
     class_folder(tmp_path / "d/train")
     class_folder(tmp_path / "d/val", (("cat", 2),))

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from training_toys import curve, in_child
 
-from train import cache_text, train_var
+import nextscale
+from train import cache_text, cache_tokens, train_var
 from train.config import exit_code
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
@@ -167,6 +169,27 @@ def test_settings_that_make_no_sense_are_one_line(vqvae_folder, tmp_path, capfd,
     assert stage(train_var.main, *given) == 2
     error = capfd.readouterr().err
     assert words in error.replace("\n", " ") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_folders_names_are_the_classes_names(vqvae_folder, tmp_path, capfd, cached):
+    for name in ("cat", "big_dog"):
+        for split, count in (("train", 8), ("val", 4)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (30 * i, 99, 9)).save(tmp_path / "data" / split / name / f"{i}.png")
+    data = ["--data.source=folder", f"--data.path={tmp_path}/data", "--data.size=8"]
+    given = [*TINY, *data, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run"]
+    if cached:
+        where = [f"--cache.folder={tmp_path}/cache", f"--cache.tokenizer={vqvae_folder}", "--cache.workers=0"]
+        assert stage(cache_tokens.main, *data, *where) == 0
+        given += [f"--tokens.cache={tmp_path}/cache"]
+    assert stage(train_var.main, *given) == 0
+    model, out = f"{tmp_path}/run/latest", f"{tmp_path}/out"
+    capfd.readouterr()
+    assert nextscale.main(["sample", "--model", model, "--device", "cpu", "--class", "big dog", "--out", out]) == 0
+    assert nextscale.main(["sample", "--model", model, "--device", "cpu", "--class", "horse", "--out", out]) == 2
+    assert "it has 0 big_dog, 1 cat" in capfd.readouterr().err
 
 
 def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):

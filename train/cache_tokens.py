@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from sample.fast import accelerate_tokenizer, supported
+from sample.images import check_place
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from train.checkpoint import write_atomically
@@ -92,6 +93,7 @@ def encode_split(
         "schedule": vqvae.schedule.spec,
         "vocab_size": vqvae.config.vocab_size,
         "num_classes": images.num_classes,
+        "classes": images.classes,
         "images": len(items),
         "shard_size": config.shard_size,
         "passes": items.count,
@@ -167,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_class_arguments(CacheConfig, "cache")
     built = made.instantiate(made.parse_args(argv))
     config: CacheConfig = built.cache
+    check_place("cache.folder", config.folder, folder=True)
     accelerator = Accelerator(mixed_precision=config.precision)
     vqvae = load_tokenizer(config.tokenizer)
     name = tokenizer_hash(vqvae)

@@ -15,6 +15,8 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from sample.images import check_place
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -99,8 +101,7 @@ class RunConfig:
         """Raise ValueError unless the run has a folder: a command without a configuration trains nothing."""
         if not self.run_dir:
             raise ValueError("run.run_dir must name the run's folder: give --config FILE, or --run.run_dir=FOLDER")
-        if Path(self.run_dir).is_file():
-            raise ValueError(f"run.run_dir {self.run_dir} is a file: name a folder")
+        check_place("run.run_dir", self.run_dir, folder=True)
 
     def micro(self, processes: int) -> int:
         """Images per forward pass of one process."""

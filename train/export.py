@@ -28,6 +28,7 @@ class ExportConfig:
     Args:
         model: a training run, or a pipeline folder.
         out: folder of the pipeline; other files in it stay.
+        overwrite: replace the pipeline that is in `out`.
         vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
         dtype: float32, bfloat16 or float16.
         guidance_scale, top_k, top_p, temperature, guidance_ramp: sampling defaults of the model; the second to fourth
@@ -36,6 +37,7 @@ class ExportConfig:
 
     model: str
     out: str
+    overwrite: bool = False
     vqvae: str | None = None
     dtype: str = "bfloat16"
     guidance_scale: float = 3.0
@@ -50,8 +52,12 @@ def export(config: ExportConfig) -> float:
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: on an unknown dtype, or a tokenizer that makes other tokens.
+        ValueError: on an unknown dtype, a tokenizer that makes other tokens, or a pipeline in `out` that is not to be
+            overwritten.
     """
+    out = Path(config.out)
+    if (out / "model_index.json").exists() and not config.overwrite:
+        raise ValueError(f"out {config.out!r} holds a pipeline: name another folder, or set --overwrite=true")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}")
     pipeline = load_pipeline(config.model, dtype=torch.float32, device="cpu")
@@ -62,7 +68,6 @@ def export(config: ExportConfig) -> float:
     for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
             torch.nn.Module.to(part, DTYPES[config.dtype])  # loading casts back what needs float32
-    out = Path(config.out)
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     with silent_loading():

@@ -189,7 +189,11 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
         classes = classes or tuple(sorted(set(given)))
     labels = [label_index(label, classes, str(path)) for label in labels]
     captions = captions or [class_caption(classes, label) for label in labels]
-    return [row["file_name"] for row in rows], labels, captions, classes
+    files = [row.get("file_name") for row in rows]
+    for number, name in enumerate(files, 1):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{path}, image {number}: file_name must be a file's path, got {name!r}")
+    return files, labels, captions, classes
 
 
 def label_index(value: Any, classes: tuple[str, ...] | None, where: str) -> int:

@@ -80,7 +80,7 @@ class TokenCache(Dataset):
         self.manifest = json.loads(path.read_text(encoding="utf-8"))
         if self.manifest["tokenizer_hash"] != tokenizer_hash(vqvae):
             raise ValueError(f"cache {self.folder} was made with another tokenizer than the given one: make it again")
-        self.num_classes = self.manifest["num_classes"]
+        self.num_classes, self.classes = self.manifest["num_classes"], self.manifest.get("classes")
         self.shard_size = self.manifest["shard_size"]
         shards = range(-(-self.manifest["images"] // self.shard_size))
         self.tokens = [np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r") for shard in shards]

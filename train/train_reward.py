@@ -223,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--tokenizer {options.tokenizer} has no config.json")
     if options.tokenizer is None and options.out == SHIPPED:
         parser.error("--tokenizer is needed to replace the shipped reward; give it, or another --out")
+    if not options.out.parent.is_dir() or options.out.is_dir():
+        parser.error(f"--out {options.out} must be a file in a folder that exists")
     start = time.perf_counter()
     try:
         vqvae, device = None, resolve_device(options.device)

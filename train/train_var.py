@@ -334,9 +334,15 @@ def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def exporter(vqvae: MultiScaleVQ, texts: Texts) -> Callable[[Path, VarObjective, dict | None], None]:
-    """Writes the whole pipeline: `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`."""
+def exporter(
+    vqvae: MultiScaleVQ, texts: Texts, classes: Sequence[str] | None = None
+) -> Callable[[Path, VarObjective, dict | None], None]:
+    """Writes the whole pipeline: `transformer/`, `vqvae/` and, for text, `text_encoder/` and `tokenizer/`.
 
+    `classes` are the names of a class model's, as its data set has them.
+    """
+
+    from sample.classes import worth_keeping
     from sample.pipeline import NextScalePipeline
 
     def export(folder: Path, objective: VarObjective, weights: dict | None) -> None:
@@ -348,7 +354,7 @@ def exporter(vqvae: MultiScaleVQ, texts: Texts) -> Callable[[Path, VarObjective,
                 encoder = type(encoder)(encoder.config)
                 encoder.load_state_dict(part(weights, "text_encoder."), strict=False)  # tied tables are saved once
         text = {"tokenizer": texts.tokenizer, "text_encoder": encoder or texts.frozen}
-        pipeline = NextScalePipeline(transformer, vqvae, **text)
+        pipeline = NextScalePipeline(transformer, vqvae, **text, class_names=worth_keeping(classes))
         pipeline.save_pretrained(folder)
         if texts.cache is not None:
             texts.cache.complete(pipeline, folder)
@@ -429,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_data=train_data,
         val_data=val_data,
         prepare=prepare,
-        export=exporter(vqvae, texts),
+        export=exporter(vqvae, texts, train_data.classes if built.transformer.conditioning == "class" else None),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
         depends={"tokenizer": tokenizer_hash(vqvae)},

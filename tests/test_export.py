@@ -1,0 +1,44 @@
+"""A pipeline to hand out: half the size, with its sampling defaults, and never over another one unasked."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from sample.load import load_pipeline
+from train.config import exit_code
+from train.export import main
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def test_an_export_draws_as_the_model_does(class_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--model", str(class_folder), "--out", str(out), "--dtype=float32", "--guidance_scale=2.0", "--top_k=5"]
+    assert exit_code(main, given) == 0
+    assert "MB of weights" in capsys.readouterr().out
+    made, own = (load_pipeline(str(folder), device="cpu") for folder in (out, class_folder))
+    assert made.config.sampling["guidance_scale"] == 2.0 and made.config.sampling["top_k"] == 5
+    chosen = {"guidance_scale": 2.0, "guidance_ramp": "linear", "top_k": 5, "top_p": 1.0, "seed": 3}
+    drawn = [p(class_labels=[1, 2], output_type="pt", **chosen).images for p in (made, own)]
+    assert torch.equal(*drawn)
+    assert str(tmp_path) not in (out / "transformer/config.json").read_text()
+
+
+def test_half_the_size_and_not_over_another(class_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--model", str(class_folder), "--out", str(out)]
+    assert exit_code(main, given) == 0
+    assert size(out) < 0.75 * size(class_folder)
+    (out / "notes.txt").write_text("mine")
+    before = json.loads((out / "model_index.json").read_text())
+    capsys.readouterr()
+    assert exit_code(main, [*given, "--top_k=7"]) == 2
+    assert f"out {str(out)!r} holds a pipeline: name another folder" in capsys.readouterr().err
+    assert json.loads((out / "model_index.json").read_text()) == before
+    assert exit_code(main, [*given, "--top_k=7", "--overwrite=true"]) == 0
+    assert json.loads((out / "model_index.json").read_text())["sampling"]["top_k"] == 7
+    assert (out / "notes.txt").read_text() == "mine" and not list(tmp_path.glob(".tmp-*"))
