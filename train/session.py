@@ -94,7 +94,12 @@ class Objective(nn.Module):
         return {}
 
     def compile_parts(self) -> None:
-        """Compile the parts of fixed shape, in place."""
+        """Compile the parts of fixed shape, in place.
+
+        Raises:
+            ValueError: if the objective has none.
+        """
+        raise ValueError(f"run.compile is not available for {type(self).__name__}")
 
     def halve_stream(self) -> None:
         """Keep what goes from block to block in half precision, too.
