@@ -259,7 +259,8 @@ class GenEvalTree(PngFolder):
 class NpzFile:
     """One npz with `arr_0`, uint8 (N, h, w, 3) in the order of the requests: what ADM's evaluator reads.
 
-    Until it is complete, its shards lie in FILE.parts/.
+    Of a class model there is `arr_1`, int64 (N,), too: the classes, as ADM's own sampler writes them. Until the file is
+    complete, its shards lie in FILE.parts/.
 
     Args:
         path: the file.
@@ -311,13 +312,15 @@ class NpzFile:
         shards = [self._shard(number) for number in range(ceil(len(self.requests) / self.block))]
         shape = (len(self.requests), *np.load(shards[0], mmap_mode="r").shape[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with (
-            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as file,
-        ):
-            np.lib.format.write_array_header_1_0(file, header)
-            for shard in shards:
-                file.write(np.load(shard).tobytes())
+        labels = [request.prompt for request in self.requests if isinstance(request.prompt, int)]
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for shard in shards:
+                    file.write(np.load(shard).tobytes())
+            if len(labels) == len(self.requests):
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.array(labels, np.int64))
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,9 @@ def test_classes_to_npz(sample, class_pipeline, tmp_path):
     assert sample("--class", "0-1,4", "--n", 2, "--seed", 5, "--out", file, model="class")[0] == 0
     assert names(tmp_path) == ["samples.json", "samples.npz"]
     with np.load(file) as made:
-        assert made.files == ["arr_0"]
-        images = made["arr_0"]
+        assert made.files == ["arr_0", "arr_1"]
+        images, labels = made["arr_0"], made["arr_1"]
+    assert labels.dtype == np.int64 and labels.tolist() == [0, 0, 1, 1, 4, 4]
     wanted = class_pipeline(class_labels=[0, 0, 1, 1, 4, 4], seed=5, output_type="np").images
     assert images.dtype == np.uint8 and np.array_equal(images, (wanted * 255).round().astype(np.uint8))
     assert "6 images (6 were there already)" in sample(
@@ -154,7 +155,8 @@ def test_npz_shards_survive(tmp_path):
         again.write(request, picture[request.group, request.place])
     again.finish()
     assert again.missing(requests) == [] and names(tmp_path) == ["x.npz"]
-    assert np.load(tmp_path / "x.npz")["arr_0"][:, 0, 0, 0].tolist() == list(range(9))
+    made = np.load(tmp_path / "x.npz")
+    assert made.files == ["arr_0"] and made["arr_0"][:, 0, 0, 0].tolist() == list(range(9))
 
 
 def test_interrupted(sample, tmp_path, monkeypatch):
