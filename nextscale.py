@@ -48,6 +48,7 @@ NAMES = {
 COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
+    "info": ("sample.info", "what a model is, and what it can be asked for"),
     "evaluate": ("evaluation.cli", "measure images or a model"),
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),

@@ -1,0 +1,111 @@
+"""`nextscale info`: what a model is, what it can be asked for, and what drawing with it takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from sample.pipeline import NextScalePipeline
+
+MIB = 2**20
+SHOWN = 8  # class names in a line
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nextscale info`."""
+    parser.description = "What a model is, what it can be asked for, and what drawing with it takes."
+    parser.add_argument(
+        "model", nargs="?", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line on each part of the model; 0.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model.
+    """
+    from sample.load import load_pipeline, model_folder
+
+    folder = model_folder(args.model)
+    facts = list(describe(load_pipeline(folder, dtype="float32", device="cpu")))
+    print(f"{args.model}: {folder}" if str(folder) != args.model else folder)
+    for name, what in facts:
+        print(f"  {name:12}  {what}")
+    return 0
+
+
+def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
+    """Names and facts, from the configurations and shapes alone."""
+    model, vqvae = pipeline.transformer, pipeline.vqvae
+    config, schedule = model.config, model.schedule
+    h, w = (vqvae.stride * side for side in schedule.latent_hw)
+    yield "draws", f"images of {w} x {h} pixels from {'classes' if pipeline.by_class else 'texts'}"
+    yield "prompts", prompts(pipeline)
+    yield "defaults", sampling(pipeline)
+    tokens = f"of {vqvae.quantizer.channels} bits" if config.bitwise else f"of {config.vocab_size:,} codes"
+    sides = ", ".join(str(h) if h == w else f"{h}x{w}" for h, w in schedule.sides)
+    yield "scales", f"sides {sides}: {schedule.total:,} tokens {tokens}, a cell of {vqvae.stride} pixels"
+    shape = f"{len(model.blocks)} layers of width {config.width}, {config.heads} heads, {config.positions} positions"
+    yield "transformer", f"{millions(model)}; {shape}"
+    if pipeline.refiner is not None:
+        made = (
+            f"after {pipeline.config.handover} scales" if pipeline.config.handover is not None else "where a plan says"
+        )
+        yield "refiner", f"{millions(pipeline.refiner)}; {len(pipeline.refiner.blocks)} layers, takes over {made}"
+    yield "tokenizer", f"{millions(vqvae)}; {vqvae.quantizer.channels} latent channels"
+    if pipeline.text_encoder is not None:
+        yield "text encoder", f"{millions(pipeline.text_encoder)}; {type(pipeline.text_encoder).__name__}"
+    yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
+    yield (
+        "--cache",
+        "calibrated" if config.selectivity is not None else "window, streaming, snapkv; ScaleKV after calibrate",
+    )
+    yield "memory", memory(pipeline)
+
+
+def prompts(pipeline: NextScalePipeline) -> str:
+    """What a model can be asked for."""
+    from sample.classes import names_of
+
+    config = pipeline.transformer.config
+    if not pipeline.by_class:
+        return f"texts of up to {config.text_length} tokens, by a {type(pipeline.tokenizer).__name__}"
+    names = names_of(pipeline.config.class_names, config.num_classes)
+    numbers = f"{config.num_classes:,} classes, 0 to {config.num_classes - 1}"
+    if names is None:
+        return f"{numbers}, without names"
+    usual = ", ".join(given[0] for given in names[:SHOWN])
+    return f"{numbers}: {usual}{', ...' if len(names) > SHOWN else ''}"
+
+
+def sampling(pipeline: NextScalePipeline) -> str:
+    """The model's own settings; others are those of a call."""
+    own = {name: value for name, value in (pipeline.config.sampling or {}).items() if value is not None}
+    return (
+        ", ".join(f"{name} {value}" for name, value in own.items()) or "those of a call: the model has none of its own"
+    )
+
+
+def millions(module: torch.nn.Module) -> str:
+    """The number of parameters."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:,.1f} M parameters"
+
+
+def memory(pipeline: NextScalePipeline) -> str:
+    """Predicted for one image in two precisions (`sample.memory`), with the text encoder's weights."""
+    import torch
+
+    from sample.memory import predict, weight_bytes
+
+    plan, said = pipeline.make_plan(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        text = 0 if pipeline.text_encoder is None else weight_bytes(pipeline.text_encoder, dtype)
+        length = 0 if pipeline.by_class else pipeline.transformer.config.text_length
+        peak = text + predict(plan, pipeline.vqvae, 1, dtype, text_tokens=length).peak
+        said.append(f"{peak / MIB:,.0f} MiB in {str(dtype).removeprefix('torch.')}")
+    return f"one image takes about {', '.join(said)}"

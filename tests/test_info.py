@@ -1,0 +1,30 @@
+"""`nextscale info`: facts of a model folder, without drawing anything."""
+
+from __future__ import annotations
+
+import nextscale
+from sample.info import describe
+from sample.pipeline import NextScalePipeline
+
+
+def test_a_class_model(class_pipeline):
+    facts = dict(describe(class_pipeline))
+    assert facts["draws"] == "images of 8 x 8 pixels from classes"
+    assert facts["prompts"] == "5 classes, 0 to 4, without names"
+    assert facts["scales"] == "sides 1, 2, 4: 21 tokens of 16 codes, a cell of 2 pixels"
+    assert facts["shapes"] == "this one only" and "calibrate" in facts["--cache"] and "refiner" not in facts
+    named = ["cat, felis", "dog", "owl", "newt", "ant"]
+    own = NextScalePipeline(class_pipeline.transformer, class_pipeline.vqvae, class_names=named, sampling={"top_k": 3})
+    facts = dict(describe(own))
+    assert facts["prompts"] == "5 classes, 0 to 4: cat, dog, owl, newt, ant" and facts["defaults"] == "top_k 3"
+
+
+def test_a_text_model_on_the_command_line(text_folder, capsys):
+    assert nextscale.main(["info", str(text_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(text_folder)
+    facts = {line[:14].strip(): line[16:] for line in lines[1:]}
+    assert facts["draws"] == "images of 8 x 8 pixels from texts" and "T5EncoderModel" in facts["text encoder"]
+    assert facts["memory"].startswith("one image takes about ")
+    assert nextscale.main(["info", "no/such/model"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
