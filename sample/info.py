@@ -53,18 +53,15 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     shape = f"{len(model.blocks)} layers of width {config.width}, {config.heads} heads, {config.positions} positions"
     yield "transformer", f"{millions(model)}; {shape}"
     if pipeline.refiner is not None:
-        made = (
-            f"after {pipeline.config.handover} scales" if pipeline.config.handover is not None else "where a plan says"
-        )
-        yield "refiner", f"{millions(pipeline.refiner)}; {len(pipeline.refiner.blocks)} layers, takes over {made}"
+        border = pipeline.config.handover
+        takes = "takes over where a plan says" if border is None else f"takes over after {border} scales"
+        yield "refiner", f"{millions(pipeline.refiner)}; {len(pipeline.refiner.blocks)} layers, {takes}"
     yield "tokenizer", f"{millions(vqvae)}; {vqvae.quantizer.channels} latent channels"
     if pipeline.text_encoder is not None:
         yield "text encoder", f"{millions(pipeline.text_encoder)}; {type(pipeline.text_encoder).__name__}"
     yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
-    yield (
-        "--cache",
-        "calibrated" if config.selectivity is not None else "window, streaming, snapkv; ScaleKV after calibrate",
-    )
+    calibrated = config.selectivity is not None
+    yield "--cache", "ScaleKV (calibrated)" if calibrated else "window, streaming, snapkv; ScaleKV after calibrate"
     yield "memory", memory(pipeline)
 
 
@@ -86,9 +83,7 @@ def prompts(pipeline: NextScalePipeline) -> str:
 def sampling(pipeline: NextScalePipeline) -> str:
     """The model's own settings; others are those of a call."""
     own = {name: value for name, value in (pipeline.config.sampling or {}).items() if value is not None}
-    return (
-        ", ".join(f"{name} {value}" for name, value in own.items()) or "those of a call: the model has none of its own"
-    )
+    return ", ".join(f"{name} {value}" for name, value in own.items()) or "none of its own"
 
 
 def millions(module: torch.nn.Module) -> str:
