@@ -21,7 +21,7 @@ AXES = (
 
 def draw(rows: Sequence[dict], path: Path) -> None:
     """FD-scenes and score against speed and cache."""
-    qualities = (("fd_scenes", "FD-scenes (lower is better)"), ("score", "scene score"))
+    qualities = (("fd_scenes", "FD-scenes (lower is better)"), ("score", "scene score (higher is better)"))
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(14, 4.6 * len(qualities)), layout="constrained")
         grid = figure.subplots(len(qualities), 2)
@@ -31,6 +31,9 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 axes.set(xlabel=label, ylabel=name, xscale="log")
                 axes.xaxis.set_major_formatter(ScalarFormatter())
                 axes.xaxis.set_minor_formatter(ScalarFormatter())
+                if quality == "fd_scenes":  # from 7 to 300
+                    axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter(ScalarFormatter())
         figure.legend(*grid[0][1].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 

@@ -200,11 +200,12 @@ def check(points: Sequence[Point]) -> list[str]:
 
 # --- picture ----------------------------------------------------------------------------------------------------------
 
+NO_FLOOR = 1e-3  # a fitted floor below this share of the smallest value is none
 LABELS = {
-    "loss": "loss, all scales",
-    "loss_last": "loss, last scale",
-    "error": "token error, all scales",
-    "error_last": "token error, last scale",
+    "loss": "loss, nats a token (or bit), all scales",
+    "loss_last": "loss, nats a token (or bit), last scale",
+    "error": "share of wrong tokens, all scales",
+    "error_last": "share of wrong tokens, last scale",
     "fd_scenes": "FD-scenes",
     "score_error": "1 - scenes score",
 }
@@ -234,7 +235,8 @@ def picture(points: Sequence[Point], path: str | Path) -> None:
         draw(axis, points, figure)
         axis.set_title(LABELS[figure], fontsize=10)
         axis.grid(alpha=0.25, which="both", linewidth=0.5)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="lower left" if draw is _draw_compute else "upper right")
+        _plain_numbers(axis)
     for axis in axes[len(panels) :]:
         axis.axis("off")
     atomically(Path(path), lambda partial: sheet.savefig(partial, dpi=140))
@@ -249,11 +251,12 @@ def _draw_size(axis, points: Sequence[Point], figure: str) -> None:
     for form, style in (("power", "-"), ("floor", "--")):
         if len(x) >= 5 or form == "power":
             law = FITS[form](x, values)
-            label = f"{law.text.replace('x', 'N')}, r = {law.pearson:.4f}"
-            axis.plot(line * 1e3, law(line), style, color="#c0504d", linewidth=1.2, label=label)
+            if law.floor > NO_FLOOR * values.min() or form == "power":
+                label = f"{law.text.replace('x', 'N')}, r = {law.pearson:.4f}"
+                axis.plot(line * 1e3, law(line), style, color="#c0504d", linewidth=1.2, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("parameters (millions)")
+    axis.set_xlabel("parameters, millions (N: billions)")
 
 
 def _draw_compute(axis, points: Sequence[Point], figure: str) -> None:
@@ -263,11 +266,15 @@ def _draw_compute(axis, points: Sequence[Point], figure: str) -> None:
     for point in points:
         if figure in point and "compute" in point:
             runs.setdefault(str(point["run"]), []).append(point)
-    sizes = sorted({run[0]["parameters"] for run in runs.values()})
+    sizes, named = sorted({run[0]["parameters"] for run in runs.values()}), set()
     for run in runs.values():
-        colour = colormaps["viridis"](sizes.index(run[0]["parameters"]) / max(len(sizes) - 1, 1))
+        size = run[0]["parameters"]
+        colour = colormaps["viridis"](sizes.index(size) / max(len(sizes) - 1, 1))
         run = sorted(run, key=lambda p: p["compute"])
-        axis.plot([p["compute"] / 1e15 for p in run], [p[figure] for p in run], "-", color=colour, linewidth=1)
+        x, y = [p["compute"] / 1e15 for p in run], [p[figure] for p in run]
+        label = None if size in named else f"{size / 1e6:.2g} M parameters"
+        axis.plot(x, y, "-", color=colour, linewidth=1, label=label)
+        named.add(size)
     best = compute_frontier(points, figure)
     x = [p["compute"] / 1e15 for p in best]
     if len(set(x)) >= 3:
@@ -276,4 +283,16 @@ def _draw_compute(axis, points: Sequence[Point], figure: str) -> None:
         axis.plot(x, law(np.array(x)), "--", color="#c0504d", linewidth=1.4, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("training compute (PFLOPs)")
+    axis.set_xlabel("training compute C, PFLOP")
+
+
+def _plain_numbers(axis) -> None:
+    """Numbers as they are written, and as many as fit: 0.2, 0.3, 0.5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for one in (axis.xaxis, axis.yaxis):
+        low, high = one.get_view_interval()
+        subs = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7) if high > 1.5 * low else range(1, 10)
+        one.set_major_locator(LogLocator(subs=subs))
+        one.set_major_formatter(StrMethodFormatter("{x:g}"))
+        one.set_minor_formatter(NullFormatter())

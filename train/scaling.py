@@ -294,7 +294,6 @@ def report(args: argparse.Namespace, points: list[dict]) -> int:
     if args.out is None:
         return 0
     write_points(args.out.with_suffix(".csv"), points)
-    picture(points, args.out.with_suffix(".png"))
     parser = argparse.ArgumentParser()
     configure(parser)
     command = command_line("nextscale scaling", vars(args), vars(parser.parse_args([])))
@@ -302,5 +301,6 @@ def report(args: argparse.Namespace, points: list[dict]) -> int:
     seeds = sorted({int(point.get("seed", 0)) for point in points})
     settings = {"bootstrap_resamples": args.bootstrap, "points": len(points), "cautions": cautions}
     write_result(args.out, result(rows, command=command, n=runs, seeds=seeds, settings=settings))
+    picture(points, args.out.with_suffix(".png"))  # last: where it cannot be drawn, the figures are kept
     print(f"written: {args.out}")
     return 0
