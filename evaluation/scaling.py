@@ -8,6 +8,7 @@ scales and over the last one), `error`, `error_last` (share of wrong tokens), `f
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def write_points(path: str | Path, points: Sequence[Point]) -> None:
 def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int, seed: int = 0) -> list[Point]:
     """A point for every validation of a training run (`metrics.jsonl`), the last one final.
 
-    Raises FileNotFoundError if there is no validation.
+    Raises FileNotFoundError if there is no validation, ValueError if it has no loss by scale.
     """
     folder = Path(folder)
     path, rows = folder / "metrics.jsonl", {}
@@ -87,7 +88,10 @@ def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int,
     points = []
     for step in sorted(rows):
         row = rows[step]
-        last = [name.removeprefix("loss_") for name in row if name.startswith("loss_")][-1]
+        scales = [name.removeprefix("loss_") for name in row if re.fullmatch(r"loss_\d+x\d+(-\d+)?", name)]
+        if not scales:
+            raise ValueError(f"run {folder} has no loss by scale, as a refiner's has none: it is no point of a law")
+        last = scales[-1]
         points.append(
             {
                 "run": folder.name,

@@ -39,7 +39,7 @@ class Filter:
     Attributes:
         top_k: keep the k most likely tokens and their ties; 0 keeps all.
         top_p: then keep the smallest set with probability above p, in (0, 1]; 1 keeps all.
-        temperature: logits are divided by it, above 0.
+        temperature: logits are divided by it, in [1e-6, 1e6].
         temperature_last: divide after the filters instead of before (CoDe's order).
     """
 
@@ -49,12 +49,12 @@ class Filter:
     temperature_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be 0 (all) or a whole number above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 1e-6 <= self.temperature <= 1e6:  # beyond, logits are infinite, or all alike
+            raise ValueError(f"temperature must be in [1e-6, 1e6], got {self.temperature}")
 
     def __call__(self, logits_BlV: torch.Tensor) -> torch.Tensor:
         """Logits with forbidden tokens at -inf; a new tensor."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST = 1000  # beyond it logits are infinite sooner or later
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -32,8 +34,8 @@ class Guidance:
             raise ValueError(f"guidance ramp must be linear or constant, got {self.ramp!r}")
         weights = self.scale if isinstance(self.scale, Sequence) else [self.scale]
         for weight in weights:
-            if not weight >= 0:
-                raise ValueError(f"guidance must be 0 (none) or more, got {weight}")
+            if not 0 <= weight <= LARGEST:
+                raise ValueError(f"guidance must be in [0, {LARGEST}], 0 being none, got {weight}")
 
     def weight(self, k: int, num_scales: int) -> float:
         """t of scale k."""

@@ -335,6 +335,8 @@ class NextScalePipeline(DiffusionPipeline):
         schedule = self._schedule(settings.pop("aspect", None), settings.pop("size", None))
         guided = {field: settings.pop(name) for name, field in GUIDANCE_WORDS.items() if name in settings}
         if "blocks" in guided:
+            if not guided["blocks"]:
+                raise ValueError("guidance_blocks must name at least one block, or be left out")
             guided |= {"blocks": tuple(guided["blocks"]), "on_logits": False}
         words = {name: settings.pop(name) for name in PLAN_WORDS if name in settings}
         if not isinstance(plan, PlanConfig):

@@ -167,6 +167,7 @@ def test_points_are_read_from_a_run(tmp_path):
     rows = [{"kind": "train", "step": 1, "images": 8, "loss": 9}]
     for step, loss in ((1, 4.0), (2, 3.5), (2, 3.0)):
         figures = {"loss": loss, "accuracy": 0.25, "loss_1x1": 1.0, "loss_4x4": 2.0, "accuracy_1x1": 0.5}
+        figures |= {"loss_depth2": 7.0, "accuracy_depth2": 0.0}  # a supernet's, after those of the scales
         rows.append({"kind": "validation", "step": step, "images": 8 * step, **figures, "accuracy_4x4": 0.125})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = points_of_run(tmp_path, tokens_per_image=21, parameters=100, seed=3)
@@ -177,6 +178,10 @@ def test_points_are_read_from_a_run(tmp_path):
     }
     with pytest.raises(FileNotFoundError, match="no validation"):
         points_of_run(tmp_path / "none", tokens_per_image=1, parameters=1)
+    row = {"kind": "validation", "step": 1, "images": 8, "loss": 1.0, "accuracy": 0.5, "kl_1x1": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="has no loss by scale"):
+        points_of_run(tmp_path, tokens_per_image=1, parameters=1)
 
 
 def test_weights_are_counted_from_headers(tiny_class_model, tmp_path):

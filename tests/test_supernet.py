@@ -98,6 +98,8 @@ def test_a_bridge_runs_all_layers_and_the_rest_a_subnet(options):
     for other in (full, subnet):
         assert (bridged[:, 5:] - other[:, 5:]).abs().max() > 1e-3
     torch.testing.assert_close(model(x, cond, layers=range(4), bridge=2), full, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"bridge must be in \[0, 3\), and 0 unless scales begin at 0; got 3"):
+        model(x, cond, layers=[0, 3], bridge=3)
 
 
 def test_skipped_layers_learn_from_the_bridge():

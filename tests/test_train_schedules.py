@@ -119,6 +119,7 @@ def test_optimizer_settings_are_checked(bad):
 def test_token_weights_sum_to_one(kind):
     weights = token_weights(ScaleSchedule.of("1x2,2x2,3x4"), kind)
     assert weights.shape == (18,) and weights.sum() == pytest.approx(1)
+    assert token_weights(ScaleSchedule.of("4,4"), kind).tolist() == pytest.approx([1 / 32] * 32)
 
 
 def test_lognorm_weights_are_the_published_ones():

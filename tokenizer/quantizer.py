@@ -263,11 +263,11 @@ class MultiScaleQuantizer(PyramidQuantizer):
     def _nearest(self, z_BChw: torch.Tensor) -> torch.Tensor:
         z_NC = rearrange(z_BChw, "b c h w -> (b h w) c")
         codes_VC = self.codebook.weight.float()
-        if self.cosine:  # only the search is by angle: the code that is looked up keeps its length
-            ids_N = (F.normalize(z_NC, dim=-1) @ F.normalize(codes_VC, dim=-1).T).argmax(dim=1)
-        else:  # |z - e|^2, in the order of operations of the official code
-            distance_NV = z_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
-            with product_precision("ieee"):
+        with product_precision("ieee"):
+            if self.cosine:  # only the search is by angle: the code that is looked up keeps its length
+                ids_N = (F.normalize(z_NC, dim=-1) @ F.normalize(codes_VC, dim=-1).T).argmax(dim=1)
+            else:  # |z - e|^2, in the order of operations of the official code
+                distance_NV = z_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
                 ids_N = torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2, beta=1).argmin(dim=1)
         return ids_N.view(len(z_BChw), -1)
 

@@ -305,8 +305,8 @@ def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
     """
     K = len(schedule)
     side_K = torch.tensor([(h * w) ** 0.5 for h, w in schedule.sides], dtype=torch.float64)
-    if kind == "lognorm" and K > 1:
-        r_K = side_K / side_K[-1]
+    r_K = side_K / side_K[-1]
+    if kind == "lognorm" and K > 1 and r_K.std() > 0:
         scale_K = torch.exp(-0.5 * ((r_K.flip(0) - r_K.mean()) / r_K.std()) ** 2)
     elif kind == "token":
         scale_K = torch.tensor(schedule.lengths, dtype=torch.float64)

@@ -87,6 +87,7 @@ def parser():
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
+    made.add_argument("--ada_gain", type=float, default=0.5, help="initial gain of the other modulations (VAR's aln)")
     backends = "attention in training: grouped (a call for each large scale), sdpa (one mask), or flex (on CUDA only)"
     made.add_argument("--attention", type=Literal["grouped", "sdpa", "flex"], default="grouped", help=backends)
     made.add_class_arguments(TextConfig, "text")
@@ -179,7 +180,7 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
         if config.aspects.folder is not None and sizes["rope_grid"] is None:  # positions mean the same at all shapes
             sizes["rope_grid"] = list(schedule_of(*vqvae.schedule.latent_hw).grid_hw)
         model = NextScaleTransformer(**sizes)
-        model.init_weights(gate_gain=config.gate_gain)
+        model.init_weights(gate_gain=config.gate_gain, ada_gain=config.ada_gain)
         return model
     rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
     changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size

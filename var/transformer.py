@@ -171,6 +171,9 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             attention_backend: "sdpa", "flex" or "grouped", see `var.masks`.
             schedule: the scales to work on instead of the model's own (another aspect ratio); see `check_schedule`.
             after: for some blocks, what their hidden states (B, l, D) become before the next block.
+
+        Raises:
+            ValueError: on a bridge that is none, or as `check_schedule`.
         """
         schedule = self.check_schedule(schedule)
         scales = scales if scales is not None else range(len(schedule))
@@ -179,6 +182,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
         )
         rope = self._rope(schedule, scales, h.device)
+        if not 0 <= bridge < len(schedule) or (bridge and scales.start > 0):
+            raise ValueError(f"bridge must be in [0, {len(schedule)}), and 0 unless scales begin at 0; got {bridge}")
         begin, short = schedule.begins[scales.start], schedule.begins[bridge]
         if short:
             short_mask = attention_mask(
