@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.elastic_rows import once
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, result, write_result
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ MODELS = [Model(tokens, corrected) for tokens in ("index", "bits") for corrected
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bitwise_example", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.bitwise_example", description=__doc__.split("\n")[0])
     parser.add_argument("--start", default="sample/bundled/vqvae", help="tokenizer that both begin with (the bundled)")
     parser.add_argument("--tokenizer-images", type=int, default=1600, help="images of each tokenizer (1600)")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes that the transformers train on (5000)")
@@ -70,7 +71,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=50, help="images drawn at once (50)")
     parser.add_argument("--train-flags", default="", help="more flags of the transformers' trainings, for trials")
     parser.add_argument("--work", type=Path, default=Path("runs/bitwise-example"), help="folder of all that is trained")
-    parser.add_argument("--out", type=Path, default=Path("results/bitwise_example.json"), help="result, table, picture")
+    add_out(parser, "results/bitwise_example.json", "result, table, picture")
     return parser
 
 
@@ -333,24 +334,15 @@ def picture(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure, write the result, its table and its picture; 2 on bad input, 130 when interrupted."""
+    """Train, measure, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    for name in ("tokenizer_images", "scenes", "images", "per_tag", "tune", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
-    if options.per_tag < PICTURES:
-        parser.error(f"--per-tag must be {PICTURES} or more, got {options.per_tag}")
-    try:
+    with in_one_line(parser, kept="the same command continues"):
+        check_least(options, tokenizer_images=1, scenes=1, images=1, per_tag=PICTURES, tune=1, seed=0, batch_size=1)
         train_all(options)
         write_result(options.out, measure(options))
         picture(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues", file=sys.stderr)
-        return 130
-    print(f"written: {options.out}")
+        print(f"written: {options.out}")
     return 0
 
 

@@ -5,14 +5,14 @@ Exact and computed, not timed: the plans' own caches run on tensors without stor
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.elastic import as_table
+from evaluation.command import Parser, add_out, in_one_line
 from evaluation.report import result, write_result
 from sample.costs import cache_peak
 from sample.images import write_text
@@ -20,7 +20,6 @@ from sample.plan_text import PlanConfig
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
 
-OUT = Path("results/cache_bytes.json")
 PLANS = [
     {},
     {"plan": "supernet:6", "depth": 16},
@@ -41,11 +40,8 @@ def sized(size: str) -> NextScaleTransformer:
         return NextScaleTransformer(**PRESETS[size], schedule="var256", selectivity=index)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compute, write the result and its table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_bytes", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, help=f"result and table ({OUT})")
-    out = parser.parse_args(argv).out
+def measure() -> list[dict[str, Any]]:
+    """A row for each plan."""
     model, refiner = sized("d30"), sized("d16")
     rows = []
     for words in PLANS:
@@ -55,10 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[-1] |= {"peak_cache_mib": size / 2**20, "cache_of_full": 1.0}
     for row in rows:
         row["cache_of_full"] = row["peak_cache_mib"] / rows[0]["peak_cache_mib"]
-    settings = {"model": "d30", "refiner": "d16", "schedule": "var256", "dtype": "bfloat16", "rows_per_image": 2}
-    write_result(out, result(rows, command="python -m benchmarks.cache_bytes", n=1, seeds=None, settings=settings))
-    write_text(out.with_suffix(".md"), as_table(rows) + "\n")
-    print(as_table(rows))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compute, write the result and its table."""
+    parser = Parser(prog="python -m benchmarks.cache_bytes", description=__doc__.split("\n")[0])
+    add_out(parser, "results/cache_bytes.json", "result and table")
+    out = parser.parse_args(argv).out
+    with in_one_line(parser):
+        rows = measure()
+        settings = {"model": "d30", "refiner": "d16", "schedule": "var256", "dtype": "bfloat16", "rows_per_image": 2}
+        write_result(out, result(rows, command="python -m benchmarks.cache_bytes", n=1, seeds=None, settings=settings))
+        write_text(out.with_suffix(".md"), as_table(rows) + "\n")
+        print(as_table(rows))
     return 0
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, figure, result, write_result
 
 MODELS = ("full", "supernet", "refiner", "drafter", "specialised")
@@ -31,7 +32,7 @@ COLUMNS = (
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.elastic", description=__doc__.split("\n")[0])
     parser.add_argument("--full", metavar="MODEL", help="the full model, calibrated (nextscale calibrate)")
     parser.add_argument("--supernet", metavar="MODEL", help="the same after supernet training, calibrated")
     parser.add_argument("--refiner", metavar="MODEL", help="a smaller model of the same tokens and texts")
@@ -48,7 +49,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     parser.add_argument("--work", type=Path, help="where finished rows are kept (cache/elastic/...)")
-    parser.add_argument("--out", type=Path, default=Path("results/elastic.json"), help="result, table and picture")
+    add_out(parser, "results/elastic.json", "result, table and picture")
     return parser
 
 
@@ -111,24 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    if min(options.per_tag, options.batch_size, options.repeats) < 1 or options.seed < 0:
-        parser.error("--per-tag, --batch-size and --repeats must be 1 or more, --seed 0 or more")
-    try:
+    with in_one_line(parser, kept="the same command continues"):
+        check_least(options, per_tag=1, batch_size=1, repeats=1, seed=0)
         content = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues", file=sys.stderr)
-        return 130
-    if content is None:
-        return 0
-    from benchmarks.tables import write_picture
-    from sample.images import write_text
+        if content is None:
+            return 0
+        from benchmarks.tables import write_picture
+        from sample.images import write_text
 
-    write_result(options.out, content)
-    write_text(options.out.with_suffix(".md"), as_table(content["rows"]) + "\n")
-    write_picture(picture, content, options.out)
-    print(f"written: {options.out}")
+        write_result(options.out, content)
+        write_text(options.out.with_suffix(".md"), as_table(content["rows"]) + "\n")
+        write_picture(picture, content, options.out)
+        print(f"written: {options.out}")
     return 0
 
 

@@ -22,8 +22,9 @@ from benchmarks.elastic_rows import Row
 from benchmarks.gpu import device_name
 from benchmarks.models import check_size, random_transformer
 from benchmarks.sampling import whole_numbers
-from benchmarks.tables import check_counts, measured
+from benchmarks.tables import measured
 from benchmarks.timing import spread
+from evaluation.command import Parser, check_least
 from evaluation.report import command_line, result
 from sample.costs import plan_work
 from sample.fast import accelerate, supported
@@ -40,7 +41,7 @@ COLUMNS += ("peak_cache_mib", "cache_of_full")
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic_speed", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.elastic_speed", description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="d30", help="published size, random weights (d30)")
     parser.add_argument("--refiner", default="d16", help="the smaller one (d16)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
@@ -50,7 +51,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (3)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (bfloat16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
-    parser.add_argument("--out", type=Path, help="result, table and picture (results/elastic_d30.json, ..._gpu.json)")
+    parser.add_argument("--out", type=Path, help="result, table, picture (overwrites results/elastic_d30.json or _gpu)")
     return parser
 
 
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every row, in turns; the result as `report.result` makes it."""
     for size in (options.size, options.refiner):
         check_size(size)
-    check_counts(options, "batch_size", "rounds", "bridge")
+    check_least(options, batch_size=1, rounds=1, bridge=1)
     if resolve_device(options.device).type == "cpu":
         torch.set_num_threads(1)
     pipeline, batch = build(options), options.batch_size

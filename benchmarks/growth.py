@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.growth_runs import IMAGES, SIDES, Shape, operations, plan_of, timed, together
 from benchmarks.models import random_transformer
-from benchmarks.tables import check_counts, lines, write_picture
+from benchmarks.tables import lines, write_picture
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.report import command_line, result, write_result
 from sample.images import write_text
 from sample.load import resolve_device
@@ -62,7 +63,7 @@ DEFAULTS = {
 
 def parser_of() -> argparse.ArgumentParser:
     """The options; those that depend on the device are None until `with_defaults`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.growth", description=__doc__.split("\n")[0])
     cpu, cuda = DEFAULTS.values()
     for name, what in (
         ("sides", f"two or more of {','.join(SIDES)}"),
@@ -77,7 +78,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--processes", help="at the same time, on a CPU (1,2,4,... up to its cores)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, the fastest counts (3)")
     parser.add_argument("--device", default="cpu", help="cpu (one thread), cuda, cuda:1, ... (cpu)")
-    parser.add_argument("--out", type=Path, help="result, table and picture (results/growth_cpu.json or _gpu)")
+    parser.add_argument("--out", type=Path, help="result, table, picture (overwrites results/growth_cpu.json or _gpu)")
     return parser
 
 
@@ -97,7 +98,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     filled.device = str(device)
     if not set(filled.sides.split(",")) <= set(SIDES) or "," not in filled.sides:
         raise ValueError(f"--sides must be two or more of {', '.join(SIDES)}, got {filled.sides!r}")
-    check_counts(filled, "width", "depth", "batch", "repeats")
+    check_least(filled, width=1, depth=1, batch=1, repeats=1)
     return filled
 
 
@@ -219,36 +220,42 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(lines(list(part), names) for part, names in made) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the result, its table and its picture."""
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What else the figures depend on."""
     from benchmarks.gpu import device_name
 
-    def picture(content: dict, path: Path) -> None:
-        from benchmarks.speed_picture import draw_growth
+    settings = {"width": options.width, "depth": options.depth, "side": int(SIDE), "batch": options.batch}
+    settings |= {"guided": True, "device": device_name(options.device)}
+    if options.device != "cpu":
+        return settings | {"dtype": "bfloat16", "clock": "wall clock, synchronised"}
+    clock = "processor time of one thread; processes: wall clock"
+    return settings | {"dtype": "float32", "clock": clock, "images_of_each_process": IMAGES}
 
-        model = f"transformer of {options.depth} layers, {options.width} wide, with guidance"
-        draw_growth(content["rows"], path, f"Cost of drawing: {model}; {where}")
 
+def picture(content: dict, path: Path) -> None:
+    """All curves."""
+    from benchmarks.speed_picture import draw_growth
+
+    of = content["settings"]
+    model = f"transformer of {of['depth']} layers, {of['width']} wide, with guidance"
+    where = "one CPU thread" if of["device"] == "cpu" else of["device"]
+    draw_growth(content["rows"], path, f"Cost of drawing: {model}; {where}, {of['dtype']}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result, its table and its picture."""
     parser = parser_of()
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    try:
+    with in_one_line(parser):
         options = with_defaults(given)
         rows = measure(options)
-    except ValueError as error:
-        parser.error(str(error))
-    command = command_line("python -m benchmarks.growth", vars(given), vars(parser_of().parse_args([])))
-    settings = {"width": options.width, "depth": options.depth, "side": int(SIDE), "batch": options.batch}
-    on_cpu = options.device == "cpu"
-    settings |= {"guided": True, "device": device_name(options.device), "dtype": "float32" if on_cpu else "bfloat16"}
-    where = "one CPU thread, float32" if on_cpu else f"{settings['device']}, bfloat16"
-    settings["clock"] = "processor time of one thread; processes: wall clock" if on_cpu else "wall clock, synchronised"
-    settings |= {"images_of_each_process": IMAGES} if on_cpu else {}
-    content = result(rows, command=command, n=options.repeats, seeds=0, settings=settings)
-    write_result(options.out, content)
-    write_text(options.out.with_suffix(".md"), table(rows))
-    print(table(rows))
-    write_picture(picture, content, options.out)
+        command = command_line("python -m benchmarks.growth", vars(given), vars(parser_of().parse_args([])))
+        content = result(rows, command=command, n=options.repeats, seeds=0, settings=settings_of(options))
+        write_result(options.out, content)
+        write_text(options.out.with_suffix(".md"), table(rows))
+        print(table(rows))
+        write_picture(picture, content, options.out)
     return 0
 
 

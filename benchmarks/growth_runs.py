@@ -149,8 +149,8 @@ def together(shape: Shape, processes: int, repeats: int) -> dict[str, float]:
     """The point of some processes with one thread each: seconds on the wall clock until the last one is done."""
     jobs = partial(drawing_jobs, shape, multiprocessing.get_context("spawn").Barrier(processes, timeout=600))
     with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(processes))  # first: it ends when no worker has its threads wait
         workers = [stack.enter_context(Worker(jobs, threads=1)) for _ in range(processes)]
-        pool = stack.enter_context(ThreadPoolExecutor(processes))
         for worker in workers:
             worker.built()
         seconds = []

@@ -5,12 +5,14 @@ python -m benchmarks.infinity_memory --out results/infinity_memory.json
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from evaluation.report import result, table, write_result
+from evaluation.command import Parser, add_out, in_one_line
+from evaluation.report import portable, result, table, write_result
 from sample.memory import unit_bytes, weight_bytes
 from sample.offload import decoding_units, drawing_units
 from tokenizer.aspects import aspect_schedule
@@ -72,16 +74,18 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compute, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="results/infinity_memory.json")
-    out = parser.parse_args().out
-    rows = [measure(name) for name in TOKENIZERS]
-    print(table(rows, list(rows[0])))
-    command = f"python -m benchmarks.infinity_memory --out {out}"
-    write_result(out, result(rows, command=command, n=1, seeds=None))
+    parser = Parser(prog="python -m benchmarks.infinity_memory", description=__doc__.split("\n")[0])
+    add_out(parser, "results/infinity_memory.json", "result and table")
+    out = parser.parse_args(argv).out
+    with in_one_line(parser):
+        rows = [measure(name) for name in TOKENIZERS]
+        print(table(rows, list(rows[0])))
+        command = f"python -m benchmarks.infinity_memory --out {portable(out)}"
+        write_result(out, result(rows, command=command, n=1, seeds=None))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.gpu import device_name
 from benchmarks.tables import lines, measured
 from benchmarks.timing import spread
+from evaluation.command import Parser
 
 SIZES = {
     "cuda": {"size": "d16", "schedule": "var256", "width": 160, "batch": 64, "steps": 40}
@@ -47,14 +48,14 @@ COLUMNS = ("stage", "images_per_s", "data_wait", "workers")
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.input_pipeline", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.input_pipeline", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda", help="decides the other defaults (cuda)")
     for name, what in HELP.items():
         kind = type(SIZES["cuda"][name])
         parser.add_argument(f"--{name}", type=kind, help=f"{what} ({', '.join(str(s[name]) for s in SIZES.values())})")
     parser.add_argument("--precision", choices=("no", "bf16"), help="(bf16 on CUDA, no on a CPU)")
     parser.add_argument("--no-compile", action="store_true", help="plain blocks on CUDA, too")
-    parser.add_argument("--out", type=Path, help="result and table (results/input_pipeline_gpu.json, ..._cpu.json)")
+    parser.add_argument("--out", type=Path, help="result, table (overwrites results/input_pipeline_gpu.json or _cpu)")
     return parser
 
 
@@ -114,15 +115,23 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
 def trained(
     run_dir: Path, sizes: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Run `train.train_var`: its own images a second and share of waiting, but for the start."""
+    """Run `train.train_var`: its own images a second and share of waiting, but for the start.
+
+    Raises:
+        KeyboardInterrupt: if it was interrupted.
+    """
     from train import train_var
+    from train.session import Stopped
     from var.presets import PRESETS
 
     shape = {name: value for name, value in PRESETS[sizes["size"]].items() if name != "drop_path"}
     never = {"validate_every": 10**9, "checkpoint_every": 10**9, "validation_images": 1, "previews": 0}
     run = {**run, **never, "run_dir": run_dir, "log_every": max(1, sizes["steps"] // LINES), "bar_every": 60, "ema": 0}
     run |= {"batch_size": sizes["batch"], "total_images": sizes["batch"] * sizes["steps"]}
-    train_var.main(words({**given, "transformer": shape, "run": run}))
+    try:
+        train_var.main(words({**given, "transformer": shape, "run": run}))
+    except Stopped as stopped:
+        raise KeyboardInterrupt from stopped
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [line for line in metrics if line["kind"] == "train"][STARTING:]
     row = {"workers": run["workers"], **spread("images_per_s", [line["images_per_s"] for line in kept])}

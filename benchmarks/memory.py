@@ -21,6 +21,7 @@ from benchmarks.live import LiveBytes
 from benchmarks.models import random_pipeline, random_transformer
 from benchmarks.tables import lines, write_lines
 from benchmarks.timing import Job, Worker
+from evaluation.command import Parser, in_one_line
 from evaluation.report import command_line, result, write_result
 from sample.fast import accelerate
 from sample.graphs import shared_pool
@@ -65,10 +66,10 @@ ON_GPU += ("kept_allocated_mib", "kept_reserved_mib", "drawing_s")
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--batches", default="1,4", help="of the model that is measured on a CPU (1,4)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    parser.add_argument("--out", type=Path, help="result and table (results/memory_cpu.json or _gpu)")
+    parser.add_argument("--out", type=Path, help="result and table (overwrites results/memory_cpu.json or _gpu)")
     return parser
 
 
@@ -199,17 +200,12 @@ def published_on(device: torch.device, write: Callable[[list[dict[str, Any]]], N
             write(rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compute, measure, write the result and its table."""
+def measure(options: argparse.Namespace) -> None:
+    """Compute, measure, write the result and its table; on a GPU after every variant."""
     from benchmarks.gpu import device_name
     from benchmarks.sampling import whole_numbers
 
-    parser = parser_of()
-    options = parser.parse_args(argv)
-    try:
-        batches, device = whole_numbers("--batches", options.batches), resolve_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    batches, device = whole_numbers("--batches", options.batches), resolve_device(options.device)
     on_cpu = device.type == "cpu"
     settings = {"sampling": SETTINGS, "guided": True, "device": device_name(str(device))}
     settings |= {"measured": " ".join(map(str, SMALL))} if on_cpu else {}
@@ -225,6 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(rows + [measured(batch) for batch in batches])
     else:
         published_on(device, write)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compute, measure, write the result and its table."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    with in_one_line(parser, kept="what was written is kept"):
+        measure(options)
     return 0
 
 

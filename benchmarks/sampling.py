@@ -33,6 +33,7 @@ from benchmarks.timing import (
     summary,
     undisturbed,
 )
+from evaluation.command import Parser, add_out
 
 OURS = {  # variant -> (dtype, fast)
     "plain_float32": ("float32", "off"),
@@ -58,7 +59,7 @@ COLUMNS += ("drawn_tokens_equal", "drawn_image_error", "forced_tokens_equal")
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.sampling", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--size", default="d16", help="published size, random weights (d16)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
@@ -68,7 +69,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="of each process (2)")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for idle processors (60)")
     parser.add_argument("--work", type=Path, default=Path("cache/speed"), help="where the weights are kept")
-    parser.add_argument("--out", type=Path, default=Path("results/speed_cpu.json"), help="result, table and picture")
+    add_out(parser, "results/speed_cpu.json", "result, table and picture")
     return parser
 
 

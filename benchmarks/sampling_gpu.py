@@ -30,6 +30,7 @@ from benchmarks.gpu import (
     settled,
 )
 from benchmarks.tables import measured
+from evaluation.command import Parser, add_out
 
 SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("size", "schedule", "batch", "variant", "seconds", "images_per_s", "times_official", "times_plain")
@@ -40,7 +41,7 @@ Run = Callable[[int], Any]
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling_gpu", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.sampling_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--size", default="d30", help="published size, random weights (d30)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
@@ -49,7 +50,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", default="9,4", help="timed runs of each variant, by batch (9,4)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of ours (bfloat16)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only to try the command (cuda)")
-    parser.add_argument("--out", type=Path, default=Path("results/speed_gpu.json"), help="result, table and picture")
+    add_out(parser, "results/speed_gpu.json", "result, table and picture")
     return parser
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 from sample.images import atomically
@@ -22,14 +23,14 @@ from sample.load import model_digest
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.score_curve", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.score_curve", description=__doc__.split("\n")[0])
     parser.add_argument("--models", required=True, metavar="IMAGES=MODEL,...", help="images trained on, and a model")
     parser.add_argument("--per-tag", type=int, default=100, help="prompts of each tag (100), one image each")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once (50)")
     parser.add_argument("--top-p", help="of the draws, one or one a scale after commas; the models' own by default")
     parser.add_argument("--guidance", type=float, help="the same on every scale; the models' own by default")
-    parser.add_argument("--out", type=Path, default=Path("results/scenes_curve.json"), help="result, table and picture")
+    add_out(parser, "results/scenes_curve.json", "result, table and picture")
     return parser
 
 
@@ -99,12 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    if min(options.per_tag, options.batch_size) < 1 or options.seed < 0:
-        parser.error("--per-tag and --batch-size must be 1 or more, --seed 0 or more")
     command = command_line(
         "python -m benchmarks.score_curve", vars(options), vars(parser_of().parse_args(["--models="]))
     )
-    try:
+    with in_one_line(parser, kept="the same command measures only what is missing"):
+        check_least(options, per_tag=1, batch_size=1, seed=0)
         points = sorted(map(point, options.models.split(",")))
         common = {"n": len(TAGS) * options.per_tag, "seeds": options.seed, "settings": settings_of(options)}
         done, rows = kept_rows(options), []
@@ -112,10 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(done.get((images, model_digest(model))) or measure(images, model, options))
             print(f"{images} images: {rows[-1]['overall']:.3f}", flush=True)
             write_result(options.out, result(rows, command=command, **common))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    draw(rows, options.out.with_suffix(".png"))
-    print(table(rows, ["images", "overall", *TAGS, "seen", "unseen"]))
+        draw(rows, options.out.with_suffix(".png"))
+        print(table(rows, ["images", "overall", *TAGS, "seen", "unseen"]))
     return 0
 
 

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.tables import write_lines
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, portable, result, write_result
 
 COLUMNS = ("what", "wall_s", "cpu_s", "peak_rss_mib", "weights_mib", "peak_of_weights", "runs")
@@ -27,10 +28,10 @@ LOAD = BARE + "; load_pipeline({model!r}, device='cpu')"
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.startup", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=3, help="of each (3)")
     parser.add_argument("--load", type=Path, metavar="MODEL", help="a large model folder: peak memory of loading it")
-    parser.add_argument("--out", type=Path, default=Path("results/startup_cpu.json"), help="result and table")
+    add_out(parser, "results/startup_cpu.json", "result and table")
     return parser
 
 
@@ -59,12 +60,8 @@ def row_of(what: str, command: Sequence[str], runs: int) -> dict[str, Any]:
     return {"what": what, **{name: median(one[name] for one in found) for name in found[0]}, "runs": runs}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the result and its table."""
-    parser = parser_of()
-    options = parser.parse_args(argv)
-    if options.runs < 1:
-        parser.error("--runs must be 1 or more")
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each thing that starts."""
     door = [sys.executable, "-m", "nextscale"]
     rows = [row_of("nextscale --help", [*door, "--help"], options.runs)]
     rows.append(row_of("nextscale sample --help", [*door, "sample", "--help"], options.runs))
@@ -81,10 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         loaded |= {"weights_mib": size, "peak_of_weights": (loaded["peak_rss_mib"] - bare["peak_rss_mib"]) / size}
         rows.append(loaded)
-    command = command_line("python -m benchmarks.startup", vars(options), vars(parser_of().parse_args([])))
-    settings = {"page_size": resource.getpagesize()}
-    write_result(options.out, result(rows, command=command, n=options.runs, seeds=0, settings=settings))
-    write_lines(options.out.with_suffix(".md"), rows, COLUMNS)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result and its table."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    with in_one_line(parser):
+        check_least(options, runs=1)
+        if options.load is not None and not options.load.is_dir():
+            raise ValueError(f"--load must be a model folder, got {options.load}")
+        rows = measure(options)
+        command = command_line("python -m benchmarks.startup", vars(options), vars(parser_of().parse_args([])))
+        settings = {"page_size": resource.getpagesize()}
+        write_result(options.out, result(rows, command=command, n=options.runs, seeds=0, settings=settings))
+        write_lines(options.out.with_suffix(".md"), rows, COLUMNS)
     return 0
 
 

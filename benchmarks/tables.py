@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from evaluation.command import in_one_line
 from evaluation.report import write_result
 from sample.images import write_text
 
@@ -41,22 +42,20 @@ def measured(
     picture: Callable[[dict, Path], None] | None = None,
     out_of: Callable[[argparse.Namespace], Path] | None = None,
 ) -> int:
-    """Measure, write the result, its table and its picture to `options.out`; a mistake is one line and exit 2.
+    """Measure, write the result, its table and its picture to `options.out`; a mistake or Ctrl-C is told in one line.
 
     Args:
         picture: draws a result into a file.
         out_of: says where to, where `options.out` is None.
     """
-    try:
+    with in_one_line(parser):
         content = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    out = options.out if out_of is None or options.out is not None else out_of(options)
-    write_result(out, content)
-    write_lines(out.with_suffix(".md"), content["rows"], names)
-    if picture is not None:
-        write_picture(picture, content, out)
-    print(f"written: {out}")
+        out = options.out if out_of is None or options.out is not None else out_of(options)
+        write_result(out, content)
+        write_lines(out.with_suffix(".md"), content["rows"], names)
+        if picture is not None:
+            write_picture(picture, content, out)
+        print(f"written: {out}")
     return 0
 
 
@@ -68,10 +67,3 @@ def write_picture(picture: Callable[[dict, Path], None], content: dict, out: Pat
         if error.name != "matplotlib":
             raise
         print("no picture, which needs matplotlib: pip install 'nextscale[plots]'", file=sys.stderr)
-
-
-def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError unless each of some options is 1 or more."""
-    for name in names:
-        if vars(options)[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {vars(options)[name]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -120,6 +121,16 @@ def without_gpus() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C: whoever started them does, and ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 Job = Callable[..., dict[str, Any]]  # a run: what it found out, beside its seconds
 
 
@@ -136,7 +147,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        with without_gpus():
+        with without_gpus(), without_ctrl_c():
             self.process.start()
         theirs.close()
 
@@ -151,7 +162,11 @@ class Worker:
         """Take all threads from now on."""
         self.call("threads", self.threads)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:  # nobody wants its job any more: time to give back its semaphores, not for more
+            self.process.terminate()
+            self.process.join(0.5)
+            self.process.kill()
         self.connection.close()
         self.process.join()
 
@@ -179,6 +194,7 @@ def _serve(connection: Connection, make: Callable[[], dict[str, Job]]) -> None:
 
     from sample.measure import peak_memory, reset_peak
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # with all that happens at the end
     torch.set_num_threads(1)
     try:
         jobs = {**make(), "threads": lambda threads: torch.set_num_threads(threads) or {}}

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.tables import measured
 from benchmarks.timing import Job, Worker, begin_timing, end_timing, interleave, ratios, spread, summary, undisturbed
+from evaluation.command import Parser, add_out, check_least
 
 OURS = {
     "plain_float32": ("float32", "off"),
@@ -28,7 +29,7 @@ COLUMNS += ("peak_rss_mib", "foreign_share", "rounds", "disturbed")
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.tokenizer", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
     parser.add_argument("--width", type=int, default=160, help="of the finest level (160)")
@@ -38,7 +39,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for idle processors (60)")
     parser.add_argument("--work", type=Path, default=Path("cache/speed"), help="where the weights are kept")
     parser.add_argument("--size", default="d16", help="of the random model whose tokenizer it is (d16)")
-    parser.add_argument("--out", type=Path, default=Path("results/tokenizer_cpu.json"), help="result and table")
+    add_out(parser, "results/tokenizer_cpu.json", "result and table")
     return parser
 
 
@@ -106,6 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from tokenizer.model import MultiScaleVQ
     from var.transformer import NextScaleTransformer
 
+    check_least(options, batch=1, rounds=1, threads=1)
     size = check_size(options.size)
     checkout = check_checkout(options.reference) if options.reference is not None else None
     folder = options.work / f"{size}-{options.schedule}-{options.width}"
@@ -149,10 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result and its table."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    if min(options.batch, options.rounds, options.threads) < 1:
-        parser.error("--batch, --rounds and --threads must be 1 or more")
-    return measured(parser, options, measure, (*COLUMNS, "tokens_equal"))
+    return measured(parser, parser.parse_args(argv), measure, (*COLUMNS, "tokens_equal"))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import OFFICIAL, Run, current_device, device_name, figures, in_turns, official_models, settled
-from benchmarks.tables import check_counts, measured
+from benchmarks.tables import measured
 from benchmarks.tokenizer import random_images
+from evaluation.command import Parser, add_out, check_least
 
 Works = dict[str, Run]  # "encode" and "decode"
 COLUMNS = ("work", "variant", "batch", "seconds", "images_per_s", "times_official_float32", "times_official_float16")
@@ -35,14 +36,14 @@ OURS = {  # variant -> (dtype of the weights, autocast to bfloat16, fast)
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer_gpu", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.tokenizer_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
     parser.add_argument("--width", type=int, default=160, help="of the finest level (160)")
     parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant (3)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only to try the command (cuda)")
-    parser.add_argument("--out", type=Path, default=Path("results/tokenizer_gpu.json"), help="result and table")
+    add_out(parser, "results/tokenizer_gpu.json", "result and table")
     return parser
 
 
@@ -103,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.reference import check_checkout
     from evaluation.report import command_line, result
 
-    check_counts(options, "batch", "rounds")
+    check_least(options, batch=1, rounds=1)
     place = current_device(options.device)
     if options.reference is not None:
         check_checkout(options.reference)

@@ -28,6 +28,7 @@ from benchmarks.timing import (
     summary,
     undisturbed,
 )
+from evaluation.command import Parser, add_out, check_least
 
 COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float32", "times_official_bfloat16")
 COLUMNS += ("gflop_per_s", "share_of_ceiling", "loss", "peak_rss_mib", "foreign_share", "rounds", "disturbed")
@@ -41,7 +42,7 @@ THEIRS = {"official_float32": False, "official_bfloat16": True}
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--size", default="d8", help="published size, random weights (d8)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
@@ -50,7 +51,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="of each process (2)")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for idle processors (60)")
     parser.add_argument("--work", type=Path, default=Path("cache/speed"), help="where the weights are kept")
-    parser.add_argument("--out", type=Path, default=Path("results/training_cpu.json"), help="result and table")
+    add_out(parser, "results/training_cpu.json", "result and table")
     return parser
 
 
@@ -169,6 +170,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from tokenizer.model import MultiScaleVQ
     from var.transformer import NextScaleTransformer
 
+    check_least(options, batch=1, rounds=1, threads=1)
     size = check_size(options.size)
     checkout = check_checkout(options.reference) if options.reference is not None else None
     ours, official = kept_models(options.work / f"{size}-{options.schedule}-32", size, options.schedule, width=32)
@@ -199,10 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result and its table."""
     parser = parser_of()
-    options = parser.parse_args(argv)
-    if min(options.batch, options.rounds, options.threads) < 1:
-        parser.error("--batch, --rounds and --threads must be 1 or more")
-    return measured(parser, options, measure, COLUMNS)
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS)
 
 
 if __name__ == "__main__":

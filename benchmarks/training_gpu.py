@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu import Run, ceiling, current_device, device_name, figures, in_turns, official_models, settled
-from benchmarks.tables import check_counts, measured
+from benchmarks.tables import measured
 from benchmarks.training import official_loss, random_batch, step_flops, without_drops
+from evaluation.command import Parser, add_out, check_least
 
 CLIP = 2.0
 COLUMNS = ("variant", "batch", "seconds", "images_per_s", "times_official_float16", "times_official_bfloat16")
@@ -56,7 +57,7 @@ THEIRS = {"official_float16": torch.float16, "official_bfloat16": torch.bfloat16
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_gpu", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.training_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a checkout of FoundationVision/VAR")
     parser.add_argument("--size", default="d16", help="published size, random weights (d16)")
     parser.add_argument("--schedule", default="var256", help="scales (var256)")
@@ -65,7 +66,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn (4)")
     parser.add_argument("--variants", default="all", help=f"some of {', '.join([*THEIRS, *OURS])}, by commas (all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the command (cuda)")
-    parser.add_argument("--out", type=Path, default=Path("results/training_gpu.json"), help="result and table")
+    add_out(parser, "results/training_gpu.json", "result and table")
     return parser
 
 
@@ -183,7 +184,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.reference import check_checkout
     from evaluation.report import command_line, result
 
-    check_counts(options, "batch", "rounds", "steps")
+    check_least(options, batch=1, rounds=1, steps=1)
     size, names, device = check_size(options.size), chosen(options), options.device
     current_device(device)
     if options.reference is not None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
 from sample.pipeline import NextScalePipeline
@@ -40,12 +40,12 @@ class TrueScales(Hook):
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.true_scales", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.true_scales", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--per-tag", type=int, default=40, help="scenes of each tag (40)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and images (0)")
     parser.add_argument("--batch-size", type=int, default=40, help="images at once (40)")
-    parser.add_argument("--out", type=Path, default=Path("results/true_scales.json"), help="result and its table")
+    add_out(parser, "results/true_scales.json", "result and its table")
     return parser
 
 
@@ -86,16 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the result and its table."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    if min(options.per_tag, options.batch_size) < 1 or options.seed < 0:
-        parser.error("--per-tag and --batch-size must be 1 or more, --seed 0 or more")
-    try:
+    with in_one_line(parser):
+        check_least(options, per_tag=1, batch_size=1, seed=0)
         rows = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    command = command_line("python -m benchmarks.true_scales", vars(options), vars(parser.parse_args([])))
-    content = result(rows, command=command, n=len(TAGS) * options.per_tag, seeds=options.seed)
-    write_result(options.out, content)
-    print(table(rows, ["true_scales", "overall", *TAGS]))
+        command = command_line("python -m benchmarks.true_scales", vars(options), vars(parser.parse_args([])))
+        content = result(rows, command=command, n=len(TAGS) * options.per_tag, seeds=options.seed)
+        write_result(options.out, content)
+        print(table(rows, ["true_scales", "overall", *TAGS]))
     return 0
 
 

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.judge import wilson
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import (
@@ -131,7 +132,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.binding", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m evaluation.binding", description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="scenes", metavar="NAME=MODEL,...", help="models, named or not (scenes)")
     parser.add_argument("--n", type=int, default=200, help="scenes for each change (200)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and changes (0)")
@@ -145,28 +146,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    if options.n < 2 or options.batch_size < 1 or options.seed < 0:
-        parser.error("--n must be 2 or more, --batch-size 1 or more, --seed 0 or more")
-    if options.out is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--out also draws a picture and needs matplotlib: pip install 'nextscale[plots]'")
-    rows, digests = [], {}
-    try:
+    with in_one_line(parser):
+        check_least(options, n=2, batch_size=1, seed=0)
+        if options.out is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--out also draws a picture and needs matplotlib: pip install 'nextscale[plots]'")
+        rows, digests = [], {}
         for text in options.models.split(","):
             name, _, model = text.rpartition("=")
             pipeline = load_pipeline(model, dtype=torch.float32, device=options.device)
             digests[name or model] = model_digest(model)
             rows += rows_of(name or model, pipeline, n=options.n, seed=options.seed, batch_size=options.batch_size)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(table(rows, ["model", "change", "nats", "right"]))
-    if options.out is not None:
-        command = command_line("python -m evaluation.binding", vars(options), vars(parser_of().parse_args([])))
-        settings = {"model_digests": digests}
-        write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
-        draw(rows, options.out.with_suffix(".png"))
+        print(table(rows, ["model", "change", "nats", "right"]))
+        if options.out is not None:
+            command = command_line("python -m evaluation.binding", vars(options), vars(parser_of().parse_args([])))
+            settings = {"model_digests": digests}
+            write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
+            draw(rows, options.out.with_suffix(".png"))
     return 0
 
 

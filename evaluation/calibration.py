@@ -4,7 +4,6 @@ Fresh renders in several numbers show where the metrics start; blurred, repeated
 them.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.features import SceneFeatures, describe_all, load_scene_features, scene_reference
 from evaluation.frechet import (
     frechet_distance,
@@ -27,6 +27,7 @@ from evaluation.scenes import TAGS, render
 from evaluation.tokenizer_quality import fresh_scenes
 
 RESAMPLES = 200
+LEAST = 120  # images in a set
 Set = tuple[np.ndarray, list[dict]]  # (N, h, w, 3) uint8 images and the metadata of their captions
 
 
@@ -37,12 +38,7 @@ def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def faulty_sets(n: int, seed: int) -> dict[str, Set]:
-    """Sets of images by what is wrong with them; `n` images each unless the name says otherwise.
-
-    Raises ValueError if `n` is under 120.
-    """
-    if n < 120:
-        raise ValueError(f"n must be at least 120, got {n}")
+    """Sets of images by what is wrong with them; `n` images (`LEAST` or more) each unless the name says otherwise."""
     scenes = fresh_scenes(n, seed)
     images = np.stack([render(scene) for scene in tqdm(scenes, desc="rendering", disable=None)])
     captions = [scene.metadata for scene in scenes]
@@ -81,23 +77,22 @@ def figures(network: SceneFeatures, images: np.ndarray, metadatas: Sequence[dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures of every set; write them if asked."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.calibration", description=__doc__.split(":")[0])
+    parser = Parser(prog="python -m evaluation.calibration", description=__doc__.split(":")[0])
     parser.add_argument("--n", type=int, default=6000, help="images in a set (default 6000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the renders (default 1)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json, and its table beside it")
     options = parser.parse_args(argv)
-    try:
+    with in_one_line(parser):
+        check_least(options, n=LEAST, seed=0)
         sets = faulty_sets(options.n, options.seed)
-    except ValueError as error:
-        parser.error(f"--{error}")
-    network, rows = load_scene_features(), []
-    for name, (images, metadatas) in tqdm(sets.items(), desc="measuring", disable=None):
-        rows.append({"images": name, **figures(network, images, metadatas)})
-        print(table(rows[-1:], ["images", "score", "fd_scenes", "is_scenes"]), end="\n\n")
-    if options.out is not None:
-        command = command_line("python -m evaluation.calibration", vars(options), {})
-        settings = {"bootstrap_resamples": RESAMPLES}
-        write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
+        network, rows = load_scene_features(), []
+        for name, (images, metadatas) in tqdm(sets.items(), desc="measuring", disable=None):
+            rows.append({"images": name, **figures(network, images, metadatas)})
+            print(table(rows[-1:], ["images", "score", "fd_scenes", "is_scenes"]), end="\n\n")
+        if options.out is not None:
+            command = command_line("python -m evaluation.calibration", vars(options), {})
+            settings = {"bootstrap_resamples": RESAMPLES}
+            write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.editing_sheet import Column, editing_sheet
 from evaluation.evaluate import model_name
 from evaluation.judge import Detection, apply_rules, detect, wilson
@@ -252,9 +253,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     rules = args.rules.split(",")
-    for name, low in (("n", 1), ("seed", 0), ("best_of", 1), ("batch_size", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {getattr(args, name)}")
+    check_least(args, n=1, seed=0, best_of=1, batch_size=1)
     if not set(rules) <= set(RULES):
         raise ValueError(f"--rules must be of {', '.join(RULES)}, got {args.rules!r}")
     if args.out is not None and args.out.suffix != ".json":
@@ -293,14 +292,12 @@ def command(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 on a mistake, told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.editing", description=__doc__.splitlines()[0])
+    """The command."""
+    parser = Parser(prog="python -m evaluation.editing", description=__doc__.splitlines()[0])
     configure(parser)
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    with in_one_line(parser):
+        run(args)
     return 0
 
 

@@ -21,7 +21,7 @@ from evaluation.frechet import (
     kernel_distance,
     moments,
 )
-from evaluation.guards import order_cautions
+from evaluation.guards import order_cautions, small_part_cautions
 from evaluation.sources import stored_moments
 
 PARTS = 10  # of the published inception score
@@ -78,7 +78,7 @@ def score_figures(described: Described, seed: int) -> tuple[dict, list[str]]:
     in_order = inception_score_in_order(described.log_posterior, part=-(-len(described) // parts))
     figures = {"is": value, "is_ci95": [value - half, value + half], "is_in_file_order": in_order}
     figures["is_one_part"] = inception_score(described.log_posterior)[0]
-    return figures, order_cautions(in_order, value)
+    return figures, [*order_cautions(in_order, value), *small_part_cautions(len(described) // parts, parts)]
 
 
 def inception_figures(

@@ -17,6 +17,7 @@ from PIL import Image
 
 ENOUGH = 10_000  # images below which a Frechet distance is biased by more than models differ
 LOSSY = {"JPEG", "WEBP", "MPO"}
+SMALL_PART = 500  # images of a part of an inception score, below which it is far too low
 SORTED_DROP = 0.9  # of the shuffled inception score: a score in file order below this share says "sorted by class"
 
 
@@ -127,6 +128,13 @@ def order_cautions(in_order: float, shuffled: float) -> list[str]:
         f"images are sorted by class: IS over parts in file order is {in_order:.2f} and {shuffled:.2f} when shuffled; "
         "evaluators that do not shuffle (ADM's) report the first"
     ]
+
+
+def small_part_cautions(size: int, parts: int) -> list[str]:
+    """An inception score over parts is at most their size, and low long before that."""
+    if size >= SMALL_PART:
+        return []
+    return [f"is is over {parts} parts of {size} images, and never above that number: compare it at equal n only"]
 
 
 def seed_cautions(seeds: Sequence[int]) -> list[str]:

@@ -8,7 +8,6 @@ Extras. As in GenEval, objects the caption does not name are allowed, except in 
 forbids one more of the shape. There a blob of no clear shape is forbidden too: it is most likely a failed further copy.
 """
 
-import argparse
 import functools
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.report import command_line, result, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, TAGS, Scene, coverage, relations, render, sample_scene
 from evaluation.sheet import verdict_sheet
@@ -352,29 +352,29 @@ def examples(seed: int, per_tag: int = 8) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the self-check as a table; 1 if any tag is right on less than 99.5 % of its fresh renders, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description="check the judge on fresh renders")
+    parser = Parser(prog="python -m evaluation.judge", description="check the judge on fresh renders")
     parser.add_argument("--n", type=int, default=2000, help="images, spread over the six tags (default 2000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the renders (default 1)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and a picture beside it")
     options = parser.parse_args(argv)
-    if options.n < len(TAGS):
-        parser.error(f"--n must be at least {len(TAGS)}, one image per tag, got {options.n}")
-    start = time.perf_counter()
-    rows = self_check(options.n, options.seed)
-    seconds = time.perf_counter() - start
-    print(f"{'tag':<14} {'n':>6} {'right':>8} {'mismatched':>11} {'false accept':>13}")
-    for tag, row in rows.items():
-        print(f"{tag:<14} {row['n']:>6} {row['right']:>8.4f} {row['mismatched']:>11} {row['false_accept']:>13.4f}")
-    print(f"overall {np.mean([row['right'] for row in rows.values()]):.4f}, {options.n / seconds:.0f} images/s")
-    if options.out is not None:
-        from sample.images import write_png
+    with in_one_line(parser):
+        check_least(options, n=len(TAGS), seed=0)  # one image of every tag
+        start = time.perf_counter()
+        rows = self_check(options.n, options.seed)
+        seconds = time.perf_counter() - start
+        print(f"{'tag':<14} {'n':>6} {'right':>8} {'mismatched':>11} {'false accept':>13}")
+        for tag, row in rows.items():
+            print(f"{tag:<14} {row['n']:>6} {row['right']:>8.4f} {row['mismatched']:>11} {row['false_accept']:>13.4f}")
+        print(f"overall {np.mean([row['right'] for row in rows.values()]):.4f}, {options.n / seconds:.0f} images/s")
+        if options.out is not None:
+            from sample.images import write_png
 
-        command = command_line("python -m evaluation.judge", vars(options), {})
-        intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}
-        listed = [{"tag": tag, **row, **intervals[tag]} for tag, row in rows.items()]
-        write_png(options.out.with_suffix(".png"), examples(options.seed))
-        write_result(options.out, result(listed, command=command, n=options.n, seeds=options.seed))
-    return int(any(row["right"] < MIN_RIGHT for row in rows.values()))
+            command = command_line("python -m evaluation.judge", vars(options), {})
+            intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}
+            listed = [{"tag": tag, **row, **intervals[tag]} for tag, row in rows.items()]
+            write_png(options.out.with_suffix(".png"), examples(options.seed))
+            write_result(options.out, result(listed, command=command, n=options.n, seeds=options.seed))
+        return int(any(row["right"] < MIN_RIGHT for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from evaluation.command import check_least
 from sample.cli import take_negative_lists
 from sample.plans_cli import add_plan_options, by_scale
 
@@ -95,10 +96,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--suite: invalid choice {args.suite!r}, give {', '.join(SUITES)} or a file of prompts")
     if args.images is not None and args.suite == "geneval":
         raise ValueError("--suite geneval is judged by GenEval's detector: run it on --images, then --geneval-results")
-    for name, low in (("per_tag", 1), ("n", 1), ("usage_n", 1), ("seed", 0), ("batch_size", 1), ("bootstrap", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+    check_least(args, per_tag=1, n=1, usage_n=1, seed=0, batch_size=1, bootstrap=0)
     if args.bootstrap == 1:
         raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     if args.out is not None and args.out.suffix != ".json":

@@ -1,18 +1,21 @@
 """Result files: every measured claim as one JSON object, with what is needed to measure it again.
 
 A result file holds `command`, `commit`, `hardware`, `date`, `versions`, `seeds`, `n`, `settings` and `rows`, one object
-per configuration with plain field names; the 95 % interval of field NAME is `[low, high]` under `NAME_ci95`.
+per configuration with plain field names; the 95 % interval of field NAME is `[low, high]` under `NAME_ci95`. What is
+no finite number is null.
 """
 
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "scipy")
 WIDE = 8  # rows of a result that a table shows side by side
@@ -125,7 +128,16 @@ def write_result(path: str | os.PathLike, content: Mapping) -> None:
 
     path = Path(path)
     write_text(path.with_suffix(".md"), markdown(content["rows"]) + "\n")
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A JSON-able value with null for the numbers that JSON does not know: infinite ones, and none at all."""
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: object) -> str:

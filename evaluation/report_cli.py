@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         write_markdown(card, title, sections, front=front_matter(args.sources))
         print(f"written: {card}")
     if args.push is not None:
-        push(args.push, title, sections, front_matter(args.sources))
+        kept = "nothing was written, --card FILE keeps the card" if args.card is None else f"{card} is kept"
+        push(args.push, title, sections, front_matter(args.sources), kept)
         print(f"pushed: {args.push}")
     return 0
 
@@ -88,8 +89,12 @@ def write_markdown(path: Path, title: str, sections: list, front: str = "") -> N
     write_text(path, front + text)
 
 
-def push(repo: str, title: str, sections: list, front: str) -> None:
-    """Put the card and its pictures into a Hub repository, in one commit."""
+def push(repo: str, title: str, sections: list, front: str, kept: str) -> None:
+    """Put the card and its pictures into a Hub repository, in one commit.
+
+    Raises:
+        ConnectionError: if the Hub cannot be reached or refuses it; it says what is `kept` here.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from evaluation.html import to_markdown
@@ -97,4 +102,9 @@ def push(repo: str, title: str, sections: list, front: str) -> None:
     text, files = to_markdown(title, sections, "card_files")
     operations = [CommitOperationAdd("README.md", (front + text).encode())]
     operations += [CommitOperationAdd(f"card_files/{name}", content) for name, content in files.items()]
-    HfApi().create_commit(repo_id=repo, operations=operations, commit_message="Model card")
+    hub = HfApi()
+    try:
+        hub.create_commit(repo_id=repo, operations=operations, commit_message="Model card")
+    except Exception as error:  # whose HTTP library differs with huggingface_hub's version
+        reason = str(error) or type(error).__name__
+        raise ConnectionError(f"--push {repo} failed at {hub.endpoint}: {reason} ({kept})") from error

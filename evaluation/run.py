@@ -12,14 +12,16 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
+
+from evaluation.command import Parser, check_least
 
 if TYPE_CHECKING:
     from evaluation.distributions import Measure
@@ -58,6 +60,7 @@ SUITES = {
     "classes": Suite(None, 50, metrics="is-scenes"),
     "scenes": Suite("scenes", 1000, metrics="fd-scenes,is-scenes"),
 }
+NEUTRAL = {"temperature": 1, "temperature_last": False, "guidance_ramp": "linear", "plan": "var", "cache": "100%"}
 SETTINGS = {"guidance": "guidance_scale", "top_k": "top_k", "top_p": "top_p", "temperature": "temperature"}
 
 
@@ -92,10 +95,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError on options that make no sense, naming them."""
-    for name, low in (("per_class", 1), ("seed", 0), ("batch_size", 1), ("shard", 1), ("bootstrap", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+    check_least(args, per_class=1, seed=0, batch_size=1, shard=1, bootstrap=0)
     if args.bootstrap == 1:
         raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     for name, suffix in (("out", ".json"), ("npz", ".npz")):
@@ -275,11 +275,7 @@ class Generation:
         from evaluation import guards
 
         suite = SUITES[self.args.suite]
-        lines = [
-            f"{name} is {value}, and the suite's {suite.sampling[name]}"
-            for name, value in self.call.items()
-            if name in suite.sampling and value != suite.sampling[name]
-        ]
+        lines = departures(suite.sampling, self.settings["sampling"])
         copies = sum(count - 1 for count in Counter(digests).values())
         if copies:
             lines.append(f"{copies} of {len(digests)} samples are exact copies of others: correlated seeds?")
@@ -352,6 +348,20 @@ def default_work(settings: dict) -> Path:
     return Path("cache/run") / f"{settings['suite']}-{settings['model_digest']}-{digest}"
 
 
+def departures(published: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:
+    """Settings, the model's own among them, that are not those a figure was published with; none if none were."""
+    if not published:
+        return []
+    lines = []
+    for name, value in sampling.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name in published and value != published[name]:
+            lines.append(f"{name} is {value}, and the suite's {published[name]}")
+        elif name not in published and any(one not in (None, NEUTRAL.get(name)) for one in values):
+            lines.append(f"{name} is {value}, which the suite leaves alone")
+    return lines
+
+
 def defaults() -> dict:
     """Every option's value when it is not given."""
     parser = argparse.ArgumentParser()
@@ -361,7 +371,7 @@ def defaults() -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 on a mistake, told in one line; 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.run")
+    parser = Parser(prog="python -m evaluation.run")
     configure(parser)
     args = parser.parse_args(argv)
     try:

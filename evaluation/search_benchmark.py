@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_line, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 
@@ -40,7 +41,7 @@ def default_rows() -> list[str]:
 
 def parser_of() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.search_benchmark", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m evaluation.search_benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, a training run")
     parser.add_argument("--reward", default="scenes", help="as of nextscale sample; must give probabilities for noise")
     parser.add_argument(
@@ -54,7 +55,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     parser.add_argument("--fast", default="auto", help="as of nextscale sample: on, auto (the default), off")
     parser.add_argument("--work", type=Path, help="where finished batches are kept (cache/search/...)")
-    parser.add_argument("--out", type=Path, default=Path("results/search.json"), help="result, table and picture")
+    add_out(parser, "results/search.json", "result, table and picture")
     return parser
 
 
@@ -115,23 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    if min(options.per_tag, options.n, options.batch_size) < 1 or options.seed < 0:
-        parser.error("--per-tag, --n and --batch-size must be 1 or more, --seed 0 or more")
-    if options.out.suffix != ".json":
-        parser.error(f"--out must be a .json file, got {options.out}")
-    try:
+    with in_one_line(parser, kept="the same command continues"):
+        check_least(options, per_tag=1, n=1, batch_size=1, seed=0)
+        if options.out.suffix != ".json":
+            raise ValueError(f"--out must be a .json file, got {options.out}")
         content = measure(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues", file=sys.stderr)
-        return 130
-    from evaluation.search_picture import draw_search
+        from evaluation.search_picture import draw_search
 
-    print(table(content["rows"], ["row", "compute", "score", *TAGS]))
-    write_result(options.out, content)
-    draw_search(content, options.out.with_suffix(".png"))
-    print(f"written: {options.out}")
+        print(table(content["rows"], ["row", "compute", "score", *TAGS]))
+        write_result(options.out, content)
+        draw_search(content, options.out.with_suffix(".png"))
+        print(f"written: {options.out}")
     return 0
 
 

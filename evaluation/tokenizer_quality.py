@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation.command import Parser, in_one_line
 from evaluation.judge import judge_report
 from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
@@ -228,14 +229,12 @@ def report_options(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`nextscale evaluate --tokenizer ...` without the rest of it."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.tokenizer_quality")
+    parser = Parser(prog="python -m evaluation.tokenizer_quality")
     configure(parser)
     args = parser.parse_args(argv)
-    try:
+    with in_one_line(parser):
         check(args)
         report_options(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     return 0
 
 

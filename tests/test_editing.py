@@ -113,14 +113,27 @@ def test_the_page_groups_columns_by_task_and_frames_them_by_verdict():
         (["--n", "0"], "--n must be 1 or more, got 0"),
         (["--rules", "half"], "--rules must be of corrected, official, whole, got 'half'"),
         (["--out", "x.txt"], "--out must be a .json file, got x.txt"),
+        (["--objects", "3"], "argument --objects: invalid choice: 3"),
     ],
 )
 def test_mistakes_are_one_line(folder, argv, message, capsys):
-    assert main(["--model", str(folder), "--device", "cpu", *argv]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(folder), "--device", "cpu", *argv])
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_an_interruption_is_one_line(folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluation.editing.measure", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--model", str(folder), "--device", "cpu", "--n", "1"])
+    assert capsys.readouterr().err.strip() == "python -m evaluation.editing: interrupted; nothing was written"
 
 
 def test_other_models_are_refused(text_folder, capsys):
-    assert main(["--model", str(text_folder), "--device", "cpu", "--n", "1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(text_folder), "--device", "cpu", "--n", "1"])
     assert "must be a text model of 64x64 pixels" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 import nextscale
-from evaluation import options
+from evaluation import binding, calibration, judge, options, run, search_benchmark, tokenizer_quality
 from evaluation.features import SHIPPED, SceneFeatures, describe_all, load_scene_features, scene_reference
 from evaluation.frechet import (
     Moments,
@@ -392,6 +392,52 @@ def test_mistakes_are_one_line_and_exit_code_2(words, said, capsys, tmp_path, mo
     assert nextscale.main(["evaluate", *words.split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0]
+
+
+@pytest.mark.parametrize("module", [binding, calibration, judge, run, search_benchmark, tokenizer_quality])
+def test_unknown_options_are_one_line_without_the_usage(module, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        module.main(["--model", "m", "--suite", "scenes", "--colour", "red"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"python -m {module.__name__}: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        (judge, "--n 5", "--n must be 6 or more, got 5"),
+        (judge, "--seed -1", "--seed must be 0 or more, got -1"),
+        (judge, "--n 6 --out {file}/r.json", "File exists"),
+        (calibration, "--n 100", "--n must be 120 or more, got 100"),
+        (search_benchmark, "--n 0", "--n must be 1 or more, got 0"),
+        (binding, "--batch-size 0", "--batch-size must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes_of_modules_are_one_line_and_exit_code_2(module, words, said, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        module.main(words.format(file=tmp_path / "file").split())
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "part", "kept"),
+    [
+        (judge, "self_check", "nothing was written"),
+        (calibration, "faulty_sets", "nothing was written"),
+        (binding, "load_pipeline", "nothing was written"),
+        (search_benchmark, "measure", "the same command continues"),
+    ],
+)
+def test_an_interruption_is_one_line_and_exit_code_130(module, part, kept, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, part, interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        module.main([])
+    assert capsys.readouterr().err.strip() == f"python -m {module.__name__}: interrupted; {kept}"
 
 
 def test_options_are_read_without_torch():

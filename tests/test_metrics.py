@@ -13,6 +13,7 @@ from evaluation.adm import adm_figures, shuffled_order, write_reference, write_s
 from evaluation.compare import compare_frechet, compare_means, frechet_infinity, over_seeds
 from evaluation.coverage import neighbourhoods
 from evaluation.features import Described, InceptionFeatures, describe_all, load_inception, load_scene_features
+from evaluation.figures import score_figures
 from evaluation.frechet import (
     bootstrap_interval,
     frechet_distance,
@@ -251,7 +252,7 @@ def test_honest_images_raise_no_caution():
     assert guards.count_cautions([i % 5 for i in range(20)], 5, 4) == []
     assert guards.seed_cautions(range(20)) == [] and guards.few_cautions(["fid"], 50_000) == []
     assert guards.size_cautions(watched(images).sizes, watched(images).sizes) == []
-    assert guards.order_cautions(100.0, 101.0) == []
+    assert guards.order_cautions(100.0, 101.0) == [] and guards.small_part_cautions(5000, 10) == []
 
 
 def test_copies_and_mixed_sizes_are_noticed():
@@ -289,6 +290,7 @@ def test_files_sorted_by_class_are_noticed():
     shuffled = inception_score_in_order(posterior[shuffled_order(1000)], part=100)
     assert in_order == pytest.approx(1) and shuffled > 8
     assert "sorted by class" in guards.order_cautions(in_order, shuffled)[0]
+    assert "is is over 10 parts of 5 images, and never above that number" in guards.small_part_cautions(5, 10)[0]
 
 
 def test_shared_seeds_are_noticed(tmp_path):
@@ -391,3 +393,9 @@ def test_npz_images_are_streamed_from_compressed_files_too(tmp_path):
         archive.writestr("other.npy", b"")
     with pytest.raises(ValueError, match="has no arr_0"):
         open_images(tmp_path / "b.npz")
+
+
+def test_a_score_of_few_images_says_so():
+    described = Described(torch.zeros(40, 2), torch.randn(40, 10).double().log_softmax(1))
+    figures, cautions = score_figures(described, seed=0)
+    assert figures["is"] <= 4 and any("over 10 parts of 4 images" in line for line in cautions)

@@ -100,6 +100,25 @@ def test_the_card_has_what_the_hub_reads(sources, monkeypatch):
     assert names[0] == "README.md" and len(names) == 4 and names[1].startswith("card_files/")
 
 
+@pytest.mark.parametrize(
+    ("more", "kept"), [([], "nothing was written, --card FILE"), (["--card", "C.md"], "C.md is kept")]
+)
+def test_a_push_that_fails_is_one_line_and_keeps_the_card(sources, more, kept, capsys, monkeypatch):
+    from huggingface_hub import HfApi
+
+    class Unreachable(Exception):
+        """Of the HTTP library, and so none of Python's own."""
+
+    def create_commit(self, **_):
+        raise Unreachable("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    assert nextscale.main(["report", *sources, "--push", "me/model", *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--push me/model failed at {HfApi().endpoint}: [Errno -2]" in error
+    assert kept in error and Path("C.md").exists() == bool(more)
+
+
 def test_text_is_escaped():
     section = Section("a < b", ["x & y", Table(["<i>"], [["1 | 2"]])])
     assert "a &lt; b" in to_html("t", [section]) and "<i>" not in to_html("t", [section])

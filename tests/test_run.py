@@ -242,3 +242,28 @@ def test_torchrun_launches_it_on_cpus(alone, class_folder, tmp_path):
     subprocess.run([*launch, *words(class_folder, tmp_path / "w")], cwd=ROOT, check=True, timeout=300)
     assert measured(tmp_path / "w")["rows"] == measured(alone)["rows"]
     assert measured(tmp_path / "w")["settings"]["processes"] == 3
+
+
+def test_departures_from_a_published_suite_are_named():
+    from evaluation.run import VAR_SAMPLING, departures
+
+    own = {"temperature": [1.1, 1.0], "guidance_ramp": "linear", "plan": None, "cache": "20%", "depth": None}
+    assert departures(VAR_SAMPLING, {**own, **VAR_SAMPLING, "top_k": 600}) == [
+        "temperature is [1.1, 1.0], which the suite leaves alone",
+        "cache is 20%, which the suite leaves alone",
+        "top_k is 600, and the suite's 900",
+    ]
+    neutral = {"temperature": [1.0, 1.0], "temperature_last": False, "plan": "var", "cache": "100%"}
+    assert departures(VAR_SAMPLING, {**neutral, **VAR_SAMPLING}) == []
+    assert departures({}, {"guidance_scale": 0.5}) == []  # a suite that takes a model as it is
+
+
+def test_figures_that_are_no_numbers_are_null(tmp_path):
+    from evaluation.report import result, write_result
+
+    row = {"psnr_db": float("nan"), "psnr_db_ci95": [float("-inf"), 3.0], "n": 1}
+    write_result(tmp_path / "r.json", result([row], command="x", n=1, seeds=0))
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["rows"] == [
+        {"psnr_db": None, "psnr_db_ci95": [None, 3.0], "n": 1}
+    ]

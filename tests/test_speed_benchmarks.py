@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, getsignal
 from threading import Barrier
 
 import pytest
 import torch
 
-from benchmarks import growth, growth_runs, memory, sampling, tokenizer, training
+from benchmarks import growth, growth_runs, memory, sampling, startup, tokenizer, training
 from benchmarks.models import image_flops, random_pipeline
 from benchmarks.reference import check_checkout
 from benchmarks.speed_picture import draw_growth, draw_sampling
@@ -201,9 +203,11 @@ def test_rows_of_sampling(tmp_path):
         (sampling, ["--rounds", "1,2,3"], "--rounds must be one number a batch"),
         (sampling, ["--batches", "0"], "--batches must be whole numbers above 0"),
         (sampling, ["--reference", "nowhere"], "must be a checkout of FoundationVision/VAR: it has no dist.py"),
-        (training, ["--batch", "0"], "--batch, --rounds and --threads must be 1 or more"),
+        (training, ["--batch", "0"], "--batch must be 1 or more, got 0"),
         (training, ["--reference", "nowhere"], "must be a checkout"),
-        (tokenizer, ["--rounds", "0"], "must be 1 or more"),
+        (tokenizer, ["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+        (training, ["--batch", "many"], "argument --batch: invalid int value: 'many'"),
+        (startup, ["--load", "nowhere"], "--load must be a model folder, got nowhere"),
         (growth, ["--sides", "64,100"], "--sides must be two or more of 64, 128"),
         (growth, ["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (growth, ["--device", "abacus"], "device 'abacus' cannot be used"),
@@ -214,8 +218,43 @@ def test_rows_of_sampling(tmp_path):
 def test_mistakes_are_one_line(module, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(words)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error
+    assert error.startswith(f"{module.parser_of().prog}: error: ") and error.count("\n") == 1
+
+
+def test_an_interrupted_benchmark_writes_nothing_and_says_so(tmp_path, capsys):
+    def interrupted(_: argparse.Namespace) -> dict:
+        raise KeyboardInterrupt
+
+    options = argparse.Namespace(out=tmp_path / "r.json")
+    with pytest.raises(SystemExit) as stop:
+        measured(argparse.ArgumentParser(prog="speed"), options, interrupted, ("x",))
+    assert stop.value.code == 130 and not options.out.exists()
+    assert capsys.readouterr().err.strip() == "speed: interrupted; nothing was written"
+
+
+def naps():
+    """Jobs of a worker that would be busy for long; what Ctrl-C does to it."""
+    return {"nap": lambda: time.sleep(600) or {}, "ctrl_c": lambda: {"ignored": getsignal(SIGINT) is SIG_IGN}}
+
+
+def test_workers_leave_ctrl_c_to_whoever_started_them_and_are_not_waited_for():
+    before = getsignal(SIGINT)
+    with pytest.raises(KeyboardInterrupt), Worker(naps, threads=1) as worker:
+        assert getsignal(SIGINT) is before
+        worker.built()
+        assert worker.call("ctrl_c")["ignored"]
+        worker.connection.send(("nap", ()))
+        raise KeyboardInterrupt
+    assert not worker.process.is_alive()
+
+
+def test_help_says_what_is_overwritten(capsys):
+    with pytest.raises(SystemExit):
+        training.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "result and table (without it, results/training_cpu.json is overwritten)" in text
 
 
 def test_a_checkout_is_told_by_its_files(tmp_path):

@@ -1,7 +1,9 @@
 """True coarse scales: none of them is plain drawing, all of them is the tokenizer's own reconstruction."""
 
+import pytest
 import torch
 
+from benchmarks import true_scales
 from benchmarks.true_scales import finish, main, scenes_of
 from sample.load import load_pipeline
 
@@ -18,8 +20,17 @@ def test_between_drawing_and_reconstructing(tmp_path):
 
 
 def test_a_missing_model_is_one_line(tmp_path, capsys):
-    try:
+    with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path / "none"), "--per-tag", "1"])
-    except SystemExit as stop:
-        assert stop.code == 2
     assert "none" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(true_scales, "measure", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--out", str(tmp_path / "r.json")])
+    assert capsys.readouterr().err.strip() == "python -m benchmarks.true_scales: interrupted; nothing was written"
+    assert not list(tmp_path.iterdir())

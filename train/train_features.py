@@ -7,7 +7,6 @@ float16 before the reference statistics of FD-scenes are taken with them; both g
 Shapes: N images of the pool, B of a batch, 8 x 8 cells.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from evaluation.command import Parser
 from evaluation.features import SHIPPED, SIDE, SceneFeatures, describe_all, load_scene_features
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
 
@@ -136,7 +136,7 @@ def save(network: SceneFeatures, path: Path, reference: dict[str, torch.Tensor],
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, check, take the reference statistics, write the file."""
-    parser = argparse.ArgumentParser(prog="python -m train.train_features", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m train.train_features", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1200, help="batches of 64 (default 1200)")
     parser.add_argument("--pool", type=int, default=16000, help="renders to train on (default 16000)")
     parser.add_argument("--reference", type=int, default=20000, help="renders behind the statistics (default 20000)")
@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(options.steps, options.pool, options.reference) < 2 or options.seed < 0:
         parser.error("--steps, --pool and --reference must be 2 or more, --seed 0 or more")
     start, out = time.perf_counter(), Path(options.out)
+    if not out.parent.is_dir() or out.is_dir():
+        parser.error(f"--out {out} must be a file in a folder that exists")
     facts = {"steps": options.steps, "pool": options.pool, "seed": options.seed, "reference_n": options.reference}
     try:
         network = train(steps=options.steps, pool=options.pool, seed=options.seed)

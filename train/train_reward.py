@@ -11,7 +11,6 @@ Shapes: N pictures of the pool, B of a batch, M cells of a picture (8 x 8), F nu
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from evaluation.command import Parser
 from evaluation.reward_accuracy import auc
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
 from sample.load import resolve_device, resolve_dtype
@@ -208,7 +208,7 @@ def save(network: SceneReward, path: Path, facts: dict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, train, check on fresh scenes, write the file."""
-    parser = argparse.ArgumentParser(prog="python -m train.train_reward", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m train.train_reward", description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", type=Path, help="folder of a scenes tokenizer: also learn unfinished pictures")
     parser.add_argument("--steps", type=int, default=7000, help="batches of 64 pictures (default 7000)")
     parser.add_argument("--pool", type=int, default=16000, help="scenes to train on (default 16000)")
