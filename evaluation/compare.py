@@ -148,6 +148,10 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     row: dict = {"a": names[0], "b": names[1], "n": len(rows[0])}
     sentences: list[str] = []
     statistics = stored_moments(reference) if reference is not None else None
+    if reference is not None and statistics is None:
+        raise ValueError(f"--reference must be an npz with mu and sigma, got {reference}")
+    if reference is not None and set(networks_in(paths[0])) <= {"scenes"}:
+        sentences.append("caution: the reference is not used: features of the scenes network are compared with renders")
     for network in sorted(set(networks_in(paths[0])) & set(networks_in(paths[1]))):
         real = scene_reference() if network == "scenes" else statistics
         if real is None:

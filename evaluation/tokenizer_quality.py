@@ -189,8 +189,8 @@ def comparison(pairs: np.ndarray, columns: int = 8, zoom: int = 2) -> Image.Imag
 
 
 def picture_path(out: Path | None) -> Path:
-    """Where the picture goes: beside `out`, or pictures/tokenizer.png."""
-    return out.with_suffix(".png") if out else Path("pictures/tokenizer.png")
+    """Where the picture goes: beside `out`, or tokenizer.png here, and not among the samples in pictures/."""
+    return out.with_suffix(".png") if out else Path("tokenizer.png")
 
 
 def report(

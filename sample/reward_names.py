@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +82,8 @@ def find_function(module: str, function: str) -> Callable:
     Raises:
         ValueError: if there is none.
     """
+    if os.getcwd() not in sys.path:  # where a user's module is, for a command that is installed
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -265,6 +265,26 @@ def test_folder_metadata(tmp_path, kind):
         build_dataset(config("folder", str(tmp_path / "d"), tmp_path, caption_column="prompt"))
 
 
+def test_texts_that_are_not_utf8_are_named_and_byte_order_marks_are_none(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_bytes("\ufeffa caf\u00e9".encode())
+    assert build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0) == ("a caf\u00e9",)
+    (tmp_path / "0.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(ValueError, match=r"caption .*0.txt must be text in UTF-8: byte 5"):
+        build_dataset(config("folder", str(tmp_path), tmp_path))[0]
+    (tmp_path / "metadata.csv").write_bytes("\ufefffile_name,text\n0.png,b\n".encode())
+    assert build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0) == ("b",)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n["0.png"]\n')
+    with pytest.raises(ValueError, match="every line must be an object with file_name"):
+        build_dataset(config("folder", str(tmp_path), tmp_path))
+
+
+def test_numbered_class_folders_are_in_the_order_of_numbers(tmp_path):
+    data = build_dataset(config("folder", str(class_folder(tmp_path / "d", (("10", 1), ("2", 1), ("1", 1)))), tmp_path))
+    assert data.classes == ("1", "2", "10")
+
+
 def test_metadata_must_name_every_file(tmp_path):
     picture(0).save(tmp_path / "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n')

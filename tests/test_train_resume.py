@@ -48,6 +48,19 @@ def assert_same_run(folder, whole):
     assert equal(final_state(folder), final_state(whole))
 
 
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    from train import state
+    from train.checkpoint import complete_checkpoints, write_checkpoint
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(OSError, match=r"state.pt cannot be written; is the disk full\? \(\[enforce fail"):
+        write_checkpoint(tmp_path, 3, lambda folder: state.save_tensors({}, folder / "state.pt"))
+    assert complete_checkpoints(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("step", [0, 5, 8, 11])
 def test_killed_after_a_step(tmp_path, whole, step):
     assert in_child(toy_run, tmp_path, die=lambda s: s == step and kill_self()) == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import partial
@@ -190,6 +191,33 @@ def test_the_folders_names_are_the_classes_names(vqvae_folder, tmp_path, capfd, 
     assert nextscale.main(["sample", "--model", model, "--device", "cpu", "--class", "big dog", "--out", out]) == 0
     assert nextscale.main(["sample", "--model", model, "--device", "cpu", "--class", "horse", "--out", out]) == 2
     assert "it has 0 big_dog, 1 cat" in capfd.readouterr().err
+
+
+def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, tmp_path, capfd):
+    """A run goes on with the same class names only, and so does what starts from it, on the same tokens only."""
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (8, 8), (9 * i, 99, 9)).save(tmp_path / "data" / name / f"{i}.png")
+    given = [*TINY, "--data.source=folder", f"--data.path={tmp_path}/data", "--data.size=8", "--data.val_fraction=0.2"]
+    tokens, run = f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run"
+    assert stage(train_var.main, *given, tokens, run) == 0
+    (tmp_path / "data/cat").rename(tmp_path / "data/zebra")
+    capfd.readouterr()
+    assert stage(train_var.main, *given, tokens, run, "--run.total_images=32") == 2
+    assert "was trained with another classes" in capfd.readouterr().err
+    small = [word for word in given if not word.startswith("--transformer.")]
+    start, other = f"--start_from={tmp_path}/run/latest/transformer", f"--run.run_dir={tmp_path}/on"
+    assert stage(train_var.main, *small, tokens, start, other) == 2
+    assert "knows the classes cat, dog, and the data has dog, zebra" in capfd.readouterr().err
+    (tmp_path / "data/zebra").rename(tmp_path / "data/cat")
+    assert stage(train_var.main, *small, tokens, start, other) == 0
+    changed = copy.deepcopy(tiny_vqvae)
+    changed.quantizer.codebook.weight.data.add_(1.0)
+    changed.save_pretrained(tmp_path / "other")
+    tokens = f"--tokens.tokenizer={tmp_path}/other"
+    assert stage(train_var.main, *small, tokens, start, f"--run.run_dir={tmp_path}/no") == 2
+    assert "tokens.tokenizer makes others" in capfd.readouterr().err
 
 
 def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,9 +110,10 @@ def encode_split(
         for shard in mine:
             rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, len(items)))
             if not has_shard(folder, shard):
-                ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config)
+                ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config, advance(bar, accelerator))
                 write_shard(folder, shard, ids, about, latents if config.latents else None)
-            bar.update(min(len(rows) * accelerator.num_processes, bar.total - bar.n))
+            else:
+                advance(bar, accelerator)(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
@@ -140,10 +141,19 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
         write_atomically(path, json.dumps(manifest, indent=1))
 
 
+def advance(bar: tqdm, accelerator: Accelerator) -> Callable[[int], None]:
+    """What moves the bar on by so many images of this process, and as many of every other."""
+
+    def move(count: int) -> None:
+        bar.update(min(count * accelerator.num_processes, bar.total - bar.n))
+
+    return move
+
+
 def encode(
-    accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig
+    accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig, done: Callable[[int], None]
 ) -> tuple[np.ndarray, list, np.ndarray]:
-    """Tokens (n, L), {"label", "caption"} rows and latents (n, C, H, W) float16 of some items."""
+    """Tokens (n, L), {"label", "caption"} rows, latents (n, C, H, W) float16 of some items; `done` hears of each batch."""
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
@@ -152,6 +162,7 @@ def encode(
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
         latents.append(f_BCHW.half().cpu().numpy())
         rows += [{"label": int(a), "caption": b} for a, b in zip(batch["label"], batch["caption"])]
+        done(len(ids))
     return np.concatenate(tokens), rows, np.concatenate(latents)
 
 

@@ -35,7 +35,11 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> 
     final = folder / f"step_{step:08d}"
     partial = folder / f"{PARTIAL}{final.name}"
     partial.mkdir()
-    write(partial)
+    try:
+        write(partial)
+    except BaseException:  # a full disk, above all: what is half written would fill it further
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _flush_tree(partial)
     if final.exists():
         shutil.rmtree(final)

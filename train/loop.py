@@ -50,7 +50,7 @@ def run(task: Task, config: RunConfig) -> dict[str, float]:
     """
     session = start(task, config)
     resume(session)
-    if task.record is not None:
+    if task.record is not None and session.images < config.total_images:  # a finished run keeps what made it
         task.record()
     open_tensorboard(session)
     last: dict[str, float] = {}

@@ -55,7 +55,7 @@ def decode(
     Raises CorruptImage with the reason, whatever the decoder raised.
     """
     if source is None:
-        raise CorruptImage("there is no image")
+        raise CorruptImage("there is no image (tar shards must hold images of one type)")
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)

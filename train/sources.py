@@ -105,7 +105,10 @@ class FolderSource:
             raise FileNotFoundError(f"path={str(root)!r} is not a folder")
         metadata = next((self.root / name for name in METADATA_FILES if (self.root / name).is_file()), None)
         if metadata is not None:
-            files, labels, self._captions, found = _read_metadata(metadata, columns or {}, classes)
+            try:
+                files, labels, self._captions, found = _read_metadata(metadata, columns or {}, classes)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{metadata} must be text in UTF-8: byte {error.start} is none of it") from None
         else:
             files, labels, found = _scan(self.root, classes)
             self._captions = None
@@ -131,12 +134,19 @@ class FolderSource:
             caption = self._captions[index]
         else:
             sidecar = path.with_suffix(".txt")
-            caption = sidecar.read_text("utf-8").strip() if sidecar.is_file() else None
+            caption = _read_caption(sidecar) if sidecar.is_file() else None
         return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
 
     def caption(self, index: int) -> str | tuple[str, ...]:
         """The record's caption or captions."""
         return self.record(index).caption
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption {path} must be text in UTF-8: byte {error.start} is none of it") from None
 
 
 def _images(folder: Path):
@@ -150,7 +160,8 @@ def _images(folder: Path):
 def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[int], tuple[str, ...] | None]:
     files = [os.path.relpath(name, root) for name in _images(root)]
     tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in files]
-    own = tuple(sorted({top for top in tops if top is not None}))
+    own = {top for top in tops if top is not None}
+    own = tuple(sorted(own, key=int if all(top.isdecimal() for top in own) else None))  # 2 before 10
     if not own:
         return files, [0] * len(files), classes
     if None in tops:
@@ -165,7 +176,7 @@ def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[
 
 def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
     """The Hugging Face imagefolder convention: one row per image with `file_name` and any label and caption."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             rows = list(csv.DictReader(file))
         else:
@@ -177,6 +188,8 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not rows:
         return [], [], [], classes
+    if others := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path}: every line must be an object with file_name, got {str(others[0])[:60]}")
     chosen = choose_columns(rows[0], **{**columns, "image": "file_name"}, where=str(path))
     captions = [_as_caption(get(row, chosen.caption)) for row in rows] if chosen.caption else None
     labels = [get(row, chosen.label) for row in rows] if chosen.label else [0] * len(rows)

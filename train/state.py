@@ -32,7 +32,7 @@ def save(session: Session) -> None:
             weights = get_model_state_dict(session.model, options=FULL)
 
     def write(folder: Path) -> None:
-        torch.save(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
+        save_tensors(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
         with averaged_weights(session) if weights is None else contextlib.nullcontext():
             session.task.export(folder / "weights", session.objective, weights)
 
@@ -41,6 +41,15 @@ def save(session: Session) -> None:
         point_link(config.latest, written / "weights")
         drop_old(config.checkpoints, keep=config.keep)
     accelerator.wait_for_everyone()
+
+
+def save_tensors(state: dict, path: Path) -> None:
+    """`torch.save`, whose RuntimeError on a full disk is an OSError here."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        reason = (str(error).strip() or "unknown").splitlines()[0]
+        raise OSError(f"{path} cannot be written; is the disk full? ({reason})") from None
 
 
 def collect(session: Session) -> dict:

@@ -6,6 +6,7 @@ cache (`train.cache_tokens`) or are made on the fly by the frozen tokenizer.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,30 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     if conditioning == "class" and model.config.num_classes < num_classes:
         raise ValueError(f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes")
     return model
+
+
+def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | None) -> None:
+    """Whether what lies beside a transformer to start from, its tokenizer and its classes' names, is what it gets now.
+
+    Raises:
+        ValueError: if not; only what is there is looked at, and tokens of another schedule are another matter.
+    """
+    folder = Path(start_from).parent
+    if (folder / "vqvae" / "config.json").is_file():
+        own = load_tokenizer(str(folder / "vqvae"))
+        own.schedule = vqvae.schedule
+        if tokenizer_hash(own) != tokenizer_hash(vqvae):
+            raise ValueError(
+                f"start_from {start_from!r} was trained on the tokens of {folder / 'vqvae'}, and "
+                "tokens.tokenizer makes others"
+            )
+    if classes is not None and (folder / "model_index.json").is_file():
+        names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names")
+        if names is not None and names != list(classes):
+            raise ValueError(
+                f"start_from {start_from!r} knows the classes {', '.join(names)[:200]}, and the data has "
+                f"{', '.join(classes)[:200]}: labels would change their meaning"
+            )
 
 
 def given_sizes(transformer: Namespace) -> dict[str, Any]:
@@ -423,6 +448,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if built.tokens.noise and vqvae.config.bitwise:
         raise ValueError(f"tokens.noise is for codes, and the tokens of {built.tokens.tokenizer!r} are bitwise")
     train_data, val_data = datasets(built, vqvae)
+    classes = train_data.classes if built.transformer.conditioning == "class" else None
+    if built.start_from is not None:
+        check_origin(built.start_from, vqvae, classes)
     texts = open_texts(built.text) if built.transformer.conditioning == "text" else Texts(width=built.text.d_model)
     transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width)
     objective = build_objective(built, transformer, texts.trained)
@@ -436,10 +464,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_data=train_data,
         val_data=val_data,
         prepare=prepare,
-        export=exporter(vqvae, texts, train_data.classes if built.transformer.conditioning == "class" else None),
+        export=exporter(vqvae, texts, classes),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
-        depends={"tokenizer": tokenizer_hash(vqvae)},
+        depends={"tokenizer": tokenizer_hash(vqvae), **({"classes": list(classes)} if classes else {})},
     )
     run(task, run_config)
 
