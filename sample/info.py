@@ -18,9 +18,9 @@ SHOWN = 8  # class names in a line
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale info`."""
     parser.description = "What a model is, what it can be asked for, and what drawing with it takes."
-    parser.add_argument(
-        "model", nargs="?", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
-    )
+    what = "scenes (bundled), a model folder, a training run, or a Hub id"
+    parser.add_argument("place", nargs="?", default="scenes", metavar="MODEL", help=what)
+    parser.add_argument("--model", help="the same, as other commands take it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,9 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from sample.load import load_pipeline, model_folder
 
-    folder = model_folder(args.model)
+    model = args.model or args.place
+    folder = model_folder(model)
     facts = list(describe(load_pipeline(folder, dtype="float32", device="cpu")))
-    print(f"{args.model}: {folder}" if str(folder) != args.model else folder)
+    print(f"{model}: {folder}" if str(folder) != model else folder)
     for name, what in facts:
         print(f"  {name:12}  {what}")
     return 0

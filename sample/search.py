@@ -132,7 +132,8 @@ class Search:
             raise ValueError(f"rounds must be 1, or more with a score that is `enough`; got {self.rounds}, enough None")
         needy = [step.how for step in self.steps if step.how in ("resample", "best")]
         if self.reward is None and ((needy and self.candidates > 1) or self.enough is not None):
-            raise ValueError(f"reward is needed to {(needy or ['stop early'])[0]}: name one")
+            for_what = f"choose by {needy[0]}" if needy else "stop early"
+            raise ValueError(f"reward must be named to {for_what}, as scenes or pickscore")
 
     def __str__(self) -> str:
         steps = " ".join(map(str, (self.candidates, *self.steps)))

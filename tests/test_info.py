@@ -26,5 +26,7 @@ def test_a_text_model_on_the_command_line(text_folder, capsys):
     facts = {line[:14].strip(): line[16:] for line in lines[1:]}
     assert facts["draws"] == "images of 8 x 8 pixels from texts" and "T5EncoderModel" in facts["text encoder"]
     assert facts["memory"].startswith("one image takes about ")
+    assert nextscale.main(["info", "--model", str(text_folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
     assert nextscale.main(["info", "no/such/model"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

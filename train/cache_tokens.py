@@ -133,8 +133,8 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
         for name, value in json.loads(json.dumps(manifest)).items():  # as it is read: lists for tuples
             if kept.get(name, value) != value:  # older caches do not say all
                 raise ValueError(
-                    f"cache.folder {folder} was begun with another {name}, {kept[name]} and not {value}: "
-                    "remove it or give another one"
+                    f"cache.folder {folder} was begun with other data or settings, {name} is {value} and was "
+                    f"{kept[name]}: remove it or give another one"
                 )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -153,7 +153,7 @@ def advance(bar: tqdm, accelerator: Accelerator) -> Callable[[int], None]:
 def encode(
     accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig, done: Callable[[int], None]
 ) -> tuple[np.ndarray, list, np.ndarray]:
-    """Tokens (n, L), {"label", "caption"} rows, latents (n, C, H, W) float16 of some items; `done` hears of each batch."""
+    """Tokens (n, L), {"label", "caption"} rows and latents (n, C, H, W) float16 of items; `done` hears of batches."""
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
