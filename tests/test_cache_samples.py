@@ -106,4 +106,4 @@ def test_mistakes_are_one_line(arguments, words, text_folder, real_cache, enough
 def test_a_plan_is_not_mixed_with_another(text_folder, real_cache, enough, tmp_path, capfd):
     assert samples(text_folder, real_cache, tmp_path / "one", enough) == 0
     assert samples(text_folder, real_cache, tmp_path / "one", enough, "--samples.candidates=2") == 2
-    assert "was begun with another candidates" in capfd.readouterr().err
+    assert "candidates is 2 and was 4" in capfd.readouterr().err
