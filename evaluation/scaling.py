@@ -276,7 +276,8 @@ def _draw_compute(axis, points: Sequence[Point], figure: str) -> None:
         colour = colormaps["viridis"](sizes.index(size) / max(len(sizes) - 1, 1))
         run = sorted(run, key=lambda p: p["compute"])
         x, y = [p["compute"] / 1e15 for p in run], [p[figure] for p in run]
-        label = None if size in named else f"{size / 1e6:.2g} M parameters"
+        millions = f"{size / 1e6:.2g}" if size < 1e8 else f"{size / 1e6:,.0f}"
+        label = None if size in named else f"{millions} M parameters"
         axis.plot(x, y, "-", color=colour, linewidth=1, label=label)
         named.add(size)
     best = compute_frontier(points, figure)

@@ -49,7 +49,7 @@ class Filter:
     temperature_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if self.top_k < 0 or not float(self.top_k).is_integer():
             raise ValueError(f"top_k must be 0 (all) or a whole number above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale info`."""
     parser.description = "What a model is, what it can be asked for, and what drawing with it takes."
     what = "scenes (bundled), a model folder, a training run, or a Hub id"
-    parser.add_argument("place", nargs="?", default="scenes", metavar="MODEL", help=what)
+    parser.add_argument("place", nargs="?", metavar="MODEL", help=what)
     parser.add_argument("--model", help="the same, as other commands take it")
 
 
@@ -31,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from sample.load import load_pipeline, model_folder
 
-    model = args.model or args.place
+    if args.model and args.place:
+        raise ValueError(f"give one model, and not both {args.place!r} and --model {args.model!r}")
+    model = args.model or args.place or "scenes"
     folder = model_folder(model)
     facts = list(describe(load_pipeline(folder, dtype="float32", device="cpu")))
-    print(f"{model}: {folder}" if str(folder) != model else folder)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print(model if str(folder) == model else f"{model}: {shown}")
     for name, what in facts:
         print(f"  {name:12}  {what}")
     return 0

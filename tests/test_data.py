@@ -280,11 +280,6 @@ def test_texts_that_are_not_utf8_are_named_and_byte_order_marks_are_none(tmp_pat
         build_dataset(config("folder", str(tmp_path), tmp_path))
 
 
-def test_numbered_class_folders_are_in_the_order_of_numbers(tmp_path):
-    data = build_dataset(config("folder", str(class_folder(tmp_path / "d", (("10", 1), ("2", 1), ("1", 1)))), tmp_path))
-    assert data.classes == ("1", "2", "10")
-
-
 def test_metadata_must_name_every_file(tmp_path):
     picture(0).save(tmp_path / "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n')

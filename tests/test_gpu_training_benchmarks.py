@@ -61,6 +61,22 @@ def test_training(tmp_path):
     assert row["loss"] == pytest.approx(grouped["loss"], rel=1e-3) and 5 < row["loss"] < 20
 
 
+def test_a_turn_is_several_steps_and_seconds_are_of_one(monkeypatch):
+    def check() -> None:
+        def turns_of_eight_seconds(turns, rounds, device):
+            return {name: [turn() or 8.0 for _ in range(rounds)] for name, turn in turns.items()}, {}
+
+        monkeypatch.setattr(training_gpu, "in_turns", turns_of_eight_seconds)
+        made = training_gpu.measure(training_gpu.parser_of().parse_args([*TRAINING, "--steps", "4"]))
+        assert made["settings"]["steps"] == 4
+        assert [(row["seconds"], row["images_per_s"]) for row in made["rows"]] == [(2.0, 1.0)] * 2
+
+    assert in_child(check) == 0
+    calls = []
+    training_gpu.repeated(lambda: calls.append(1), 3)
+    assert len(calls) == 3
+
+
 @needs_checkout
 def test_training_beside_the_official_code(tmp_path):
     rows = measured(training_gpu, [*TRAINING, "--reference", CHECKOUT], tmp_path)["rows"]

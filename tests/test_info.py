@@ -28,5 +28,7 @@ def test_a_text_model_on_the_command_line(text_folder, capsys):
     assert facts["memory"].startswith("one image takes about ")
     assert nextscale.main(["info", "--model", str(text_folder)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
+    assert nextscale.main(["info", "scenes", "--model", str(text_folder)]) == 2
+    assert "give one model, and not both 'scenes' and" in capsys.readouterr().err
     assert nextscale.main(["info", "no/such/model"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

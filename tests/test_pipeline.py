@@ -247,6 +247,7 @@ def test_prompts_are_padded_to_the_longest(tiny_text_encoder):
         ({"class_labels": 1, "output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
         ({"class_labels": 1, "top_k": -1}, "top_k must be 0"),
         ({"class_labels": 1, "top_k": 3.5}, "or a whole number above, got 3.5"),
+        ({"class_labels": 1, "top_k": float("inf")}, "or a whole number above, got inf"),
         ({"class_labels": 1, "temperature": 1e-40}, "temperature must be in .*, got 1e-40"),
         ({"class_labels": 1, "guidance_scale": -0.5}, "guidance must be in .*, got -0.5"),
         ({"class_labels": 1, "guidance_scale": float("inf")}, "guidance must be in .*, got inf"),

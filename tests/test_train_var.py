@@ -17,7 +17,7 @@ from PIL import Image
 from training_toys import curve, in_child
 
 import nextscale
-from train import cache_text, cache_tokens, train_var
+from train import cache_text, cache_tokens, export, train_var
 from train.config import exit_code
 from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
@@ -212,6 +212,9 @@ def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, t
     assert "knows the classes cat, dog, and the data has dog, zebra" in capfd.readouterr().err
     (tmp_path / "data/zebra").rename(tmp_path / "data/cat")
     assert stage(train_var.main, *small, tokens, start, other) == 0
+    assert exit_code(export.main, ["--model", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0  # in bfloat16
+    start = f"--start_from={tmp_path}/out/transformer"
+    assert stage(train_var.main, *small, tokens, start, f"--run.run_dir={tmp_path}/exported") == 0
     changed = copy.deepcopy(tiny_vqvae)
     changed.quantizer.codebook.weight.data.add_(1.0)
     changed.save_pretrained(tmp_path / "other")

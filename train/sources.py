@@ -160,8 +160,7 @@ def _images(folder: Path):
 def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[int], tuple[str, ...] | None]:
     files = [os.path.relpath(name, root) for name in _images(root)]
     tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in files]
-    own = {top for top in tops if top is not None}
-    own = tuple(sorted(own, key=int if all(top.isdecimal() for top in own) else None))  # 2 before 10
+    own = tuple(sorted({top for top in tops if top is not None}))
     if not own:
         return files, [0] * len(files), classes
     if None in tops:

@@ -48,7 +48,9 @@ def save_tensors(state: dict, path: Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        reason = (str(error).strip() or "unknown").splitlines()[0]
+        if not any(writer in str(error) for writer in ("inline_container", "PytorchStreamWriter")):
+            raise
+        reason = str(error).strip().splitlines()[0]
         raise OSError(f"{path} cannot be written; is the disk full? ({reason})") from None
 
 

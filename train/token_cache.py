@@ -22,12 +22,14 @@ from tokenizer.model import MultiScaleVQ
 from train.checkpoint import write_atomically
 from train.images import no_label
 
+DECODING = ("decoder.", "post_quant_conv.")  # parts of a tokenizer that do not matter to tokens
+
 
 def tokenizer_hash(vqvae: MultiScaleVQ) -> str:
     """SHA-256 of the weights that decide tokens and the transformer's inputs: encoder, quantiser, schedule."""
     digest = hashlib.sha256(vqvae.schedule.text.encode())
     for name, tensor in sorted(vqvae.state_dict().items()):
-        if not name.startswith(("decoder.", "post_quant_conv.")):
+        if not name.startswith(DECODING):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -37,7 +37,7 @@ from train.session import Batch, Task
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
 from train.text_cache import TextCache, check_manifest, encoder_hash
-from train.token_cache import TokenCache, tokenizer_hash
+from train.token_cache import DECODING, TokenCache, tokenizer_hash
 from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
 
@@ -210,14 +210,11 @@ def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | 
         ValueError: if not; only what is there is looked at, and tokens of another schedule are another matter.
     """
     folder = Path(start_from).parent
-    if (folder / "vqvae" / "config.json").is_file():
-        own = load_tokenizer(str(folder / "vqvae"))
-        own.schedule = vqvae.schedule
-        if tokenizer_hash(own) != tokenizer_hash(vqvae):
-            raise ValueError(
-                f"start_from {start_from!r} was trained on the tokens of {folder / 'vqvae'}, and "
-                "tokens.tokenizer makes others"
-            )
+    own = folder / "vqvae"
+    if (own / "config.json").is_file() and not same_tokenizer(load_tokenizer(str(own)), vqvae):
+        raise ValueError(
+            f"start_from {start_from!r} was trained on the tokens of {own}, and tokens.tokenizer makes others"
+        )
     if classes is not None and (folder / "model_index.json").is_file():
         names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names")
         if names is not None and names != list(classes):
@@ -225,6 +222,19 @@ def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | 
                 f"start_from {start_from!r} knows the classes {', '.join(names)[:200]}, and the data has "
                 f"{', '.join(classes)[:200]}: labels would change their meaning"
             )
+
+
+def same_tokenizer(a: MultiScaleVQ, b: MultiScaleVQ) -> bool:
+    """Whether what makes tokens is the same in both, but for what an export rounds to bfloat16.
+
+    What differs in shape belongs to a scale each, of another schedule.
+    """
+    one, two = (
+        {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if not name.startswith(DECODING)}
+        for model in (a, b)
+    )
+    alike = [name for name in one.keys() & two.keys() if one[name].shape == two[name].shape]
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in alike)
 
 
 def given_sizes(transformer: Namespace) -> dict[str, Any]:
