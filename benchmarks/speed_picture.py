@@ -20,34 +20,46 @@ def save(figure: Figure, path: Path) -> None:
     atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
-def draw_sampling(rows: Sequence[dict], path: Path) -> None:
-    """Seconds an image by variant and batch, split into stages."""
-    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_s") and name != "images_per_s")
-    stages = [name for name in names if name != "gflop_per_s"]
-    batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(6.5 * len(batches), 4), layout="constrained")
-    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
-        chosen = [row for row in rows if row["batch"] == batch][::-1]
-        lefts = [0.0] * len(chosen)
-        for stage, colour in zip(stages, COLOURS):
-            widths = [max(0.0, row.get(stage, 0.0)) / batch for row in chosen]
-            axes.barh([row["variant"] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
-            lefts = [left + width for left, width in zip(lefts, widths)]
-        for row, left in zip(chosen, lefts):
-            note = ", disturbed" if row["disturbed"] else ""
-            axes.text(left, row["variant"], f" {row['images_per_s']:.2f} images/s{note}", va="center", fontsize=8)
-        axes.set(title=f"batch {batch}", xlabel="seconds an image", xlim=(0, 1.5 * max(lefts)))
-    axes.legend(fontsize=8, loc="lower right")
-    save(figure, path)
-
-
-CALLED = {  # on the picture
+CALLED = {  # on the pictures
+    "official_float32": "official code, float32",
+    "official_autocast": "official code, bfloat16 autocast",
+    "plain_float32": "ours, float32 (--fast off)",
+    "fast_float32": "ours, float32 (--fast auto)",
+    "fast_bfloat16": "ours, bfloat16 (--fast on)",
     "official": "official code",
     "plain": "ours, plain",
     "graphs": "ours, as CUDA graphs",
     "kernels": "ours, with kernels (--fast auto)",
     "fast": "ours, kernels as graphs (--fast on)",
 }
+
+
+def together(batch: int) -> str:
+    """A panel's title."""
+    return f"{batch} images at once" if batch > 1 else "one image"
+
+
+def draw_sampling(rows: Sequence[dict], path: Path) -> None:
+    """Seconds an image by variant and batch, split into stages."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_s") and name != "images_per_s")
+    stages = [name for name in names if name != "gflop_per_s"]
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(8 * len(batches), 4), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
+        chosen = [row for row in rows if row["batch"] == batch][::-1]
+        lefts = [0.0] * len(chosen)
+        for stage, colour in zip(stages, COLOURS):
+            widths = [max(0.0, row.get(stage, 0.0)) / batch for row in chosen]
+            axes.barh([CALLED[row["variant"]] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
+            lefts = [left + width for left, width in zip(lefts, widths)]
+        for row, left in zip(chosen, lefts):
+            note = ", disturbed" if row["disturbed"] else ""
+            axes.text(
+                left, CALLED[row["variant"]], f" {row['images_per_s']:.2f} images/s{note}", va="center", fontsize=8
+            )
+        axes.set(title=together(batch), xlabel="seconds an image", xlim=(0, 1.5 * max(lefts)))
+    axes.legend(fontsize=8, loc="lower right")
+    save(figure, path)
 
 
 def draw_sampling_gpu(rows: Sequence[dict], path: Path, title: str) -> None:
@@ -70,8 +82,7 @@ def draw_sampling_gpu(rows: Sequence[dict], path: Path, title: str) -> None:
             note = f" {whole:.3g} ms: {row['images_per_s']:.3g} images/s{times}"
             axes.text(max(whole, left), name, note, va="center", fontsize=8)
         longest = max(1e3 * row["seconds"] / batch for row in chosen)
-        title = f"{batch} images at once" if batch > 1 else "one image"
-        axes.set(title=title, xlabel="milliseconds an image", xlim=(0, 1.9 * longest))
+        axes.set(title=together(batch), xlabel="milliseconds an image", xlim=(0, 1.9 * longest))
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 

@@ -187,11 +187,9 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         return args.prompt or None, None
     if not args.prompts.is_file():
         raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
-    try:
-        text = args.prompts.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {args.prompts} must be text in UTF-8: byte {error.start} is none of it") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    from sample.images import read_text
+
+    lines = [line.strip() for line in read_text("--prompts", args.prompts).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
     if not lines[0].startswith("{"):

@@ -433,6 +433,18 @@ def check_place(name: str, path: str | Path, *, folder: bool) -> None:
         raise ValueError(f"{name} must be {where}, got {path}: {there} is a file")
 
 
+def read_text(name: str, path: Path) -> str:
+    """A text file in UTF-8, with or without the mark some programs begin it with.
+
+    Raises:
+        ValueError: if it is none, naming it after `name`, what it is to the user.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} {path} must be text in UTF-8: byte {error.start} is none of it") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically; the folder is made if missing."""
     atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

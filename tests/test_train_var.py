@@ -205,7 +205,7 @@ def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, t
     (tmp_path / "data/cat").rename(tmp_path / "data/zebra")
     capfd.readouterr()
     assert stage(train_var.main, *given, tokens, run, "--run.total_images=32") == 2
-    assert "was trained with another classes" in capfd.readouterr().err
+    assert "was trained with another list of classes" in capfd.readouterr().err
     small = [word for word in given if not word.startswith("--transformer.")]
     start, other = f"--start_from={tmp_path}/run/latest/transformer", f"--run.run_dir={tmp_path}/on"
     assert stage(train_var.main, *small, tokens, start, other) == 2

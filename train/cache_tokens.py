@@ -107,13 +107,14 @@ def encode_split(
     shards = range(-(-len(items) // config.shard_size))
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     with tqdm(total=len(items), unit="img", desc=split, disable=not accelerator.is_main_process) as bar:
+        done = advance(bar, accelerator)
         for shard in mine:
             rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, len(items)))
             if not has_shard(folder, shard):
-                ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config, advance(bar, accelerator))
+                ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config, done)
                 write_shard(folder, shard, ids, about, latents if config.latents else None)
             else:
-                advance(bar, accelerator)(len(rows))
+                done(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))

@@ -130,7 +130,7 @@ class Task:
             writes `save_pretrained` folders.
         preview: objective with averaged weights to named grids, (n, 3, h, w) in [-1, 1].
         record: writes the configuration into the run's folder; called when the run is known to be the same.
-        depends: by name, hashes of what the training builds on, as its tokenizer: a run resumes with the same alone.
+        depends: by name, what the training builds on, as its tokenizer's hash: a run resumes with the same alone.
     """
 
     objective: Objective
@@ -140,7 +140,7 @@ class Task:
     export: Export
     preview: Callable[[Objective], dict[str, torch.Tensor]] | None = None
     record: Callable[[], None] | None = None
-    depends: Mapping[str, str] = field(default_factory=dict)
+    depends: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

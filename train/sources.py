@@ -7,6 +7,7 @@ label is -1). Nothing is decoded here.
 
 import csv
 import glob
+import io
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sample.images import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -105,10 +108,7 @@ class FolderSource:
             raise FileNotFoundError(f"path={str(root)!r} is not a folder")
         metadata = next((self.root / name for name in METADATA_FILES if (self.root / name).is_file()), None)
         if metadata is not None:
-            try:
-                files, labels, self._captions, found = _read_metadata(metadata, columns or {}, classes)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{metadata} must be text in UTF-8: byte {error.start} is none of it") from None
+            files, labels, self._captions, found = _read_metadata(metadata, columns or {}, classes)
         else:
             files, labels, found = _scan(self.root, classes)
             self._captions = None
@@ -134,19 +134,12 @@ class FolderSource:
             caption = self._captions[index]
         else:
             sidecar = path.with_suffix(".txt")
-            caption = _read_caption(sidecar) if sidecar.is_file() else None
+            caption = read_text("caption", sidecar).strip() if sidecar.is_file() else None
         return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
 
     def caption(self, index: int) -> str | tuple[str, ...]:
         """The record's caption or captions."""
         return self.record(index).caption
-
-
-def _read_caption(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption {path} must be text in UTF-8: byte {error.start} is none of it") from None
 
 
 def _images(folder: Path):
@@ -175,16 +168,16 @@ def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[
 
 def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
     """The Hugging Face imagefolder convention: one row per image with `file_name` and any label and caption."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            rows = []
-            for number, line in enumerate(file, 1):
-                try:
-                    rows += [json.loads(line)] if line.strip() else []
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    file = io.StringIO(read_text("metadata", path))
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(file))
+    else:
+        rows = []
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not rows:
         return [], [], [], classes
     if others := [row for row in rows if not isinstance(row, dict)]:

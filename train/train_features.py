@@ -7,8 +7,8 @@ float16 before the reference statistics of FD-scenes are taken with them; both g
 Shapes: N images of the pool, B of a batch, 8 x 8 cells.
 """
 
+import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.command import Parser
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.features import SHIPPED, SIDE, SceneFeatures, describe_all, load_scene_features
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
+from sample.images import atomically, check_place
 
 CELLS = 8  # along a side
 IGNORED = -1  # target of cells without an object
@@ -129,9 +130,8 @@ def check(network: SceneFeatures, n: int, seed: int) -> dict[str, float]:
 def save(network: SceneFeatures, path: Path, reference: dict[str, torch.Tensor], facts: dict) -> None:
     """Write float16 weights, the reference statistics and `facts` (as metadata) to one safetensors file, atomically."""
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.state_dict().items()}
-    partial = path.with_name(f".{path.name}.part")
-    save_file({**weights, **reference}, partial, metadata={"facts": json.dumps(facts)})
-    os.replace(partial, path)
+    content = {**weights, **reference}
+    atomically(path, lambda partial: save_file(content, partial, metadata={"facts": json.dumps(facts)}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,32 +141,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pool", type=int, default=16000, help="renders to train on (default 16000)")
     parser.add_argument("--reference", type=int, default=20000, help="renders behind the statistics (default 20000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and weights (default 0)")
-    parser.add_argument("--out", default=str(SHIPPED), help="file to write (default: the shipped one)")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="file to write (default: the shipped one)")
     options = parser.parse_args(argv)
-    if min(options.steps, options.pool, options.reference) < 2 or options.seed < 0:
-        parser.error("--steps, --pool and --reference must be 2 or more, --seed 0 or more")
-    start, out = time.perf_counter(), Path(options.out)
-    if not out.parent.is_dir() or out.is_dir():
-        parser.error(f"--out {out} must be a file in a folder that exists")
+    with in_one_line(parser):
+        check_least(options, steps=2, pool=2, reference=2, seed=0)
+        check_place("--out", options.out, folder=False)
+        run(options)
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, check, take the reference statistics, write; nothing is written when it is interrupted."""
+    start, out = time.perf_counter(), options.out
     facts = {"steps": options.steps, "pool": options.pool, "seed": options.seed, "reference_n": options.reference}
-    try:
-        network = train(steps=options.steps, pool=options.pool, seed=options.seed)
-        draft = out.with_name(f".{out.name}.draft")
-        save(network, draft, {}, facts)
-        rounded = load_scene_features(draft)
-        draft.unlink()
-        facts["right"] = check(rounded, 2000, options.seed)
-        print(", ".join(f"{name} {share:.4f}" for name, share in facts["right"].items()))
-        scenes = fresh_scenes(options.reference, options.seed, REFERENCE_STREAM)
-        bar = tqdm(scenes, desc="reference", disable=None)
-        features = describe_all(rounded, (render(scene, SIDE) for scene in bar)).features
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    network = train(steps=options.steps, pool=options.pool, seed=options.seed)
+    draft = out.with_name(f".{out.name}.draft")
+    save(network, draft, {}, facts)
+    rounded = load_scene_features(draft)
+    draft.unlink()
+    facts["right"] = check(rounded, 2000, options.seed)
+    print(", ".join(f"{name} {share:.4f}" for name, share in facts["right"].items()))
+    scenes = fresh_scenes(options.reference, options.seed, REFERENCE_STREAM)
+    bar = tqdm(scenes, desc="reference", disable=None)
+    features = describe_all(rounded, (render(scene, SIDE) for scene in bar)).features
     reference = {"reference_mean": features.mean(0), "reference_covariance": torch.cov(features.T)}
     save(rounded, out, {name: t.float().contiguous() for name, t in reference.items()}, facts)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {time.perf_counter() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Shapes: N pictures of the pool, B of a batch, M cells of a picture (8 x 8), F nu
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.command import Parser
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.reward_accuracy import auc
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
+from sample.images import atomically, check_place
 from sample.load import resolve_device, resolve_dtype
 from sample.rewards import to_images
 from sample.scene_reward import CELLS, SAYS, SHIPPED, SIDE, SceneReward, load_scene_reward
@@ -201,9 +202,7 @@ def check(network: SceneReward, pool: Pool) -> dict[str, float]:
 def save(network: SceneReward, path: Path, facts: dict) -> None:
     """Write float16 weights and `facts` (as metadata) to one safetensors file, atomically."""
     weights = {name: (w.half() if w.is_floating_point() else w).cpu() for name, w in network.state_dict().items()}
-    partial = path.with_name(f".{path.name}.part")
-    save_file(weights, partial, metadata={"facts": json.dumps(facts)})
-    os.replace(partial, path)
+    atomically(path, lambda partial: save_file(weights, partial, metadata={"facts": json.dumps(facts)}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,19 +216,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="file to write (default: the shipped one)")
     options = parser.parse_args(argv)
-    if min(options.steps, options.pool, options.check) < 2 or options.seed < 0:
-        parser.error("--steps, --pool and --check must be 2 or more, --seed 0 or more")
+    with in_one_line(parser):
+        check_options(options)
+        run(options)
+    return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError on options that make no sense, naming them."""
+    check_least(options, steps=2, pool=2, check=2, seed=0)
     if options.tokenizer is not None and not (options.tokenizer / "config.json").is_file():
-        parser.error(f"--tokenizer {options.tokenizer} has no config.json")
+        raise ValueError(f"--tokenizer {options.tokenizer} has no config.json")
     if options.tokenizer is None and options.out == SHIPPED:
-        parser.error("--tokenizer is needed to replace the shipped reward; give it, or another --out")
-    if not options.out.parent.is_dir() or options.out.is_dir():
-        parser.error(f"--out {options.out} must be a file in a folder that exists")
-    start = time.perf_counter()
-    try:
-        vqvae, device = None, resolve_device(options.device)
-    except ValueError as error:
-        parser.error(f"--{error}")
+        raise ValueError("--tokenizer is needed to replace the shipped reward; give it, or another --out")
+    check_place("--out", options.out, folder=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw, train, check, write; nothing is written when it is interrupted."""
+    start, vqvae, device = time.perf_counter(), None, resolve_device(options.device)
     if options.tokenizer is not None:
         dtype = resolve_dtype("auto", device, fastest=True)
         vqvae = MultiScaleVQ.from_pretrained(options.tokenizer, torch_dtype=dtype).eval().to(device)
@@ -249,14 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = "render" if scale is None else f"scale {scale}"
             facts["right"][name] = found = check(rounded, pool)
             print(f"{name}: named {found['named']:.4f}, auc {found['auc']:.4f}", flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
     finally:
         draft.unlink(missing_ok=True)
     save(rounded, options.out, facts)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {time.perf_counter() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

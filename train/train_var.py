@@ -477,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export=exporter(vqvae, texts, classes),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
-        depends={"tokenizer": tokenizer_hash(vqvae), **({"classes": list(classes)} if classes else {})},
+        depends={"tokenizer": tokenizer_hash(vqvae), **({"list of classes": list(classes)} if classes else {})},
     )
     run(task, run_config)
 
