@@ -19,6 +19,7 @@ from evaluation.powerlaws import FITS, bootstrap_law, check_points, fit_power_la
 FIGURES = ("loss", "loss_last", "error", "error_last", "fd_scenes", "score_error")  # all fall with size
 NEEDED = ("run", "parameters", "images", "final")
 RESAMPLES = 400
+LEAST = 4  # sizes that a law needs, one of which tests it
 Point = dict[str, float | str]
 
 
@@ -148,7 +149,7 @@ def laws_in_size(points: Sequence[Point], *, resamples: int = RESAMPLES) -> list
     for figure in FIGURES:
         sizes, values = averaged(points, figure)
         for form in FITS:
-            if len(sizes) < (4 if form == "power" else 5) or (values <= 0).any():  # the largest is held out
+            if len(sizes) < (LEAST if form == "power" else LEAST + 1) or (values <= 0).any():  # the largest is held out
                 continue
             x = sizes / 1e9
             row = {"figure": figure, "against": "parameters (billions)", "form": form, "points": len(x)}
@@ -186,7 +187,7 @@ def laws_in_compute(points: Sequence[Point], *, resamples: int = RESAMPLES) -> l
 def check(points: Sequence[Point]) -> list[str]:
     """Cautions about a ladder. Raises ValueError if there are too few sizes to fit anything."""
     sizes, losses = averaged(points, "loss")
-    check_points(sizes, losses, 4)
+    check_points(sizes, losses, LEAST)
     lines = []
     if len(sizes) < 6 or sizes.max() / sizes.min() < 30:
         lines.append(

@@ -91,6 +91,16 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
     os.replace(temporary, path)
 
 
+def readable(place: Path) -> None:
+    """Give weight files that safetensors made (a file, or all in a folder) the rights that other new files have.
+
+    The library keeps them to their owner alone, whatever the umask says, so that a group could not share its models.
+    """
+    os.umask(umask := os.umask(0o077))
+    for path in [place] if place.is_file() else place.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
 def map_safetensors(path: Path) -> tuple[State, mmap.mmap]:
     """The tensors of a safetensors file as views of its mapping, read-only, and the mapping.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sample import adapters
 from sample.adapters import Adapter
-from sample.checkpoints import State, map_safetensors, read_state, write_pth, write_safetensors
+from sample.checkpoints import State, map_safetensors, read_state, readable, write_pth, write_safetensors
 from sample.official import Component, Flags, read_components
 from sample.pipeline import NextScalePipeline
 from var import convert_infinity as infinity_keys
@@ -70,6 +70,7 @@ def copy_text_encoder(source: str | Path, folder: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"text encoder {source} could not be read: {str(error).splitlines()[0]}") from None
     encoder.save_pretrained(folder / "text_encoder")
+    readable(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     return {"text_encoder": encoder, "tokenizer": tokenizer}
 

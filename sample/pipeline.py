@@ -7,6 +7,7 @@ diffusers reads the annotations of `NextScalePipeline.__init__`, so they are not
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sample.checkpoints import readable
 from sample.draw import check_seeds
 from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
@@ -140,6 +142,11 @@ class NextScalePipeline(DiffusionPipeline):
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         given = {name: options[name] for name in known if options.get(name) is not None}
         return snapshot_download(pretrained_model_name, allow_patterns=list(HUB_FILES), **given)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """diffusers' own, with files that others may read where the umask lets them."""
+        super().save_pretrained(save_directory, **options)
+        readable(Path(save_directory))
 
     @classmethod
     def from_official(

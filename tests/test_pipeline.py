@@ -183,6 +183,8 @@ def test_a_training_run_loads_by_its_parts(text_pipeline, text_folder, tmp_path)
 def test_sampling_defaults_are_saved(tiny_class_model, tiny_vqvae, tmp_path):
     pipeline = NextScalePipeline(tiny_class_model, tiny_vqvae, sampling={"top_k": 1, "guidance_scale": 3.0})
     pipeline.save_pretrained(tmp_path)
+    rights = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(rights) == 1  # weights can be read by whom the configuration can
     loaded = load_pipeline(tmp_path, device="cpu")
     for pipe in (pipeline, loaded):
         pipe.set_progress_bar_config(disable=True)

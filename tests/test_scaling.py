@@ -279,6 +279,17 @@ def test_two_rungs_of_one_name_are_named(tmp_path):
         Ladder.read(path)
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_ladder_of_too_few_sizes_is_refused_before_it_trains(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr("train.scaling.climb_all", lambda *_: pytest.fail("trained"))
+    path = toy_ladder(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["models"] += [{"depth": depth, "width": 64, "heads": 2, "seeds": [0, 1]} for depth in (5, 6)]
+    path.write_text(yaml.dump(content))
+    assert nextscale.main(["scaling", "--config", str(path), *more]) == 2
+    assert "models must be of 4 sizes or more to fit a law, got 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

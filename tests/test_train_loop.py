@@ -323,7 +323,10 @@ def test_drop_prompts_keeps_the_others():
 def test_captions_are_padded_as_their_tokenizer_does():
     tokenizer = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))[1]
     captions = ["a ring", "a star that goes on for longer than the limit of the model", "a ring"]
-    made = tokenize(tokenizer, captions, 32)
+    with pytest.warns(UserWarning, match="more than transformer.text_length 32 tokens are cut") as told:
+        made = tokenize(tokenizer, captions, 32)
+        tokenize(tokenizer, ["a" * 31], 32)  # with its end mark, just short enough
+    assert len(told) == 1
     like = tokenizer(captions, padding="longest", truncation=True, max_length=32, return_tensors="pt")
     assert torch.equal(made["input_ids"], like.input_ids) and torch.equal(made["mask"], like.attention_mask.bool())
 

@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sample.checkpoints import readable
+
 STEP = re.compile(r"step_(\d+)$")
 PARTIAL = ".tmp-"
 
@@ -40,6 +42,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> 
     except BaseException:  # a full disk, above all: what is half written would fill it further
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    readable(partial)
     _flush_tree(partial)
     if final.exists():
         shutil.rmtree(final)

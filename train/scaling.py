@@ -82,6 +82,17 @@ class Ladder:
             content.get("evaluate", {}),
         )
 
+    def check_sizes(self) -> None:
+        """Raise ValueError if the ladder has too few sizes for a law, before hours of training."""
+        from evaluation.scaling import LEAST
+
+        sizes = {
+            tuple(sorted((name, str(value)) for name, value in rung.flags.items() if name.startswith("transformer.")))
+            for rung in self.rungs
+        }
+        if len(sizes) < LEAST:
+            raise ValueError(f"models must be of {LEAST} sizes or more to fit a law, got {len(sizes)}")
+
     def run_folder(self, rung: Rung) -> Path:
         """Where a run goes."""
         return self.folder / rung.name
@@ -175,9 +186,12 @@ def run(args: argparse.Namespace) -> int:
 
         return report(args, read_points(args.csv))
     ladder = Ladder.read(args.config)
+    if not args.dry_run:
+        ladder.check_finished()
+    if not args.fit_only:
+        ladder.check_sizes()
     if args.dry_run:
         return show(ladder)
-    ladder.check_finished()
     if not args.fit_only and (code := climb_all(ladder, args.jobs)):
         return code
     return report(args, ladder_points(ladder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,4 +174,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length
 @lru_cache(maxsize=2**17)
 def _caption_ids(tokenizer: PreTrainedTokenizerBase, caption: str, max_length: int) -> torch.Tensor:
     """(t,) int64. Captions come again, and a tokenizer of bytes takes longer over one than a GPU over its image."""
-    return torch.tensor(tokenizer(caption, truncation=True, max_length=max_length).input_ids)
+    ids = tokenizer(caption, truncation=True, max_length=max_length).input_ids
+    if len(ids) == max_length < len(tokenizer(caption, verbose=False).input_ids):
+        warnings.warn(  # always in the same words, so that it is said once
+            f"captions of more than transformer.text_length {max_length} tokens are cut: their ends are not learned",
+            stacklevel=2,
+        )
+    return torch.tensor(ids)

@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sample.checkpoints import readable
 from train.checkpoint import PARTIAL, write_atomically
 from train.session import Batch
 from train.text import padded_length
@@ -110,6 +111,7 @@ def write_states(folder: Path, number: int, captions: Sequence[str], states: Seq
     tensors = {"states": torch.cat(list(states)), "keys": torch.from_numpy(caption_keys(captions).copy()), "ends": ends}
     partial = folder / f"{PARTIAL}{number:06d}"
     save_file(tensors, partial)
+    readable(partial)
     os.replace(partial, folder / f"{number:06d}.safetensors")
 
 
