@@ -20,7 +20,7 @@ from var.masks import Mask
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
 HINT_HW = (64, 64)  # the same for convolutions
-LOGITS = 2**20  # attention logits computed at once: 4 MiB, of which the processor's cache holds several
+LOGITS = 2**19  # attention logits computed at once: 2 MiB, so that they stay in the processor's cache
 SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
 
@@ -161,21 +161,24 @@ def half_attention(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`var.layers.attention` of bfloat16 tensors, logits in float32, few images at once; with a mask, the plain one.
+    """`var.layers.attention` of bfloat16 tensors, logits in float32, few heads at once; with a mask, the plain one.
 
-    Keys become float32 head by head, as oneDNN takes their transpose; tokens' heads lie side by side in the cache.
+    Keys become float32 part by part, as oneDNN takes their transpose; tokens' heads lie side by side in the cache.
     """
     if mask is not None:
         return attention(q_BHld, k_BHSd, v_BHSd, mask, scale)
-    out_BHld = torch.empty_like(q_BHld, memory_format=torch.contiguous_format)
-    factor = q_BHld.shape[-1] ** -0.5 if scale is None else scale
-    together = max(1, LOGITS // (q_BHld.shape[1] * q_BHld.shape[2] * k_BHSd.shape[2]))
-    for q, k, v, out in zip(*(x.split(together) for x in (q_BHld, k_BHSd, v_BHSd, out_BHld))):
-        k_BHSd32 = k.to(torch.float32, memory_format=torch.contiguous_format)
-        with bfloat16_products():
-            logits = q.float() @ k_BHSd32.mT
-        weights = (logits if factor == 1 else logits.mul_(factor)).softmax(dim=-1)
-        torch.matmul(weights.to(v.dtype), v, out=out)
+    B, H, length, d = q_BHld.shape
+    factor, each = d**-0.5 if scale is None else scale, length * k_BHSd.shape[2]
+    images, heads = max(1, LOGITS // (H * each)), max(1, LOGITS // each)
+    out_BHld = q_BHld.new_empty(B, length, H, d).transpose(1, 2)
+    for i in range(0, B, images):
+        for j in range(0, H, heads):
+            q, k, v, out = (x[i : i + images, j : j + heads] for x in (q_BHld, k_BHSd, v_BHSd, out_BHld))
+            k_32 = k.to(torch.float32, memory_format=torch.contiguous_format)
+            with bfloat16_products():
+                logits = q.float() @ k_32.mT
+            weights = (logits if factor == 1 else logits.mul_(factor)).softmax(dim=-1)
+            out.copy_(weights.to(v.dtype) @ v)
     return rearrange(out_BHld, "b h l d -> b l (h d)")
 
 
