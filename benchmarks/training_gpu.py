@@ -127,8 +127,9 @@ def step_of(session: Any, given: Mapping[str, Any], name: str) -> Run:
         model.enable_gradient_checkpointing() if way.checkpointed else model.disable_gradient_checkpointing()
         session.objective.attention, model.half_stream = way.attention, way.half_stream
         train_step(session, repeat(given))
-        loss, session.meter = session.meter.sums["loss"][0], Meter()
-        return loss
+        ((names, (sums_n, _)),) = session.meter.sums.items()
+        session.meter = Meter()
+        return sums_n[names.index("loss")]
 
     return step
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tokenizer.schedule import ScaleSchedule
 from train.objectives import VarLossConfig, VarObjective, fast_cpu_attention, first_scales, token_weights
 from train.optimizers import OptimizerConfig
-from train.session import Batch, Clock, Metrics
+from train.session import Batch, Clock, Metrics, brought
 from var.transformer import NextScaleTransformer
 
 
@@ -73,12 +73,7 @@ class DrafterObjective(VarObjective):
 
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each drafted token."""
-        return token_weights(self.drafted, self.config.weights)
-
-    def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
-        """Means over the tokens of each drafted scale."""
-        parts = value_L.detach().split(self.drafted.lengths)
-        return {f"{name}_{scale}": part.mean() for scale, part in zip(self.drafted.names, parts)}
+        return token_weights(self.drafted, self.config.weights, self.transformer.device)
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of the drafted tokens."""
@@ -136,13 +131,13 @@ class RefinerObjective(VarObjective):
         cond = self.transformer.condition(self.training_prompt(batch, clock))
         ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond).log_softmax(dim=-1)
         with torch.no_grad(), fast_cpu_attention(ids.device):
-            teacher.to(ids.device)
+            teacher = brought(teacher, ids.device)
             their_cond = teacher.condition(self.training_prompt(batch, clock, teacher))
             theirs = teacher.logits(teacher(inputs, their_cond), their_cond).log_softmax(dim=-1)
         student, target = (ours, theirs) if self.code.divergence == "teacher" else (theirs, ours)
         all_but_tokens = (0, *range(2, ids.ndim))
         kl_L = F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1).mean(dim=all_but_tokens)
-        loss = (kl_L * self.weights(clock).to(kl_L.device)).sum()
+        loss = (kl_L * self.weights(clock)).sum()
         correct_L = (ours.argmax(dim=-1) == ids).float().mean(dim=all_but_tokens)
         by_scale = {**self.by_scale("kl", kl_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}

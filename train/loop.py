@@ -227,7 +227,8 @@ def train_step(session: Session, batches: Iterator[Batch]) -> None:
             loss, metrics = session.model(batch, session.clock)
             accelerator.backward(loss / count)
         for name, value in {"loss": loss.detach(), **metrics}.items():
-            means[name] = means[name] + value / count if name in means else value / count
+            share = value / count if count > 1 else value
+            means[name] = means[name] + share if name in means else share
     update(session, means)
     session.objective.after_step(batch, means, session.clock, session.processes)
     if session.ema is not None:

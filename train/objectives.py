@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -298,11 +299,17 @@ class VarLossConfig:
                 raise ValueError(f"loss.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
-    """Weight of each of the L tokens in the loss, summing to 1: (L,) float32.
+def token_weights(schedule: ScaleSchedule, kind: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Weight of each of the L tokens in the loss, summing to 1: (L,) float32, not to be written to.
 
     "lognorm" is HMAR's: a normal density over the scales' relative sides, coarse and fine swapped (HMAR, section 4.1).
     """
+    return _token_weights(schedule, kind, str(device))
+
+
+@cache  # a copy to a GPU would wait, in every step, for all that it has been given to do
+@torch.inference_mode(False)
+def _token_weights(schedule: ScaleSchedule, kind: str, device: str) -> torch.Tensor:
     K = len(schedule)
     side_K = torch.tensor([(h * w) ** 0.5 for h, w in schedule.sides], dtype=torch.float64)
     r_K = side_K / side_K[-1]
@@ -315,7 +322,15 @@ def token_weights(schedule: ScaleSchedule, kind: str) -> torch.Tensor:
     else:
         scale_K = torch.ones(K, dtype=torch.float64)
     scale_K = scale_K / scale_K.sum()
-    return torch.cat([torch.full((n,), float(w) / n) for n, w in zip(schedule.lengths, scale_K)])
+    return torch.cat([torch.full((n,), float(w) / n) for n, w in zip(schedule.lengths, scale_K)]).to(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _own_tokens(lengths: tuple[int, ...], device: str) -> torch.Tensor:
+    """Which tokens are each scale's: (K, L) bool."""
+    level_L = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (level_L == torch.arange(len(lengths))[:, None]).to(device)
 
 
 class VarObjective(Objective):
@@ -379,8 +394,8 @@ class VarObjective(Objective):
         return {}
 
     def weights(self, clock: Clock) -> torch.Tensor:
-        """Weight of each token in the loss, (L,); progressive training changes it over time."""
-        return token_weights(self.transformer.schedule, self.config.weights)
+        """Weight of each token in the loss, (L,) on the device; progressive training changes it over time."""
+        return token_weights(self.transformer.schedule, self.config.weights, self.transformer.device)
 
     def training_prompt(self, batch: Batch, clock: Clock, reader: NextScaleTransformer | None = None) -> Prompt:
         """The batch's prompt; in training, for a share of the images, the null prompt of who reads it (the model)."""
@@ -405,8 +420,11 @@ class VarObjective(Objective):
         logits_NV = logits_BLV.flatten(0, -2)
         loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
         loss_L = loss_N.view_as(ids_BL).mean(dim=(0, *range(2, ids_BL.ndim)))
-        weights_L = self.weights(clock) if schedule is None else token_weights(schedule, self.config.weights)
-        loss = (loss_L * weights_L.to(loss_L.device)).sum()
+        if schedule is None:
+            weights_L = self.weights(clock)
+        else:
+            weights_L = token_weights(schedule, self.config.weights, loss_L.device)
+        loss = (loss_L * weights_L).sum()
         with torch.no_grad():
             correct = logits_BLV.argmax(dim=-1) == ids_BL
             correct_L = correct.float().mean(dim=(0, *range(2, ids_BL.ndim)))
@@ -416,10 +434,11 @@ class VarObjective(Objective):
         return loss, {"accuracy": correct_L.mean(), **by_scale}
 
     def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
-        """Means over the tokens of each scale."""
+        """Means over the tokens of each scale that there is."""
         schedule = self.transformer.schedule
-        parts = value_L.detach().split(schedule.lengths)
-        return {f"{name}_{scale}": part.mean() for scale, part in zip(schedule.names, parts)}
+        own_KL = _own_tokens(tuple(schedule.lengths[: schedule.ends.index(len(value_L)) + 1]), str(value_L.device))
+        mean_K = torch.where(own_KL, value_L.detach(), 0.0).sum(dim=1) / own_KL.sum(dim=1)
+        return {f"{name}_{scale}": mean for scale, mean in zip(schedule.names, mean_K)}
 
     def compile_parts(self) -> None:
         """Compile every block."""

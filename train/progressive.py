@@ -122,12 +122,6 @@ class ProgressiveObjective(VarObjective):
         whole = super().weights(clock)
         return torch.cat([whole[:begin], whole[begin:end] * newest])
 
-    def by_scale(self, name: str, value_L: torch.Tensor) -> Metrics:
-        """Means over the tokens of each of these scales."""
-        schedule = self.transformer.schedule
-        parts = value_L.detach().split(schedule.lengths[: schedule.ends.index(len(value_L)) + 1])
-        return {f"{name}_{scale}": part.mean() for scale, part in zip(schedule.names, parts)}
-
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """As `VarObjective.predict`, of these scales' tokens."""
         cut = first_scales(batch, self.transformer.schedule, self.stage(clock)[0])

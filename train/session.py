@@ -72,6 +72,11 @@ class Processes:
         return value
 
 
+def brought(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module.to(device)`, which looks at every weight, only where the first one is elsewhere: for every step."""
+    return module if next(module.parameters()).device == device else module.to(device)
+
+
 class Objective(nn.Module):
     """What a stage trains: a module whose forward is the loss.
 
@@ -148,25 +153,46 @@ class Meter:
     """Running means of scalar metrics, kept on the device until they are asked for; float64 except on MPS.
 
     Attributes:
-        sums: per name, a (2,) tensor: the weighted sum and the weight.
+        sums: by the names that come together, their weighted sums (n,) and the weight.
     """
 
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[tuple[str, ...], tuple[torch.Tensor, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, totals: Mapping[str, torch.Tensor], device: torch.device) -> Meter:
+        """The meter, on a device, with `totals` that an earlier one had."""
+        by_weight: dict[float, dict[str, torch.Tensor]] = {}
+        for name, (total, weight) in totals.items():
+            by_weight.setdefault(float(weight), {})[name] = total
+        found = ((tuple(own), torch.stack(list(own.values())), weight) for weight, own in by_weight.items())
+        return cls({names: (sums_n.to(device), weight) for names, sums_n, weight in found})
 
     def add(self, metrics: Mapping[str, torch.Tensor], weight: int = 1) -> None:
-        """Add scalar metrics (others are left out) with a weight."""
-        for name, value in metrics.items():
-            if value.ndim == 0:
-                value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
-                value = torch.stack([value * weight, torch.full_like(value, weight)])
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        """Add scalar metrics (others are left out) with a weight, all at once: each launch takes its time."""
+        scalars = {name: value.detach() for name, value in metrics.items() if value.ndim == 0}
+        if not scalars:
+            return
+        values_n = torch.stack(list(scalars.values()))
+        values_n = values_n.to(torch.float32 if values_n.device.type == "mps" else torch.float64) * weight
+        sums_n, before = self.sums.get(tuple(scalars), (0, 0))
+        self.sums[tuple(scalars)] = (sums_n + values_n, before + weight)
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Per name, a (2,) tensor: the weighted sum and the weight."""
+        found: dict[str, torch.Tensor] = {}
+        for names, (sums_n, weight) in self.sums.items():
+            for name, total in zip(names, sums_n):
+                pair = torch.stack([total, torch.full_like(total, weight)])
+                found[name] = found[name] + pair if name in found else pair
+        return found
 
     def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes, as floats."""
-        if not self.sums:
+        found = self.totals()
+        if not found:
             return {}
-        totals = processes.reduce(torch.stack(list(self.sums.values()))).tolist()
-        return {name: total / weight for name, (total, weight) in zip(self.sums, totals, strict=True)}
+        totals = processes.reduce(torch.stack(list(found.values()))).tolist()
+        return {name: total / weight for name, (total, weight) in zip(found, totals, strict=True)}
 
 
 @dataclass

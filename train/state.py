@@ -75,7 +75,7 @@ def collect(session: Session) -> dict:
         ],
         "ema": ema,
         "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-        "meter": {name: session.processes.reduce(sums.clone()).cpu() for name, sums in session.meter.sums.items()},
+        "meter": {name: session.processes.reduce(pair).cpu() for name, pair in session.meter.totals().items()},
         "streams": streams,
     }
 
@@ -163,7 +163,8 @@ def restore(session: Session, state: dict) -> None:
     session.step = state["step"]
     # The saved sums are over all processes: one process holds them, so that they count once.
     share = 1 if session.accelerator.is_main_process else 0
-    session.meter = Meter({name: share * v.to(session.accelerator.device) for name, v in state["meter"].items()})
+    totals = {name: share * pair for name, pair in state["meter"].items()}
+    session.meter = Meter.of(totals, session.accelerator.device)
 
 
 def restore_optimizer(session: Session, optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -17,10 +17,11 @@ def check_finite(session: Session) -> None:
 
     Under fp16 an overflowing gradient is the scaler's business, so only the loss counts.
     """
-    names = [n for n in session.meter.sums if n == "loss" or n.startswith("grad_norm")]
+    totals = session.meter.totals()
+    names = [n for n in totals if n == "loss" or n.startswith("grad_norm")]
     if session.accelerator.scaler is not None:
         names = ["loss"]
-    values = [session.meter.sums[name][0] for name in names]
+    values = [totals[name][0] for name in names]
     bad = session.processes.reduce((~torch.isfinite(torch.stack(values))).any().float())
     if bad.item():
         kept = complete_checkpoints(session.config.checkpoints)

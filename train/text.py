@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train.session import Batch
+from train.session import Batch, brought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,7 +143,7 @@ def text_reader(
     def read(captions: list[str], device: torch.device) -> Batch:
         text = {name: moved(value, device) for name, value in tokenize(tokenizer, captions, max_length).items()}
         if frozen:
-            encoded = encoder.to(device)(input_ids=text["input_ids"], attention_mask=text["mask"])
+            encoded = brought(encoder, device)(input_ids=text["input_ids"], attention_mask=text["mask"])
             text["states"] = encoded.last_hidden_state
         return text
 

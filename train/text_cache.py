@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from sample.checkpoints import readable
 from train.checkpoint import PARTIAL, write_atomically
 from train.session import Batch
-from train.text import padded_length
+from train.text import moved, padded_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,7 +181,8 @@ class TextCache:
         for row, one in zip(states, parts):
             row[: len(one)] = one
         mask = torch.arange(T) < lengths[:, None]
-        return {"states": states.to(device).float(), "mask": mask.to(device)}
+        place = torch.device(device)
+        return {"states": moved(states, place).float(), "mask": moved(mask, place)}
 
     def complete(self, pipeline: NextScalePipeline, folder: Path) -> None:
         """Give the saved pipeline in `folder` the encoder and the tokenizer: files are linked where they can be."""

@@ -33,7 +33,7 @@ from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
 from train.order import image_draws
 from train.progressive import ProgressiveConfig, ProgressiveObjective
-from train.session import Batch, Task
+from train.session import Batch, Task, brought
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
 from train.text_cache import TextCache, check_manifest, encoder_hash
@@ -289,7 +289,7 @@ def preparer(
 
     def prepare(batch: Batch) -> Batch:
         device = batch["label"].device
-        quantizer, schedule = vqvae.to(device).quantizer, batch_schedule(batch, vqvae)
+        quantizer, schedule = brought(vqvae, device).quantizer, batch_schedule(batch, vqvae)
         made = {"counter": batch["counter"], "label": batch["label"]}
         if schedule is not vqvae.schedule:
             made["schedule"] = schedule

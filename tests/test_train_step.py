@@ -1,0 +1,83 @@
+"""A training step gives a GPU its work without waiting for it; what it measures is kept there until it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
+from train.loop import clip_gradients
+from train.objectives import VarLossConfig, VarObjective
+from train.optimizers import OptimizerConfig
+from train.progressive import ProgressiveConfig, ProgressiveObjective
+from train.session import Clock, Meter, Processes
+from train.supernet import SupernetConfig, SupernetObjective
+from var.transformer import NextScaleTransformer
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make a GPU's step wait: numbers read back, and copies from or to another device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        assert name != "_local_scalar_dense", "a number was read back"
+        if name in ("_to_copy", "copy_"):
+            given = args[0] if name == "_to_copy" else args[1]
+            there = kwargs.get("device") or args[0].device
+            assert torch.device(there).type == given.device.type, f"a copy from {given.device} to {there}"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "progressive", "drafter", "refiner", "supernet"])
+def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
+    """On meta tensors, whose numbers are nowhere: as a GPU's, they cannot be read without a copy."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
+    shape = {"depth": 2, "width": 32, "heads": 2, "vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4,8"}
+    made = [NextScaleTransformer(**shape, num_classes=3, drop_path=0.1) for _ in range(2)]
+    given = (made[0], VarLossConfig(drop=0.5, weights="side"), OptimizerConfig())
+    objective = {
+        "plain": lambda: VarObjective(*given),
+        "progressive": lambda: ProgressiveObjective(*given, progressive=ProgressiveConfig(until=0.9, first=2)),
+        "drafter": lambda: DrafterObjective(*given, code=CollaborationConfig(role="drafter", handover=2)),
+        "refiner": lambda: RefinerObjective(
+            *given, code=CollaborationConfig(role="refiner", handover=2, teacher="it"), teacher=made[1]
+        ),
+        "supernet": lambda: SupernetObjective(*given, supernet=SupernetConfig(depths=[1], bridge=2, joint=1.0)),
+    }[kind]()
+    objective.to("meta").train()
+    made[1].to("meta")
+    batch = {
+        "ids": torch.zeros(3, 85, dtype=torch.int64), "inputs": torch.zeros(3, 84, 4), "label": torch.zeros(3).long()
+    }  # fmt: skip
+    batch = {name: tensor.to("meta") for name, tensor in batch.items()} | {"counter": range(3)}
+    meter = Meter()
+    for step in range(2):
+        with NoWaiting() if step else contextlib.nullcontext():  # what is kept is made in the first step
+            loss, metrics = objective(batch, Clock(step, 0.4, 0))
+            loss.backward()
+            norm = clip_gradients([p for p in objective.parameters() if p.grad is not None], 1.0)
+            meter.add({"loss": loss, **metrics, "grad_norm": norm})
+    assert len(meter.sums) == 1
+
+
+def test_a_meter_holds_means_and_goes_on_from_its_totals():
+    processes = Processes(Accelerator(cpu=True))
+    meter, again = Meter(), Meter()
+    for value in (1.0, 2.0, 6.0):
+        metrics = {
+            "loss": torch.tensor(value),
+            "hits": torch.zeros(3),
+            "half": torch.tensor(value, dtype=torch.bfloat16),
+        }
+        meter.add(metrics)
+        again.add(metrics)
+        again = Meter.of({name: pair.clone() for name, pair in again.totals().items()}, torch.device("cpu"))
+    assert meter.means(processes) == again.means(processes) == {"loss": 3.0, "half": 3.0}
+    assert len(again.sums) == 1  # what comes next is added to the same sums, in the same order
+    meter.add({"loss": torch.tensor(7.0)}, weight=3)
+    assert meter.means(processes) == {"loss": 5.0, "half": 3.0}
+    assert Meter().means(processes) == {}
