@@ -131,6 +131,7 @@ def start(task: Task, config: RunConfig) -> Session:
     session = Session(config, accelerator, task, model, branches, optimizers)
     begin_averaging(session)
     open_stream(session)
+    session.model.train()
     return session
 
 
@@ -215,7 +216,6 @@ def on_device(session: Session, batch: Batch) -> Batch:
 def train_step(session: Session, batches: Iterator[Batch]) -> None:
     """One optimiser step over `batch_size` images: accumulate, clip, step every branch, average."""
     accelerator, config = session.accelerator, session.config
-    session.model.train()
     count = config.accumulation(accelerator.num_processes)
     means: Metrics = {}
     for index in range(count):
@@ -274,7 +274,10 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> torch.Tens
 
 @torch.no_grad()
 def validate(session: Session) -> dict[str, float]:
-    """Metrics of the averaged weights on the first `validation_images` of the validation data, and preview grids."""
+    """Metrics of the averaged weights on the first `validation_images` of the validation data, and preview grids.
+
+    It leaves the model in training mode.
+    """
     meter = Meter()
     # Uncompiled: samples grow from scale to scale, and every new shape would compile again.
     with averaged_weights(session), torch.compiler.set_stance("force_eager"):

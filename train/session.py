@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +226,7 @@ class Session:
     stop_signal: int | None = None
     writer: Any = None
 
-    @property
+    @cached_property  # as every module is looked at to find it
     def objective(self) -> Objective:
         """The objective without its parallel wrapper."""
         return self.accelerator.unwrap_model(self.model)
