@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
+from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective, distillation_scores
 from train.loop import clip_gradients
-from train.objectives import VarLossConfig, VarObjective
+from train.objectives import VarLossConfig, VarObjective, token_scores
 from train.optimizers import OptimizerConfig
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock, Meter, Processes
@@ -81,3 +81,19 @@ def test_a_meter_holds_means_and_goes_on_from_its_totals():
     meter.add({"loss": torch.tensor(7.0)}, weight=3)
     assert meter.means(processes) == {"loss": 5.0, "half": 3.0}
     assert Meter().means(processes) == {}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [0, 5])
+def test_compiled_scores_are_the_plain_ones(bits):
+    shape = (3, 85, bits, 2) if bits else (3, 85, 64)
+    ours, theirs = (torch.randn(shape, device="cuda") for _ in range(2))
+    ids = torch.randint(shape[-1], shape[:-1], device="cuda")
+    for score, given in ((token_scores, (ids, 0.1)), (distillation_scores, (theirs, ids, "teacher"))):
+        made = []
+        for function in (score, torch.compile(score, dynamic=False)):
+            logits = ours.clone().requires_grad_()
+            loss_L, correct_L = function(logits, *given)
+            loss_L.sum().backward()
+            made.append((loss_L, correct_L, logits.grad))
+        assert all(torch.allclose(plain, fast, atol=1e-5) for plain, fast in zip(*made))

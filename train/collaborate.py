@@ -81,6 +81,23 @@ class DrafterObjective(VarObjective):
         return super().predict(cut, clock, **passes)
 
 
+def distillation_scores(
+    ours: torch.Tensor, theirs: torch.Tensor, ids_BL: torch.Tensor, divergence: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence and accuracy of each place, (L,) float32 both, as means over the images.
+
+    Args:
+        ours, theirs: logits (B, L, V) or, bitwise, (B, L, n, 2), of the student and of the teacher.
+        ids_BL: (B, L) or (B, L, n) int64; bits are averaged.
+        divergence: as `CollaborationConfig` has it.
+    """
+    means, correct = (0, *range(2, ids_BL.ndim)), ours.detach().argmax(dim=-1) == ids_BL
+    student, teacher = ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
+    given, target = (student, teacher) if divergence == "teacher" else (teacher, student)
+    kl_BL = F.kl_div(given, target, reduction="none", log_target=True).sum(dim=-1)
+    return kl_BL.mean(dim=means), correct.float().mean(dim=means)
+
+
 class RefinerObjective(VarObjective):
     """KL divergence to a frozen teacher; scales before the hand-over fade out over training (lambda from 1 to 0).
 
@@ -90,9 +107,14 @@ class RefinerObjective(VarObjective):
     Args:
         teacher: moves to the batch's device, and is neither trained nor saved.
 
+    Attributes:
+        score: `distillation_scores`, or what it was compiled to.
+
     Raises:
         ValueError: if the teacher works on other tokens or reads other prompts, or a text encoder trains along.
     """
+
+    score = staticmethod(distillation_scores)
 
     def __init__(
         self,
@@ -129,15 +151,17 @@ class RefinerObjective(VarObjective):
         """Weighted divergence, and divergence and accuracy by scale; of bitwise tokens a mean over the bits."""
         ids, inputs, (teacher,) = batch["ids"], batch["inputs"], self.frozen
         cond = self.transformer.condition(self.training_prompt(batch, clock))
-        ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond).log_softmax(dim=-1)
+        ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond)
         with torch.no_grad(), fast_cpu_attention(ids.device):
             teacher = brought(teacher, ids.device)
             their_cond = teacher.condition(self.training_prompt(batch, clock, teacher))
-            theirs = teacher.logits(teacher(inputs, their_cond), their_cond).log_softmax(dim=-1)
-        student, target = (ours, theirs) if self.code.divergence == "teacher" else (theirs, ours)
-        all_but_tokens = (0, *range(2, ids.ndim))
-        kl_L = F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1).mean(dim=all_but_tokens)
+            theirs = teacher.logits(teacher(inputs, their_cond), their_cond)
+        kl_L, correct_L = self.score(ours, theirs, ids, self.code.divergence)
         loss = (kl_L * self.weights(clock)).sum()
-        correct_L = (ours.argmax(dim=-1) == ids).float().mean(dim=all_but_tokens)
         by_scale = {**self.by_scale("kl", kl_L), **self.by_scale("accuracy", correct_L)}
         return loss, {"accuracy": correct_L.mean(), **by_scale}
+
+    def compile_parts(self) -> None:
+        """As `VarObjective.compile_parts`; the teacher's blocks, too."""
+        super().compile_parts()
+        self.frozen[0].compile_repeated_blocks(dynamic=False)

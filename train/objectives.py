@@ -333,6 +333,23 @@ def _own_tokens(lengths: tuple[int, ...], device: str) -> torch.Tensor:
     return (level_L == torch.arange(len(lengths))[:, None]).to(device)
 
 
+def token_scores(
+    logits_BLV: torch.Tensor, ids_BL: torch.Tensor, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and accuracy of each place, (L,) float32 both, as means over the images.
+
+    Args:
+        logits_BLV: (B, L, V) or, bitwise, (B, L, n, 2).
+        ids_BL: (B, L) or (B, L, n) int64; bits are averaged.
+    """
+    means = (0, *range(2, ids_BL.ndim))
+    loss_N = F.cross_entropy(
+        logits_BLV.flatten(0, -2), ids_BL.flatten(), reduction="none", label_smoothing=label_smoothing
+    )
+    correct = logits_BLV.detach().argmax(dim=-1) == ids_BL
+    return loss_N.view_as(ids_BL).mean(dim=means), correct.float().mean(dim=means)
+
+
 class VarObjective(Objective):
     """Cross-entropy of all tokens given all coarser scales (VAR, equation 3).
 
@@ -344,9 +361,11 @@ class VarObjective(Objective):
 
     Attributes:
         attention: backend of self-attention in training, one of `var.masks.BACKENDS`; validation takes sdpa.
+        score: `token_scores`, or what it was compiled to.
     """
 
     attention = "grouped"
+    score = staticmethod(token_scores)
 
     def __init__(
         self,
@@ -416,18 +435,12 @@ class VarObjective(Objective):
             passes = {**passes, "schedule": schedule}
         cond = self.transformer.condition(self.training_prompt(batch, clock))
         logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond)
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        logits_NV = logits_BLV.flatten(0, -2)
-        loss_N = F.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none", label_smoothing=smoothing)
-        loss_L = loss_N.view_as(ids_BL).mean(dim=(0, *range(2, ids_BL.ndim)))
+        loss_L, correct_L = self.score(logits_BLV, ids_BL, self.config.label_smoothing if self.training else 0.0)
         if schedule is None:
             weights_L = self.weights(clock)
         else:
             weights_L = token_weights(schedule, self.config.weights, loss_L.device)
         loss = (loss_L * weights_L).sum()
-        with torch.no_grad():
-            correct = logits_BLV.argmax(dim=-1) == ids_BL
-            correct_L = correct.float().mean(dim=(0, *range(2, ids_BL.ndim)))
         if schedule is not None:  # its scales are not the model's own
             return loss, {"accuracy": correct_L.mean()}
         by_scale = {**self.by_scale("loss", loss_L), **self.by_scale("accuracy", correct_L)}
@@ -441,8 +454,9 @@ class VarObjective(Objective):
         return {f"{name}_{scale}": mean for scale, mean in zip(schedule.names, mean_K)}
 
     def compile_parts(self) -> None:
-        """Compile every block."""
+        """Compile every block, and what is made of the logits: it would read and write them several times."""
         self.transformer.compile_repeated_blocks(dynamic=False)
+        self.score = torch.compile(self.score, dynamic=False)
 
     def halve_stream(self) -> None:
         """Keep the hidden states between blocks in half precision, too."""
