@@ -36,6 +36,7 @@ from sample.images import (
 )
 from sample.load import load_pipeline, model_digest, model_folder
 from sample.plans_cli import call_settings, how_options
+from sample.processes import process_group
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`
 PICTURES = 48  # in the picture beside a result
@@ -52,6 +53,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.geneval_results is not None:
         report_geneval(args)
         return 0
+    if not process_group(args.device).is_main_process and args.model is None:
+        return 0  # one process measures, all of them draw
     measure = Measure.of(args)
     settings: dict = {}
     source = args.images
@@ -172,8 +175,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
 
     The folder is None in all but the main process. Interrupted, it says how much is done and raises KeyboardInterrupt.
     """
-    from accelerate import PartialState
-
+    state = process_group(args.device)
     model = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
     pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner, fast=args.fast)
@@ -212,7 +214,6 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
         done = len(requests) - len(tree.missing(requests))
         print(f"\n{done} of {len(requests)} images are made; the same command continues", file=sys.stderr)
         raise
-    state = PartialState()
     state.wait_for_everyone()
     return folder if state.is_main_process else None, of_job
 

@@ -8,7 +8,6 @@ go nowhere unless `--npz` keeps them.
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -110,14 +109,9 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError and FileNotFoundError as its parts do; KeyboardInterrupt when interrupted, with all whole shards
     kept.
     """
-    from accelerate import PartialState
+    from sample.processes import process_group
 
-    state = PartialState(cpu=args.device == "cpu")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched but do not form a group: without GPUs, torchrun and --device cpu"
-        )
+    state = process_group(args.device)
     job = Generation.of(args)
     job.make(state.process_index, state.num_processes)
     if state.is_main_process:

@@ -125,8 +125,10 @@ def run(args: argparse.Namespace) -> int:
     from sample.fast import keep_freed_memory
     from sample.images import check_place, image_stream, make_requests, process_share
     from sample.load import load_pipeline, model_folder
+    from sample.processes import process_group
 
     check_place("--out", args.out, folder=not to_npz)
+    process_group(args.device)
     folder = model_folder(args.model)  # once: a training run may export a newer one while we work
     refiner = how_options(args).get("refiner")
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}

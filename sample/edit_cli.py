@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
     from sample.fast import keep_freed_memory
     from sample.images import Job, PngFolder, check_place, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
+    from sample.processes import process_group
 
     check_place("--out", args.out, folder=True)
+    process_group(args.device)
     folder = model_folder(args.model)
     places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
     places |= {"fast": args.fast, "offload": args.offload}

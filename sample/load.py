@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from sample.fast import FAST, accelerate, native_bfloat16, supported
 from sample.offload import OFFLOADS, keep_on_cpu
 from sample.pipeline import NextScalePipeline
+from sample.processes import works_on_cpu
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from var.transformer import NextScaleTransformer
@@ -208,7 +209,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if str(device) == "auto":
         from accelerate import PartialState
 
-        return PartialState().device
+        return PartialState(cpu=works_on_cpu()).device
     try:
         place = torch.device(device)
         torch.empty(1, device=place)

@@ -38,7 +38,7 @@ CLEAR, BLUR = 0.5, 0.05  # a relation holds from here on (GenEval's threshold), 
 
 _THING = rf"an? (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
-_COUNTED = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(SHAPES)})(?:s|(?<=s)es)")
+_COUNTED = re.compile(rf"({'|'.join(COUNTS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})(?:s|(?<=s)es)")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,14 @@ class Caption:
 
     @classmethod
     def of(cls, text: str) -> Caption:
-        """Read a caption of `evaluation.scenes`. Raises ValueError on any other text."""
+        """Read a caption of `evaluation.scenes`, or of things counted that have a colour, too.
+
+        Raises:
+            ValueError: on any other text.
+        """
         words = " ".join(text.lower().split())
         if match := _COUNTED.fullmatch(words):
-            return cls(((None, match[2]),), COUNTS.index(match[1]) + 2)
+            return cls(((match[2], match[3]),), COUNTS.index(match[1]) + 2)
         if match := _CAPTION.fullmatch(words):
             things = ((match[1], match[2]), (match[4], match[5]))[: 1 + (match[3] is not None)]
             return cls(things, relation=match[3] if match[3] in RELATIONS else None)

@@ -473,6 +473,17 @@ def test_a_truncated_shard_is_named(tmp_path, workers):
         list(islice(StreamLoader(stream, batch_size=2, num_workers=workers), 40))
 
 
+def test_a_shard_cut_between_images_is_told(tmp_path):
+    path = tars(tmp_path)
+    shard = tmp_path / "s2.tar"
+    with tarfile.open(shard) as tar:
+        cut = tar.getmembers()[4].offset
+    shard.write_bytes(shard.read_bytes()[:cut])
+    with pytest.warns(UserWarning, match=r"s2\.tar has no end mark: it may have been cut") as told:
+        build_dataset(config("webdataset", path, tmp_path, streaming=True, num_classes=3))
+    assert len(told) == 1
+
+
 def test_metadata_may_lack_labels(tmp_path):
     for i in range(3):
         picture(i).save(tmp_path / f"{i}.png")
@@ -507,7 +518,7 @@ def test_stream_loader_resumes_with_workers(tmp_path):
     again = loader()
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [batch["caption"] for batch in take(again, 6)] == straight[3:]
-    with pytest.raises(ValueError, match="num_workers=1 must be 2"):
+    with pytest.raises(ValueError, match=r"run.workers must be 2, as when the stream's position was saved, got 1"):
         StreamLoader(build_dataset(options), batch_size=4, num_workers=1).load_state_dict(first.state_dict())
 
 

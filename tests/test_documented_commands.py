@@ -10,6 +10,8 @@ import pytest
 
 import nextscale
 from evaluation import options, run
+from sample import cli, search_cli
+from sample.scene_reward import Caption
 
 DOCS = Path(nextscale.__file__).parent / "docs"
 
@@ -37,3 +39,19 @@ def test_documented_commands_parse(words):
     args = parser.parse_intermixed_args(words[2:])
     if words[1] == "evaluate":
         options.check(args)
+
+
+def bundled_prompts() -> list[str]:
+    """What pages and helps draw with the bundled model."""
+    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    text = "\n".join([*(page.read_text(encoding="utf-8") for page in pages), cli.EXAMPLES, search_cli.__doc__])
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    asked = [line for line in lines if "--model" not in line or "--model scenes" in line]
+    return sorted({prompt for line in asked for prompt in re.findall(r'nextscale sample "([^"]+)"', line)})
+
+
+def test_the_bundled_model_understands_what_it_is_shown_with():
+    prompts = bundled_prompts()
+    assert len(prompts) >= 5
+    for prompt in prompts:
+        Caption.of(prompt)

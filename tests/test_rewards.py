@@ -178,6 +178,7 @@ def test_every_caption_of_scenes_can_be_read():
         shapes, colours, count, relation = read_caption(metadata)
         things = tuple(zip(colours or (None,) * len(shapes), shapes))
         assert Caption.of(metadata["prompt"]) == Caption(things, count, relation)
+    assert Caption.of("Two green rings") == Caption((("green", "ring"),), 2)
     for bad in ("a mauve star", "", "a star " * 6, "five stars", "a star left of", "starfish"):
         with pytest.raises(ValueError, match="reward scenes"):
             Caption.of(bad)

@@ -1,9 +1,12 @@
 """Scaling laws: the fits recover what is known, VAR's published laws among it."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
-from subprocess import CompletedProcess
-from threading import Barrier
+from threading import Barrier, Timer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +238,26 @@ def test_several_runs_at_once_and_the_first_failure_ends_it(tmp_path, monkeypatc
     assert climbed[:2] in (["r4", "r3"], ["r3", "r4"]) and "r2" in climbed
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_ladder_begins_no_other_run(tmp_path, number):
+    """SIGTERM is passed on to the runs at work, which Ctrl-C reaches from the terminal."""
+    begun = tmp_path / "begun"
+    program = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('x', file=open(sys.argv[1], 'a'))\n"
+    program += "signal.pause() if sys.argv[2] == '15' else __import__('time').sleep(2)"
+    ladder = SimpleNamespace(
+        rungs=[Rung(f"r{i}", 0, {}) for i in range(3)],
+        training=lambda rung: [sys.executable, "-c", program, str(begun), str(int(number))],
+        training_words=lambda rung: [],
+        run_folder=lambda rung: tmp_path / rung.name,
+        per_tag=0,
+    )
+    timer = Timer(1.5, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        climb_all(ladder, 1)
+    assert begun.read_text() == "x\n"
+
+
 def toy_ladder(folder: Path, *, heads: int = 2, per_tag: int = 0, **evaluate) -> Path:
     """A ladder of one rung."""
     model = {"depth": 4, "width": 64, "heads": heads}
@@ -246,7 +269,7 @@ def toy_ladder(folder: Path, *, heads: int = 2, per_tag: int = 0, **evaluate) ->
 
 def test_finished_rungs_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     done = []
-    monkeypatch.setattr("train.scaling.subprocess.run", lambda words: done.append(words) or CompletedProcess(words, 0))
+    monkeypatch.setattr("train.scaling.launch", lambda words: done.append(words) or 0)
     ladder = Ladder.read(toy_ladder(tmp_path, per_tag=1, seed=3))
     run = ladder.run_folder(ladder.rungs[0])
     assert climb(ladder, ladder.rungs[0]) == 0 and len(done) == 2

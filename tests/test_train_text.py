@@ -102,6 +102,21 @@ def test_an_encoder_learns_and_goes_into_a_transformer(tiny_vqvae, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), kept.parameters(), strict=True))
 
 
+def test_micro_batches_do_not_change_what_is_learned(tmp_path):
+    """Captions are of different lengths, and each counts alike."""
+    rows = []
+    for micro in (16, 1):
+        folder = tmp_path / str(micro)
+        assert (
+            stage(
+                train_text.main, *RUN, f"--run.run_dir={folder}", "--run.total_images=64", f"--run.micro_batch={micro}"
+            )
+            == 0
+        )
+        rows.append([[row[name] for name in ("loss", "knows_shape", "knows_count")] for row in curve(folder)])
+    assert rows[0] == [pytest.approx(row, rel=1e-3) for row in rows[1]]
+
+
 def test_kept_states_move_less(tmp_path):
     first = tmp_path / "first"
     assert stage(train_text.main, *RUN, f"--run.run_dir={first}", "--run.total_images=32") == 0

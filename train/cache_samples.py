@@ -28,6 +28,7 @@ from sample.draw import derive_seed
 from sample.load import load_pipeline, model_digest, model_folder
 from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline
+from sample.processes import check_group, works_on_cpu
 from sample.reward_names import load_reward
 from sample.search import Search
 from train.cache_tokens import check_plan
@@ -145,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_class_arguments(SamplesConfig, "samples")
     built = made.instantiate(made.parse_args(argv))
     config: SamplesConfig = built.samples
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    accelerator = Accelerator(cpu=works_on_cpu(config.device))
+    check_group(accelerator)
     device = config.device or accelerator.device
     pipeline = load_pipeline(config.model, dtype=config.dtype, device=device, fast=config.fast)
     pipeline.set_progress_bar_config(disable=True)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from sample.processes import check_group, works_on_cpu
 from train import train_var
 from train.config import exit_code
 from train.stream import StreamDataset
@@ -98,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"transformer.conditioning must be text, got {built.transformer.conditioning!r}")
     if text.pretrained is None or text.cache is None:
         raise ValueError("text.pretrained and text.cache must say which encoder's states go where")
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu or built.run.cpu)
+    on_cpu = config.cpu or built.run.cpu or works_on_cpu()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    check_group(accelerator)
     splits = train_var.datasets(built, train_var.open_tokenizer(built))
     encoder, tokenizer = load_text_encoder(text.pretrained)
     read, folder = text_reader(encoder, tokenizer, length, frozen=True), Path(text.cache)

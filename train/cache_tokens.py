@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sample.fast import accelerate_tokenizer, supported
 from sample.images import check_place
+from sample.processes import check_group, works_on_cpu
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from train.checkpoint import write_atomically
@@ -182,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = made.instantiate(made.parse_args(argv))
     config: CacheConfig = built.cache
     check_place("cache.folder", config.folder, folder=True)
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=works_on_cpu())
+    check_group(accelerator)
     vqvae = load_tokenizer(config.tokenizer)
     name = tokenizer_hash(vqvae)
     ready(vqvae, accelerator.device, config)

@@ -6,16 +6,40 @@ A checkpoint is written under `.tmp-step_...`, flushed to disk, then renamed: a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sample.checkpoints import readable
 
 STEP = re.compile(r"step_(\d+)$")
 PARTIAL = ".tmp-"
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """A run's folder for one training at a time, also where the one before was killed: the system drops its hold.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    with contextlib.ExitStack() as until_then:
+        with contextlib.suppress(ImportError, OSError):  # on Windows; where nothing can be written or locked
+            import fcntl
+
+            folder.mkdir(parents=True, exist_ok=True)
+            file = until_then.enter_context((folder / ".lock").open("a"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"run.run_dir {str(folder)!r} is being trained by another process: wait for it or stop it, or give "
+                    "another folder"
+                ) from None
+        yield
 
 
 def step_of(checkpoint: Path) -> int:

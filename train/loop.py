@@ -14,21 +14,23 @@ stopped (bit-equal on CPU). A batch is the same for any split over processes and
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradScalerKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import DataLoader, default_collate
 
+from sample.processes import check_group, works_on_cpu
 from tokenizer.precision import set_product_precision
+from train.checkpoint import held_alone
 from train.config import RunConfig
 from train.optimizers import build_optimizers, set_rates
 from train.order import KeyedDataset, KeyedSampler, uniforms
@@ -49,6 +51,14 @@ def run(task: Task, config: RunConfig) -> dict[str, float]:
         Stopped: after SIGINT or SIGTERM, once the checkpoint is on disk.
     """
     session = start(task, config)
+    alone = held_alone(Path(config.run_dir)) if session.accelerator.is_main_process else contextlib.nullcontext()
+    with alone:
+        return train(session)
+
+
+def train(session: Session) -> dict[str, float]:
+    """As `run`, of a session that was started."""
+    task, config = session.task, session.config
     resume(session)
     if task.record is not None and session.images < config.total_images:  # a finished run keeps what made it
         task.record()
@@ -93,13 +103,10 @@ def start(task: Task, config: RunConfig) -> Session:
         DistributedDataParallelKwargs(find_unused_parameters=task.objective.find_unused),
         GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),  # VAR's
     ]
-    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=config.cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched but do not form a group: without GPUs launch with "
-            "torchrun --nproc_per_node N and --run.cpu=true"
-        )
+    on_cpu = config.cpu or works_on_cpu()
+    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=on_cpu)
+    check_group(accelerator)
+    check_sharding(accelerator)
     config.check_split(accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("run.precision fp16 needs a GPU: take bf16 or no")
@@ -133,6 +140,17 @@ def start(task: Task, config: RunConfig) -> Session:
     open_stream(session)
     session.model.train()
     return session
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Raise ValueError if parameters are to be split in a way that this loop does not know."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported: fsdp_version must be 2, as in configs/accelerate/fsdp2.yaml")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{kind.value} is not supported: launch with configs/accelerate/ddp.yaml, or fsdp2.yaml to split parameters"
+        )
 
 
 def gather_apart(model: nn.Module) -> None:
@@ -282,10 +300,10 @@ def validate(session: Session) -> dict[str, float]:
     # Uncompiled: samples grow from scale to scale, and every new shape would compile again.
     with averaged_weights(session), torch.compiler.set_stance("force_eager"):
         session.model.eval()
-        for items in validation_batches(session):
+        for items, weight in validation_batches(session):
             batch = {**default_collate(items), "counter": range(len(items))}
             loss, metrics = session.model(on_device(session, batch), session.clock)
-            meter.add({"loss": loss, **metrics}, weight=len(items))
+            meter.add({"loss": loss, **metrics}, weight=weight)
         means = meter.means(session.processes)
         write_metrics(session, "validation", means)
         # A sharded model runs only in all processes together: its pictures come from RUN_DIR/latest.
@@ -297,14 +315,21 @@ def validate(session: Session) -> dict[str, float]:
     return means
 
 
-def validation_batches(session: Session) -> Iterator[list[dict]]:
-    """This process's part of the validation images; every process gets as many batches, and a remainder is left out."""
+def validation_batches(session: Session) -> Iterator[tuple[list[dict], int]]:
+    """This process's part of the validation images, and the weight of each batch; every process gets as many batches.
+
+    Where images are left when each has got as many, the others run the first one along, with no weight.
+    """
     config, accelerator, data = session.config, session.accelerator, session.task.val_data
     world, rank, size = accelerator.num_processes, accelerator.process_index, config.micro(accelerator.num_processes)
+    left = 0
     if isinstance(data, StreamDataset):
         items = islice(data.for_rank(rank, world), max(1, config.validation_images // world))
     else:
         total = min(config.validation_images, len(data))
-        items = (data[i] for i in (range(rank, total - total % world, world) if total >= world else [0]))
+        left = total % world
+        items = (data[i] for i in range(rank, total - left, world))
     while batch := list(islice(items, size)):
-        yield batch
+        yield batch, len(batch)
+    if left:
+        yield [data[total - left + rank if rank < left else 0]], int(rank < left)

@@ -55,7 +55,8 @@ class TokenizerLossConfig:
         adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
         adversary_start: share of training after which the adversary joins, in [0, 1].
         adversary_width, adversary_layers: shape of the discriminator.
-        draw_codes: begin with every code at a vector of the first batch; false keeps the codes of `start_from`.
+        draw_codes: begin with every code at a vector of the first step's last micro-batch; false keeps those of
+            `start_from`.
         restart_every: steps between restarts of dead codes; 0 never restarts.
         dead_below: a code is dead when its average hits fall below this share of an equal split, over all scales.
         decoder_only: train the decoder and leave encoder, codebook and so all tokens as they are: a transformer trained

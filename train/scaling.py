@@ -7,11 +7,13 @@ same command again goes on where it stopped. Torch is imported when the work sta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,9 @@ EXAMPLES = """examples:
   nextscale scaling --csv points.csv --out results/scaling.json          points of runs made elsewhere
 
 The same command again goes on with the runs that are not finished."""
+
+
+AT_WORK: set[subprocess.Popen] = set()  # commands of rungs that run now
 
 
 @dataclass(frozen=True)
@@ -198,14 +203,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def climb_all(ladder: Ladder, jobs: int) -> int:
-    """Train and evaluate every rung, `jobs` at once; the exit code of the first that failed, else 0."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Train and evaluate every rung, `jobs` at once; the exit code of the first that failed, else 0.
+
+    Stopped by Ctrl-C or SIGTERM it waits for the runs at work, which write their checkpoints, and begins no other.
+    """
+    with terminating(), ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(climb, ladder, rung) for rung in reversed(ladder.rungs)}  # the longest begin first
-        for done in as_completed(waiting):
-            if code := done.result():
-                pool.shutdown(cancel_futures=True)  # those that run go on to their end
-                return code
+        try:
+            for done in as_completed(waiting):
+                if code := done.result():
+                    return code
+        finally:  # those that run go on to their end
+            pool.shutdown(cancel_futures=True)
     return 0
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """Pass SIGTERM on to the commands at work, and exit; Ctrl-C reaches them from the terminal itself."""
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in list(AT_WORK):
+            process.send_signal(number)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run a command to its end; its exit code."""
+    with subprocess.Popen(words) as process:
+        AT_WORK.add(process)
+        try:
+            return process.wait()
+        finally:
+            AT_WORK.discard(process)
 
 
 def show(ladder: Ladder) -> int:
@@ -255,12 +291,12 @@ def climb(ladder: Ladder, rung: Rung) -> int:
     folder = ladder.run_folder(rung)
     if not (folder / "done").exists():
         print(f"{rung.name}: {folder}", flush=True)
-        code = subprocess.run(ladder.training(rung)).returncode
+        code = launch(ladder.training(rung))
         if code:
             return code
         write_text(folder / "done", shlex.join(ladder.training_words(rung)) + "\n")
     if ladder.per_tag and not (folder / "evaluation.json").exists():
-        code = subprocess.run(ladder.evaluation(rung)).returncode
+        code = launch(ladder.evaluation(rung))
         if code:
             return code
         write_text(folder / "evaluated", shlex.join(ladder.evaluation_words(rung)) + "\n")

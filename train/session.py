@@ -209,6 +209,7 @@ class Session:
         waited: seconds since the last log that the loop waited for data.
         meter: metrics since the last log.
         stop_signal: the first signal to stop that arrived.
+        looked: step and time when the processes last agreed on signals; next_look: the step at which they do again.
         writer: tensorboard's, on the main process if asked for.
     """
 
@@ -224,6 +225,8 @@ class Session:
     waited: float = 0.0
     meter: Meter = field(default_factory=Meter)
     stop_signal: int | None = None
+    looked: tuple[int, float] = (0, 0.0)
+    next_look: int = 0
     writer: Any = None
 
     @cached_property  # as every module is looked at to find it

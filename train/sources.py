@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -323,6 +324,16 @@ def damaged_shard(files: Iterable[str]) -> str:
     return "a shard"
 
 
+def warn_of_ends(files: Iterable[str]) -> None:
+    """Warn of local tar files without the zeros that end one: what came after a cut between images is lost unseen."""
+    for file in (name for pattern in files if "://" not in pattern for name in sorted(glob.glob(pattern))):
+        with open(file, "rb") as shard:
+            size = shard.seek(0, os.SEEK_END)
+            shard.seek(max(0, size - tarfile.BLOCKSIZE))
+            if any(shard.read()):
+                warnings.warn(f"{file} has no end mark: it may have been cut, and images be missing", stacklevel=2)
+
+
 def load_tables(
     source: str,
     path: str | list[str],
@@ -357,6 +368,8 @@ def load_tables(
     else:
         files = data_files(path, {"parquet": ".parquet", "webdataset": ".tar"}[source], split_names)
         load = partial(datasets.load_dataset, source, data_files=files, **options)
+        if source == "webdataset":
+            warn_of_ends(chain.from_iterable(files.values()))
     try:
         tables = load()
     except (datasets.exceptions.DatasetsError, ConnectionError, tarfile.TarError, ValueError) as error:

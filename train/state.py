@@ -75,9 +75,15 @@ def collect(session: Session) -> dict:
         ],
         "ema": ema,
         "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-        "meter": {name: session.processes.reduce(pair).cpu() for name, pair in session.meter.totals().items()},
+        "meter": saved_totals(session),
         "streams": streams,
     }
+
+
+def saved_totals(session: Session) -> dict[str, torch.Tensor]:
+    """The meter's totals as means over processes, whose number may be another one later. Every process must call it."""
+    count, totals = session.accelerator.num_processes, session.meter.totals()
+    return {name: session.processes.reduce(pair).cpu() / count for name, pair in totals.items()}
 
 
 def resume(session: Session) -> None:
@@ -157,12 +163,15 @@ def restore(session: Session, state: dict) -> None:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     if session.stream is not None:
         count = session.accelerator.num_processes
-        if state["streams"] is None or len(state["streams"]) != count:
-            raise ValueError(f"streamed data resumes with as many processes as it was saved with, not {count}")
+        before = len(state["streams"] or ())
+        if before != count:
+            raise ValueError(
+                f"streamed data goes on with as many processes as it was saved with, {before}; these are {count}"
+            )
         session.stream.load_state_dict(json.loads(state["streams"][session.accelerator.process_index]))
     session.step = state["step"]
-    # The saved sums are over all processes: one process holds them, so that they count once.
-    share = 1 if session.accelerator.is_main_process else 0
+    # The saved sums are means over processes. One process holds those of as many as there are now.
+    share = session.accelerator.num_processes if session.accelerator.is_main_process else 0
     totals = {name: share * pair for name, pair in state["meter"].items()}
     session.meter = Meter.of(totals, session.accelerator.device)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import time
 from collections.abc import Iterator
 
 import torch
 
 from train.checkpoint import complete_checkpoints
 from train.session import NonFiniteError, Session, Stopped
+
+LOOK_EVERY = 5.0  # seconds; launchers kill what has not ended 30 seconds after a signal
+PARENT = os.getppid()  # the launcher's process, where there is one
 
 
 def check_finite(session: Session) -> None:
@@ -34,7 +39,7 @@ def check_finite(session: Session) -> None:
 
 
 def must_stop(session: Session) -> int | None:
-    """The signal to stop for, agreed by all processes; several processes on GPUs look only when they log.
+    """The signal to stop for, agreed by all processes; several processes on GPUs look every few seconds.
 
     On a CPU it also checks that the step was finite, which costs nothing there.
     """
@@ -44,11 +49,26 @@ def must_stop(session: Session) -> int | None:
         check_finite(session)
     if accelerator.num_processes == 1:
         return session.stop_signal
-    if not on_cpu and session.step % session.config.log_every:
+    if not on_cpu and session.step < session.next_look:
         return None
-    flags = torch.zeros(accelerator.num_processes, device=accelerator.device, dtype=torch.int64)
-    flags[accelerator.process_index] = session.stop_signal or 0
-    return int(session.processes.reduce(flags).max()) or None
+    return agree(session)
+
+
+def agree(session: Session) -> int | None:
+    """The signal that any process got, in all of them; also after how many steps to look again, by process 0's clock.
+
+    A process whose launcher is gone takes that for SIGTERM: nobody could stop it any more, nor know that it runs.
+    """
+    accelerator, (step, since) = session.accelerator, session.looked
+    if os.environ.get("TORCHELASTIC_RUN_ID") and os.getppid() != PARENT:
+        session.stop_signal = session.stop_signal or signal.SIGTERM
+    said = torch.zeros(accelerator.num_processes + 1, device=accelerator.device, dtype=torch.int64)
+    said[accelerator.process_index] = session.stop_signal or 0
+    if accelerator.is_main_process:
+        said[-1] = max(1, int(LOOK_EVERY * (session.step - step) / max(time.monotonic() - since, 1e-3)))
+    *signals, steps = session.processes.reduce(said).tolist()
+    session.looked, session.next_look = (session.step, time.monotonic()), session.step + steps
+    return max(signals) or None
 
 
 def stopped_by(session: Session, number: int) -> Stopped:

@@ -158,7 +158,10 @@ class StreamLoader:
         """Make the next iteration begin after the batch at which `state` was taken."""
         for name, value in self._layout().items():
             if state[name] != value:
-                raise ValueError(f"{name}={value} must be {state[name]}, as when the stream's position was saved")
+                setting = {"num_workers": "run.workers", "batch_size": "images of a process at once"}[name]
+                raise ValueError(
+                    f"{setting} must be {state[name]}, as when the stream's position was saved, got {value}"
+                )
         self._states = {int(worker): progress for worker, progress in state["workers"].items()}
         self._turn = state["turn"]
 

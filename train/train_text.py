@@ -125,6 +125,11 @@ class Captions(Dataset):
         return {"caption": metadata["prompt"], "facts": caption_facts(metadata)}
 
 
+def caption_mean(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The mean over each caption's bytes, then over captions: so that no split of a batch changes it."""
+    return (torch.where(mask_BT, value_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)).mean()
+
+
 class TextObjective(Objective):
     """Mean cross-entropy of all facts at all bytes, and the distance to the states of the encoder at the start.
 
@@ -154,15 +159,15 @@ class TextObjective(Objective):
         logits = self.heads(states_BTE).float().split(list(FACTS.values()), dim=-1)
         wanted_BTF, mask_BT = batch["facts"], batch["mask"]
         losses, metrics = [], {}
-        for i, (name, logits_BTn) in enumerate(zip(FACTS, logits, strict=True)):
-            losses.append(F.cross_entropy(logits_BTn[mask_BT], wanted_BTF[..., i][mask_BT]))
-            right = logits_BTn.argmax(dim=-1)[mask_BT] == wanted_BTF[..., i][mask_BT]
-            metrics[f"knows_{name}"] = right.float().mean()
+        for name, logits_BTn, wanted_BT in zip(FACTS, logits, wanted_BTF.unbind(dim=-1), strict=True):
+            loss_BT = F.cross_entropy(logits_BTn.mT, wanted_BT, reduction="none", ignore_index=IGNORED)
+            losses.append(caption_mean(loss_BT, mask_BT))
+            metrics[f"knows_{name}"] = caption_mean((logits_BTn.argmax(dim=-1) == wanted_BT).float(), mask_BT)
         loss = torch.stack(losses).sum()
         if self.start is not None:
             with torch.no_grad():
                 before_BTE = self.states(self.start, batch)
-            metrics["moved"] = (states_BTE - before_BTE)[mask_BT].square().mean()
+            metrics["moved"] = caption_mean((states_BTE - before_BTE).square().mean(dim=-1), mask_BT)
             loss = loss + self.config.keep * metrics["moved"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 

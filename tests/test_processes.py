@@ -1,0 +1,140 @@
+"""Several processes: one group or none, one voice, one training in a folder; what they agree on and average."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from training_toys import (
+    curve,
+    final_state,
+    in_child,
+    in_processes,
+    kill_self,
+    start_child,
+    toy_config,
+    toy_run,
+    toy_task,
+    wait_for,
+)
+
+from sample.processes import check_group, process_group
+from train import stopping
+from train.config import exit_code
+from train.loop import check_sharding, start
+from train.state import saved_totals
+
+
+def test_processes_on_cpus_form_a_group(tmp_path):
+    def meet(folder) -> None:
+        from accelerate.utils import gather_object
+
+        state = process_group()
+        (folder / str(state.process_index)).write_text(str(gather_object([state.process_index])))
+
+    assert in_processes(2, meet, tmp_path) == [0, 0]
+    assert [(tmp_path / name).read_text() for name in "01"] == ["[0, 1]"] * 2
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes were launched but do not form a group"):
+        check_group(SimpleNamespace(num_processes=1))
+
+
+def test_an_error_of_one_process_is_printed_once(tmp_path, capfd):
+    """By the process that meets it; of what all of them meet, by one."""
+
+    def work(argv) -> None:
+        state = process_group()
+        if argv[0] == "all" or state.process_index == 1:
+            raise ValueError(f"record 7 of {argv[0]} is bad")
+        time.sleep(1)
+
+    assert in_processes(2, lambda: os._exit(exit_code(work, ["one"]))) == [0, 2]
+    assert capfd.readouterr().err.count("error (process 1 of 2): record 7 of one is bad\n") == 1
+    assert in_processes(2, lambda: os._exit(exit_code(work, ["all"]))) == [2, 2]
+    assert capfd.readouterr().err.count("record 7 of all is bad") == 1
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path, capfd):
+    first = start_child(toy_run, tmp_path, die=lambda step: time.sleep(0.05), total_images=10**6)
+    wait_for(lambda: (tmp_path / "checkpoints").is_dir())
+    assert in_child(lambda: os._exit(exit_code(lambda _: toy_run(tmp_path)))) == 2
+    assert "is being trained by another process: wait for it or stop it" in capfd.readouterr().err
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    assert in_child(toy_run, tmp_path) == 0  # what is killed holds nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(DistributedType.FSDP, "fsdp_version must be 2"), (DistributedType.DEEPSPEED, "DEEPSPEED is not supported")],
+)
+def test_ways_to_split_parameters_that_are_not_known_are_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
+        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
+    check_sharding(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True))
+
+
+def test_processes_on_gpus_look_for_signals_by_the_clock(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    session = start(toy_task(), toy_config(tmp_path))
+    looks = []
+    for step in range(1, 60):
+        session.step, now[0] = step, now[0] + 0.5
+        if step >= session.next_look:
+            looks.append(step)
+            assert stopping.agree(session) is None
+    assert looks == [1, 2, 12, 22, 32, 42, 52]  # steps of half a second: every ten
+    session.stop_signal = signal.SIGINT
+    assert stopping.agree(session) == signal.SIGINT
+
+
+def test_a_process_whose_launcher_is_gone_stops(tmp_path, monkeypatch):
+    session = start(toy_task(), toy_config(tmp_path))
+    monkeypatch.setattr(stopping, "PARENT", -1)
+    assert stopping.agree(session) is None  # nobody launched it: a shell that ended ends no training
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert stopping.agree(session) == signal.SIGTERM
+
+
+@pytest.mark.parametrize("images", [5, 1])
+def test_every_image_of_the_validation_counts_once(tmp_path, images):
+    settings = {"dropout": 0.0, "total_images": 16, "validate_every": 2, "validation_images": images}
+    assert in_child(toy_run, tmp_path / "one", **settings) == 0
+    assert in_processes(2, toy_run, tmp_path / "two", **settings) == [0, 0]
+    (one,), (two,) = (curve(tmp_path / name, "validation") for name in ("one", "two"))
+    assert two["first"] == pytest.approx(one["first"]) == (images - 1) / 2
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_other_numbers_of_processes_go_on_with_the_same_means(tmp_path):
+    """Killed between two logs after four steps by two processes, and gone on with by one."""
+
+    def killed() -> None:
+        toy_run(tmp_path / "part", dropout=0.0, log_every=6, die=lambda step: kill_self() if step == 4 else None)
+
+    assert in_processes(2, killed) == [-9, -9]
+    assert in_child(toy_run, tmp_path / "part", dropout=0.0, log_every=6) == 0
+    assert in_child(toy_run, tmp_path / "whole", dropout=0.0, log_every=6) == 0
+    part, whole = (curve(tmp_path / name, "train")[0] for name in ("part", "whole"))
+    assert part["step"] == whole["step"] == 6
+    assert [part[name] for name in ("loss", "first")] == pytest.approx([whole["loss"], whole["first"]], rel=1e-5)
+    assert final_state(tmp_path / "part")["step"] == 12
+
+
+def test_saved_totals_are_means_over_processes():
+    class Both:
+        def reduce(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * value
+
+    meter = SimpleNamespace(totals=lambda: {"loss": torch.tensor([3.0, 4.0])})
+    session = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), meter=meter, processes=Both())
+    assert saved_totals(session)["loss"].tolist() == [3.0, 4.0]
