@@ -43,7 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to draw (one of)")
     what.add_argument("prompt", nargs="*", help="a text, or several")
     what.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="texts or GenEval's JSON, one a line; makes a GenEval tree"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="texts or GenEval's JSON, one a line, - for standard input; makes a GenEval tree",
     )
     what.add_argument(
         "--class",
@@ -112,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     prompts, metadata = read_prompts(args)
+    check_out(args.out)
     to_npz = args.out.suffix == ".npz"
     if to_npz and args.show_scales:
         raise ValueError("--show-scales needs a folder to write to, and --out is an npz file")
@@ -142,13 +146,14 @@ def run(args: argparse.Namespace) -> int:
     if args.model == "scenes":
         tell_unread(prompts)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
+    call, ledger = call_options(args), Ledger()
+    check_call(args, pipeline, call)
     sink, job = make_sink(args, folder, pipeline, requests)
     job.check()
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
-    call, ledger = call_options(args), Ledger()
-    search = make_search(args, pipeline, requests[0].prompt, call)
+    search = make_search(args, pipeline, prompts, call)
     if search is not None:
         call |= {"search": search, "hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
     stream = image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call)
@@ -173,6 +178,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_out(out: Path) -> None:
+    """Raise ValueError if --out looks like a file that is not made: it would become a folder of that name."""
+    if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".npz") and out.suffix != ".npz" and not out.is_dir():
+        raise ValueError(f"--out must be a folder, or FILE.npz, got {out}")
+
+
 def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[str, Any]] | None]:
     """The texts to draw (None when classes are asked for), and their GenEval metadata if they have any.
 
@@ -187,13 +198,19 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         )
     if args.prompts is None:
         return args.prompt or None, None
-    if not args.prompts.is_file():
-        raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
-    from sample.images import read_text
+    if str(args.prompts) == "-":
+        text = sys.stdin.read()
+    elif args.prompts.exists() and not args.prompts.is_dir():  # a pipe will do
+        from sample.images import read_text
 
-    lines = [line.strip() for line in read_text("--prompts", args.prompts).splitlines() if line.strip()]
+        text = read_text("--prompts", args.prompts)
+    else:
+        raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
+    if lines[0].startswith("["):
+        raise ValueError(f"--prompts {args.prompts} is a list in JSON: give one text, or one JSON object, a line")
     if not lines[0].startswith("{"):
         return lines, None
     metadata = [_metadata(args.prompts, number, line) for number, line in enumerate(lines, 1)]
@@ -250,6 +267,16 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that go into the pipeline's call, without those left to the model."""
     options = {**call_settings(args), "negative_prompt": args.negative, "smooth": args.smooth or None}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: dict[str, Any]) -> None:
+    """Raise ValueError on settings that make no plan, or options that could do nothing in it."""
+    plan = pipeline.make_plan(**{name: v for name, v in call.items() if name not in ("negative_prompt", "smooth")})
+    if call.get("negative_prompt") is not None and not plan.guided:
+        raise ValueError("--negative acts through guidance, which is 0: give --guidance")
+    refiner = how_options(args).get("refiner")
+    if refiner is not None and all(stage.model is not pipeline.refiner for stage in plan.stages):
+        raise ValueError(f"--refiner {refiner} makes the scales after code:N: give --plan code:N")
 
 
 def make_sink(

@@ -18,6 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
+from sample.pixels import to_eight_bits, to_rgb
 from sample.state import GenerationState, Hook
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
@@ -214,7 +215,7 @@ def extend(
 
 def _read_image(image: Picture) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
     raise TypeError(f"image must be a PIL image or a uint8 array (h, w, 3), got {_kind(image)}")
@@ -222,7 +223,7 @@ def _read_image(image: Picture) -> np.ndarray:
 
 def _read_mask(mask: Picture) -> np.ndarray:
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        mask = np.asarray(to_eight_bits(mask).convert("L"))
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype in (np.uint8, np.bool_):
         return mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1)
     raise TypeError(f"mask_image must be a PIL image or a uint8 or bool array (h, w), got {_kind(mask)}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.cli import add_sampling, call_options, of_all_processes, read_classes, write_trees
+from sample.cli import add_sampling, call_options, check_call, check_out, of_all_processes, read_classes, write_trees
 from sample.plans_cli import how_options
 from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
+    check_out(args.out)
     image, mask = read_pictures(args)
     count = images_of_each(args)
     if args.batch_size < 1:
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)
     prompt = read_prompt(args, pipeline)
+    check_call(args, pipeline, call_options(args))
     settings = {
         "model": str(args.model),
         "model_digest": model_digest(folder),
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     job.check()
     todo = sink.missing(process_share(requests))
     there = len(requests) - of_all_processes(len(todo))
-    search = make_search(args, pipeline, prompt, call_options(args))
+    search = make_search(args, pipeline, [prompt], call_options(args))
     call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search, **call_options(args)}
     try:
         draw_all(args, pipeline, todo, sink, job, call)
@@ -155,17 +157,20 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
     """
     from PIL import Image, ImageOps
 
+    from sample.pixels import to_eight_bits, to_rgb
+
     given = [args.mask is not None, args.box is not None, args.extend is not None]
     if sum(given) != 1:
-        raise ValueError("say where to repaint: --mask FILE, or --box X0,Y0,X1,Y1, or --extend LEFT,TOP,RIGHT,BOTTOM")
-    image = open_picture(args.image, "image").convert("RGB")
+        how = "--mask FILE, or --box X0,Y0,X1,Y1, or --extend LEFT,TOP,RIGHT,BOTTOM"
+        raise ValueError(f"say where to repaint{', in one way only' if any(given) else ''}: {how}")
+    image = to_rgb(open_picture(args.image, "image"))
     if args.extend is not None:
         from sample.edit import extend
 
         left, top, right, bottom = four_numbers("--extend", args.extend)
         image, mask = extend(image, left=left, top=top, right=right, bottom=bottom)
     elif args.mask is not None:
-        mask = open_picture(args.mask, "--mask").convert("L")
+        mask = to_eight_bits(open_picture(args.mask, "--mask")).convert("L")
         mask = mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
     else:
         mask = box_mask(image.size, [four_numbers("--box", box) for box in args.box])
@@ -194,7 +199,7 @@ def four_numbers(name: str, text: str) -> tuple[int, int, int, int]:
     """The four whole numbers of "4,20,34,50"; raises ValueError naming the option."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 4 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name} must be four numbers of pixels, like 4,20,34,50; got {text!r}")
+        raise ValueError(f"{name} must be four numbers of pixels, 0 or more, like 4,20,34,50; got {text!r}")
     return tuple(map(int, parts))
 
 

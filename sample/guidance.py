@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -32,8 +33,11 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.ramp not in ("linear", "constant"):
             raise ValueError(f"guidance ramp must be linear or constant, got {self.ramp!r}")
-        weights = self.scale if isinstance(self.scale, Sequence) else [self.scale]
+        weights = self.scale if isinstance(self.scale, Sequence) and not isinstance(self.scale, str) else [self.scale]
         for weight in weights:
+            if not isinstance(weight, Real):
+                kind = type(weight).__name__
+                raise TypeError(f"guidance must be a number, or a list of one for each scale, got {weight!r} ({kind})")
             if not 0 <= weight <= LARGEST:
                 raise ValueError(f"guidance must be in [0, {LARGEST}], 0 being none, got {weight}")
 

@@ -1,7 +1,8 @@
 """Requests to a stream of images, and the places where images end up. What is finished is never made again.
 
 Every file is written under a temporary name and renamed, so what exists is whole. An image depends on its request and
-the settings alone: any batch size and any number of processes give the same files.
+the settings alone: any batch size and any number of processes give the same pictures, up to rounding
+(docs/architecture.md).
 
 Shapes: K scales, h w pixels. Images are uint8 RGB, (h, w, 3).
 """
@@ -351,13 +352,24 @@ class Job:
                     f"{output} is there, and no {self.path} says what made it: choose another {self.option}"
                 )
             return
-        there = json.loads(self.path.read_text(encoding="utf-8"))
+        there = self.kept()
         silent = {name for name in self.later if name not in there or self.settings.get(name) is None}
-        for name in sorted({*there, *self.settings} - {*self.informal, *silent}):
+        names = {*there, *self.settings} - {*self.informal, *silent}
+        for name in sorted(names, key=lambda name: (name != "model_digest", name)):  # another model explains the others
             before, now = there.get(name), self.settings.get(name)
             if before != now:
                 said = f"{self.path} is of images with {name} {before!r}, not {now!r}"
                 raise ValueError(f"{said}: choose another {self.option}")
+
+    def kept(self) -> dict[str, Any]:
+        """The settings in the file. Raises ValueError if it is no job's."""
+        try:
+            there = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = None
+        if not isinstance(there, dict):
+            raise ValueError(f"{self.path} is not what nextscale wrote beside its images: choose another {self.option}")
+        return there
 
     def save(self) -> None:
         """Write the file unless it is there."""

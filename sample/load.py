@@ -212,7 +212,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return PartialState(cpu=works_on_cpu()).device
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
+        torch.empty(1, device=place).tolist()  # which "meta" has none of
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     return place

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 SLACK = 1.05  # a search may cost so many times its budget: best-of-N has N rewards to pay besides N images
 HOWS = ("cluster", "resample", "random", "best")
@@ -136,6 +137,8 @@ def fit_budget(
     Raises:
         ValueError: if not even one candidate fits.
     """
+    if not 0 < budget < inf:
+        raise ValueError(f"budget must be a number above 0, got {budget}")
     found = constant(1, num_scales, "best")
     if cost(*found) > SLACK * budget:
         raise ValueError(f"budget {budget:g} is below the cost of one candidate, {cost(*found):g}")

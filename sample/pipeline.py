@@ -41,6 +41,7 @@ from var.transformer import NextScaleTransformer
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CALLBACK_TENSORS = ("f_hat", "tokens")
+SHORT_TEXT = 128  # tokens up to which all texts are padded alike in half precision
 PLAN_WORDS = ("plan", "depth", "cache")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
 SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", *PLAN_WORDS)
@@ -324,7 +325,9 @@ class NextScalePipeline(DiffusionPipeline):
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text encoder and a tokenizer, and this pipeline was made without them")
         length = self.transformer.config.text_length
-        encoded = encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length)
+        # Sums over padding are rounded otherwise: in half precision a longer prompt beside it would change an image.
+        whole = self.transformer.dtype != torch.float32 and length <= SHORT_TEXT
+        encoded = encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length, whole=whole)
         return encoded.to(self.transformer.device)
 
     def make_plan(self, plan: Plan | PlanConfig | str | None = None, **given: Any) -> Plan:
@@ -342,8 +345,10 @@ class NextScalePipeline(DiffusionPipeline):
         schedule = self._schedule(settings.pop("aspect", None), settings.pop("size", None))
         guided = {field: settings.pop(name) for name, field in GUIDANCE_WORDS.items() if name in settings}
         if "blocks" in guided:
-            if not guided["blocks"]:
-                raise ValueError("guidance_blocks must name at least one block, or be left out")
+            if not isinstance(guided["blocks"], Sequence) or not guided["blocks"]:
+                raise ValueError(
+                    f"guidance_blocks must be a list of one block or more, or be left out, got {guided['blocks']!r}"
+                )
             guided |= {"blocks": tuple(guided["blocks"]), "on_logits": False}
         words = {name: settings.pop(name) for name in PLAN_WORDS if name in settings}
         if not isinstance(plan, PlanConfig):
@@ -366,7 +371,7 @@ class NextScalePipeline(DiffusionPipeline):
         self, prompt: str | Sequence[str] | TextPrompt | None, class_labels: int | Sequence[int] | None, copies: int
     ) -> Prompt:
         """The prompt of every image: each text or class `copies` times in a row, encoded once."""
-        if copies < 1:
+        if not isinstance(copies, int) or copies < 1:
             raise ValueError(f"num_images_per_prompt must be 1 or more, got {copies}")
         wanted, unwanted = ("class_labels", prompt) if self.by_class else ("prompt", class_labels)
         if unwanted is not None or (prompt is None and class_labels is None):
@@ -376,6 +381,8 @@ class NextScalePipeline(DiffusionPipeline):
             encoded = prompt.to(self.transformer.device)
             return encoded.select(_repeat(len(encoded), copies).to(encoded.mask_BT.device))
         if not self.by_class:
+            if not isinstance(prompt, Sequence):
+                raise TypeError(f"prompt must be a text or a list of texts, got {type(prompt).__name__}: {prompt!r}")
             texts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not texts:
                 raise ValueError("prompt is empty: give at least one text")
@@ -468,7 +475,10 @@ def image_seeds(
         return check_seeds(seed)
     if seed is not None:
         return check_seeds([seed + i for i in range(count)])
-    generators = generator if isinstance(generator, Sequence) else [generator] * count
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
+    for one in generators:
+        if not isinstance(one, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator, or one an image, got {type(one).__name__}: {one!r}")
     return [_drawn_seed(source) for source in generators]
 
 

@@ -45,6 +45,36 @@ def block_list(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def number_or_text(text: str) -> float | str:
+    """A number where it is one: a share, or a ratio."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def yes_or_no(text: str) -> bool:
+    """true or false, as YAML writes them."""
+    known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if text.lower() not in known:
+        raise ValueError(text)
+    return known[text.lower()]
+
+
+NOTHING = ("", "null", "Null", "NULL", "~")  # how YAML says that there is no value
+KINDS: dict[str, Callable[[str], Any]] = {  # what settings of a file are read as; the others are texts
+    "depth": by_scale(int),
+    "cache": number_or_text,
+    "guidance": by_scale(float),
+    "top_k": by_scale(int),
+    "top_p": by_scale(float),
+    "temperature": by_scale(float),
+    "temperature_last": yes_or_no,
+    "guidance_blocks": block_list,
+    "aspect": number_or_text,
+}
+
+
 def how_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line, and under it the YAML file of --plan, say of `SETTINGS`; only what is given.
 
@@ -68,13 +98,27 @@ def call_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; see `how_options`."""
+    """The settings in a YAML file; see `how_options`. Values are read as on the command line (16:9 is an aspect)."""
     import yaml
 
     if not path.is_file():
         raise FileNotFoundError(f"--plan {path} is not a file")
-    held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        held = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # texts, and lists of texts
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--plan {path} is not YAML: {' '.join(str(error).split())}") from None
     unknown = sorted(set(held) - set(SETTINGS)) if isinstance(held, dict) else [type(held).__name__]
     if unknown:
         raise ValueError(f"--plan {path} may hold {', '.join(SETTINGS)}, and has {', '.join(map(str, unknown))}")
-    return held
+    return {name: read_setting(path, name, value) for name, value in held.items() if value not in NOTHING}
+
+
+def read_setting(path: Path, name: str, value: Any) -> Any:
+    """One setting of a YAML file: a text, or a list of texts for all scales."""
+    text = ",".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
+    try:
+        if not isinstance(text, str):
+            raise ValueError
+        return KINDS.get(name, str)(text)
+    except ValueError:
+        raise ValueError(f"--plan {path}: {name} cannot be {value!r}, see nextscale sample --help") from None

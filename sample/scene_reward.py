@@ -158,6 +158,11 @@ class SceneReward(nn.Module):
         centre_BN2, size_BN = corner + 0.5 + where[..., :2], where[..., 2].clamp(min=0)
         return Objects(there_BN, whole[..., 0].sigmoid(), shape.softmax(-1), colour.softmax(-1), centre_BN2, size_BN)
 
+    def check(self, prompts: Prompts) -> None:
+        """Raise ValueError naming the first prompt that is no caption."""
+        for text in texts(prompts):
+            Caption.of(text)
+
     @torch.no_grad()
     def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """uint8 (B, 3, h, w) and B captions to probabilities (B,)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 
 import torch
 from einops import rearrange
@@ -124,8 +125,10 @@ class Search:
         for name, known in (("pooling", POOLINGS), ("potential", POTENTIALS), ("draw", DRAWS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not self.sharpness >= 0:
-            raise ValueError(f"sharpness must be 0 or more, got {self.sharpness}")
+        if not 0 <= self.sharpness < inf:
+            raise ValueError(f"sharpness must be a number, 0 or more, got {self.sharpness}")
+        if self.enough is not None and not isfinite(self.enough):
+            raise ValueError(f"enough must be a number, got {self.enough}")
         if self.decode_batch < 1:
             raise ValueError(f"decode_batch must be 1 or more, got {self.decode_batch}")
         if self.rounds < 1 or (self.rounds > 1 and self.enough is None):

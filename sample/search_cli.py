@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from sample.methods import METHODS
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
@@ -61,6 +64,10 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
         if idle:
             raise ValueError(f"--{idle[0].replace('_', '-')} needs --search, e.g. --search tts")
         return {}
+    if args.search not in METHODS and args.n is not None:
+        raise ValueError(
+            f"--n {args.n} goes with a method's name, and --search {args.search!r} says how many: leave it out"
+        )
     return given | ({} if args.budget is not None else {"search_n": args.n or DEFAULT_N})
 
 
@@ -77,12 +84,13 @@ def images_of_each(args: argparse.Namespace) -> int:
 
 
 def make_search(
-    args: argparse.Namespace, pipeline: NextScalePipeline, prompt: str | int, call: dict[str, Any]
+    args: argparse.Namespace, pipeline: NextScalePipeline, prompts: Sequence[str | int], call: dict[str, Any]
 ) -> Search | None:
     """The search of the options; None without one.
 
     Args:
-        prompt: any of the job's, to measure what a reward costs when there is a budget.
+        prompts: the job's: what a reward costs is measured on the first when there is a budget, and a reward that
+            cannot read all of them says so before the first picture.
         call: the settings of the pipeline's call, which decide what a plain image costs.
 
     Raises:
@@ -100,13 +108,17 @@ def make_search(
     options = {n: getattr(args, n) for n in ("potential", "sharpness", "draw", "rounds", "enough")}
     options = {n: value for n, value in options.items() if value is not None}
     options["reward"] = load_reward(name, device=device) if name is not None else None
+    if hasattr(options["reward"], "check"):
+        options["reward"].check(prompts)
     options["features"] = load_features(args.features, device=device) if args.features is not None else None
     plan = pipeline.make_plan(**{n: v for n, v in call.items() if n not in ("negative_prompt", "smooth")})
     num_scales = len(plan.schedule)
     if args.budget is None:
         candidates, steps = make_steps(args.search, args.n or DEFAULT_N, num_scales)
     else:
-        costs = SearchCost.measure(pipeline, plan, options["reward"], options["features"], prompt, text_tokens=TEXTS)
+        costs = SearchCost.measure(
+            pipeline, plan, options["reward"], options["features"], prompts[0], text_tokens=TEXTS
+        )
 
         def cost(candidates: int, steps: tuple) -> float:
             return costs.relative(Search(candidates=candidates, steps=steps, **options))

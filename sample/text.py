@@ -26,9 +26,10 @@ def encode_prompts(
     prompts: Sequence[str],
     *,
     max_length: int,
+    whole: bool = False,
     device: torch.device | str | None = None,
 ) -> TextPrompt:
-    """States (B, T, E) and a bool mask (B, T) of prompts, padded to the longest of them.
+    """States (B, T, E) and a bool mask (B, T) of prompts, padded to the longest of them or, `whole`, to `max_length`.
 
     A prompt of more than `max_length` tokens is cut, and one logged line names the text that is lost.
 
@@ -46,7 +47,8 @@ def encode_prompts(
             raise TypeError(f"prompt must be str, got {type(prompt).__name__}: {prompt!r}")
     texts = list(prompts)
     _warn_of_cuts(tokenizer, texts, max_length)
-    made = tokenizer(texts, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    padding = "max_length" if whole else "longest"
+    made = tokenizer(texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
     device = device if device is not None else text_encoder.device
     ids, mask = made.input_ids.to(device), made.attention_mask.to(device)
     states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state

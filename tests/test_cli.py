@@ -1,12 +1,14 @@
 """The `nextscale` command: what it writes, what it keeps, how it fails."""
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -196,6 +198,15 @@ def test_interrupted(sample, tmp_path, monkeypatch):
             "model 'no/such/model/here' is not 'scenes', is no folder here, and",
         ),
         (["a star", "--show-scales", "--out", "x.npz"], "--show-scales needs a folder"),
+        (["a star", "--out", "star.png"], "--out must be a folder, or FILE.npz, got star.png"),
+        (["a star", "--out", "star.NPZ"], "--out must be a folder, or FILE.npz, got star.NPZ"),
+        (["a star", "--device", "meta"], "device 'meta' cannot be used"),
+        (["a star", "--negative", "b", "--guidance", "0"], "--negative acts through guidance, which is 0"),
+        (["a star", "--search", "3 best", "--n", "5"], "--n 5 goes with a method's name, and --search '3 best' says"),
+        (["a star", "a dog", "--search", "best", "--reward", "scenes"], "cannot read 'a dog'"),
+        (["a star", "--search", "tts", "--reward", "scenes", "--sharpness", "inf"], "sharpness must be a number"),
+        (["a star", "--search", "best", "--reward", "scenes", "--budget", "nan"], "budget must be a number above 0"),
+        (["a star", "--search", "best", "--reward", "scenes", "--enough", "nan"], "enough must be a number, got nan"),
     ],
 )
 def test_mistakes_are_one_line(sample, tmp_path, monkeypatch, argv, message):
@@ -221,6 +232,32 @@ def test_files_that_cannot_be_are_one_line(sample, tmp_path, monkeypatch, argv, 
     monkeypatch.chdir(tmp_path)
     assert sample(*argv) == (2, "", f"nextscale: error: {message}\n")
     assert names(tmp_path) == ["latin.txt"]
+
+
+def test_a_wrong_value_is_told_before_that_the_folder_is_of_others(sample, tmp_path):
+    assert sample("a star", "--out", tmp_path)[0] == 0
+    assert "guidance must be in [0, 1000]" in sample("a star", "--guidance", -1, "--out", tmp_path)[2]
+    assert "is of images with guidance_scale None, not 2.0" in sample("a star", "--guidance", 2, "--out", tmp_path)[2]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"model_digest": "0", "dtype": "int8"}))
+    assert "is of images with model_digest '0', not" in sample("a star", "--out", tmp_path)[2]  # it explains the other
+    for text in ("{broken", "[1, 2]", "3"):
+        (tmp_path / "settings.json").write_text(text)
+        message = f"{tmp_path}/settings.json is not what nextscale wrote beside its images: choose another --out\n"
+        assert sample("a star", "--out", tmp_path)[2].endswith(message)
+
+
+def test_prompts_may_be_piped(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a star\n\na ring\n"))
+    assert sample("--prompts", "-", "--out", tmp_path / "a")[0] == 0
+    assert len(list((tmp_path / "a").rglob("samples/0000.png"))) == 2
+    os.mkfifo(tmp_path / "pipe")
+    writer = Thread(target=(tmp_path / "pipe").write_text, args=("a star\n",))
+    writer.start()
+    assert sample("--prompts", tmp_path / "pipe", "--out", tmp_path / "b")[0] == 0
+    writer.join()
+    (tmp_path / "list.json").write_text('["a star", "a ring"]')
+    assert "is a list in JSON: give one text" in sample("--prompts", tmp_path / "list.json", "--out", tmp_path / "c")[2]
 
 
 def test_mistakes_of_the_front_door(capsys):

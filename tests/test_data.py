@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from evaluation.scenes import TAGS
+from sample.pixels import CorruptImage, crop, decode
 from train.data import (
     CorruptLog,
     DataConfig,
@@ -26,7 +27,6 @@ from train.data import (
     permute,
 )
 from train.order import image_draws
-from train.pixels import CorruptImage, crop, decode
 from train.train_var import normal_of
 
 

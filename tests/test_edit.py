@@ -468,6 +468,19 @@ def test_edits_of_a_model_that_has_moved_are_kept(edit, text_folder, tmp_path, m
     assert "2 edits (2 were there already)" in edit(*words, "--model", text_folder.name)[1]
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "transparent"])
+def test_pictures_of_other_kinds_are_kept_as_they_look(edit, tmp_path, kind):
+    if kind == "16 bits":
+        levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+        given, wanted = Image.fromarray(levels), np.rint(levels / 257)
+    else:
+        given, wanted = Image.new("RGBA", (8, 8), (255, 0, 0, 0)), np.full((8, 8), 255)
+    given.save(tmp_path / "other.png")
+    assert edit("a red star", "--box", "0,0,3,3", image=tmp_path / "other.png")[0] == 0
+    (made,) = (tmp_path / "out").glob("*_seed0.png")
+    assert np.array_equal(levels_of(made)[4:], np.repeat(wanted[..., None], 3, axis=2)[4:])
+
+
 def test_feathering_reaches_into_the_kept_part():
     from sample.edit_cli import feathered
 
@@ -483,7 +496,7 @@ def test_feathering_reaches_into_the_kept_part():
     [
         (["a star"], "say where to repaint"),
         (["a star", "--box", "1,1,4,4", "--extend", "1,1,1,1"], "say where to repaint"),
-        (["a star", "--box", "1,1,4"], "--box must be four numbers of pixels, like 4,20,34,50; got '1,1,4'"),
+        (["a star", "--box", "1,1,4"], "--box must be four numbers of pixels, 0 or more, like 4,20,34,50; got '1,1,4'"),
         (["a star", "--box", "4,1,4,4"], "--box 4,1,4,4 must have x0 < x1 and y0 < y1 inside 8x8 pixels"),
         (["a star", "--extend", "0,0,0,0"], "borders must be 0 or more pixels"),
         (["a star", "--mask", "none.png"], "--mask none.png is not a file"),

@@ -238,6 +238,40 @@ def test_prompts_are_padded_to_the_longest(tiny_text_encoder):
     assert prompt.mask_BT.sum(dim=1).tolist() == [2, 1, 4]
 
 
+def test_in_half_precision_a_longer_prompt_beside_it_changes_no_image(text_folder):
+    """Padding is rounded along: so it is always as long."""
+    pipeline = load_pipeline(text_folder, dtype="bfloat16", device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.encode_prompt(["a", "abc"]).mask_BT.shape == (2, 40)
+    beside = [
+        pipeline(["a star", other], seed=3, output_type="pt") for other in ("a ring", "a star left of a blue cross")
+    ]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(beside[0].tokens, beside[1].tokens, strict=True))
+    assert load_pipeline(text_folder, device="cpu").encode_prompt(["a", "abc"]).mask_BT.shape == (2, 4)
+
+
+def test_both_ways_of_loading_bfloat16_agree(text_folder):
+    ours = load_pipeline(text_folder, dtype="bfloat16", device="cpu")
+    theirs = NextScalePipeline.from_pretrained(text_folder, torch_dtype=torch.bfloat16)
+    for part in ("transformer", "text_encoder"):
+        mine, other = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
+        assert all(torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_labels": 1, "guidance_scale": "3"}, r"guidance must be a number, .* got '3' \(str\)"),
+        ({"class_labels": 1, "guidance_scale": np.ones(3)}, r"guidance must be a number, .* \(ndarray\)"),
+        ({"class_labels": 1, "generator": 5}, "generator must be a torch.Generator, or one an image, got int: 5"),
+        ({"class_labels": 1, "guidance_blocks": -1}, "guidance_blocks must be a list of one block or more"),
+    ],
+)
+def test_what_is_of_a_wrong_type_is_named(class_pipeline, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        class_pipeline(**options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -253,7 +287,7 @@ def test_prompts_are_padded_to_the_longest(tiny_text_encoder):
         ({"class_labels": 1, "temperature": 1e-40}, "temperature must be in .*, got 1e-40"),
         ({"class_labels": 1, "guidance_scale": -0.5}, "guidance must be in .*, got -0.5"),
         ({"class_labels": 1, "guidance_scale": float("inf")}, "guidance must be in .*, got inf"),
-        ({"class_labels": 1, "guidance_blocks": []}, "guidance_blocks must name at least one block"),
+        ({"class_labels": 1, "guidance_blocks": []}, "guidance_blocks must be a list of one block or more"),
         ({"class_labels": 1, "seed": -1}, "seed must be in"),
         ({"class_labels": 1, "seed": [1, 2]}, "seed must be one or one an image, got 2 for 1 images"),
         ({"class_labels": 1, "seed": 1, "generator": torch.Generator()}, "give seed or generator, not both"),

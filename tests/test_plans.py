@@ -11,6 +11,7 @@ from sample.draw import Filter
 from sample.generate import generate
 from sample.plan import plain
 from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan, scale_filters
+from sample.plans_cli import read_settings
 from sample.state import Hook
 from tokenizer.quantizer import MultiScaleQuantizer
 from var.conditioning import ClassPrompt
@@ -267,6 +268,38 @@ def test_the_same_plan_by_flags_by_file_and_in_the_pipeline(calibrated, tmp_path
     assert over.shape == by_file.shape and not np.array_equal(over, by_file)
 
 
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("aspect: 16:9\nsize: 0.25M", {"aspect": "16:9", "size": "0.25M"}),  # not 969, as YAML 1.1 has it
+        ("guidance: 0,1,2\ntop_k: [5, 4, 3]", {"guidance": [0.0, 1.0, 2.0], "top_k": [5, 4, 3]}),
+        ("depth: 4\ncache: 0.5\ntemperature_last: no", {"depth": 4, "cache": 0.5, "temperature_last": False}),
+        ("guidance_blocks: 3\ntop_p: null\nplan: code:2", {"guidance_blocks": [3], "plan": "code:2"}),
+    ],
+)
+def test_files_of_settings_are_read_as_the_command_line(tmp_path, text, held):
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_settings(tmp_path / "a.yaml") == held
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("guidance: abc", r"a\.yaml: guidance cannot be 'abc'"),
+        ("top_k: 1.5", "top_k cannot be '1.5'"),
+        ("depth: {a: 1}", "depth cannot be {'a': '1'}"),
+        ("temperature_last: perhaps", "temperature_last cannot be 'perhaps'"),
+        ("guidance: [1,2", r"a\.yaml is not YAML: while parsing .* line 1"),
+        ("plam: var", "may hold plan, .* and has plam"),
+        ("- var", "and has list"),
+    ],
+)
+def test_mistakes_in_files_of_settings_are_named(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / "a.yaml")
+
+
 def test_a_plan_can_be_the_models_own(tiny_class_model, tiny_vqvae, tmp_path):
     own = nextscale.NextScalePipeline(
         tiny_class_model, tiny_vqvae, sampling={"plan": "supernet:1", "depth": 1, "top_k": 5}
@@ -319,10 +352,12 @@ def test_a_refiner_by_name_must_share_the_tokenizer(class_folder, calibrated, te
         (["--cache", "60%"], "nextscale calibrate --model"),
         (["--plan", "missing.yaml"], "missing.yaml is not a file"),
         (["--temperature", "1,2"], "temperature must be one"),
+        (["--refiner", "MODEL"], "makes the scales after code:N: give --plan code:N"),
     ],
     ids=str,
 )
 def test_the_command_says_what_is_wrong_in_one_line(class_folder, tmp_path, capsys, options, named):
+    options = [str(class_folder) if word == "MODEL" else word for word in options]
     argv = ["sample", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "x.npz"), *options]
     assert nextscale.main(argv) == 2
     error = capsys.readouterr().err

@@ -35,8 +35,14 @@ def product_precision(precision: str) -> Iterator[None]:
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32."""
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    """Cast a model's floating-point weights to `dtype`, but for those it wants kept in float32.
+
+    A model of transformers wants so for float16 alone; what it names as strict, for bfloat16 as well.
+    """
+    names = "_keep_in_fp32_modules"
+    if dtype == torch.bfloat16 and hasattr(module, f"{names}_strict"):
+        names = f"{names}_strict"
+    kept = set(getattr(module, names, None) or ())
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)

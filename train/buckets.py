@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from sample.pixels import MAX_PIXELS, CorruptImage, crop, decode
 from tokenizer.aspects import STRIDE, TEMPLATES, aspect_schedule, nearest_template
 from train.images import BAD_IN_A_ROW, CorruptLog
 from train.order import permute, uniforms
-from train.pixels import MAX_PIXELS, CorruptImage, crop, decode
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import Dataset
 
+from sample.pixels import MAX_PIXELS
 from train.images import CorruptLog, ImageDataset, RowReader, Transform, no_label
 from train.order import KeyedDataset, KeyedSampler, permute
-from train.pixels import MAX_PIXELS
 from train.sources import (
     SPLIT_NAMES,
     Columns,

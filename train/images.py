@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from sample.pixels import CorruptImage, crop, decode
 from train.order import uniforms
-from train.pixels import CorruptImage, crop, decode
 from train.sources import Columns, FolderSource, Record, TableSource, read_row
 
 BAD_IN_A_ROW = 1000  # unreadable neighbours after which the data, not an image, is at fault

@@ -1,4 +1,4 @@
-"""Bytes -> RGB -> the square (or h x w) uint8 crop a model is trained on.
+"""Picture files to 8-bit RGB, and to the square (or h x w) uint8 crop that a model is trained on.
 
 Shape letters: 3 channels, H height, W width of the crop.
 """
@@ -19,8 +19,13 @@ class CorruptImage(ValueError):
     """An image that cannot be read; the message is the reason."""
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey (`I;16*`, or `I` as some files are opened) scaled to 8 bits; Pillow's own convert would clip it."""
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey (`I;16*`, or `I` as some files are opened) scaled to 8 bits; Pillow's own convert would clip it.
+
+    Any other picture comes back as it is. Raises CorruptImage for integers of more bits.
+    """
+    if not image.mode.startswith("I"):
+        return image
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise CorruptImage(f"integer pixels of [{values.min()}, {values.max()}] are outside 16 bits")
@@ -36,8 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise CorruptImage("float pixels have no stated range; save the image as 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _to_eight_bits(image)
+    image = to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
