@@ -216,11 +216,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             worker.built()
         tokens = compare_tokens(workers, batches[0], base)
         begin_timing(workers.values())
-        for worker, job, more in runs.values():  # kernels and memory settle
-            worker.call(job, labels_of(batches[0]), SETTINGS, *more)
         ceilings = workers["fast_float32"].call("ceilings")["gflops"]
         for batch, count in zip(batches, rounds):
             prepared = {name: (w, job, (labels_of(batch), SETTINGS, *more)) for name, (w, job, more) in runs.items()}
+            for worker, job, given in prepared.values():  # kernels and memory settle
+                worker.call(job, *given)
             rows += rows_of(
                 interleave(prepared, count, patience=options.patience), batch, sum(flops.values()), ceilings
             )
