@@ -20,7 +20,7 @@ from var.masks import Mask
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
 HINT_HW = (64, 64)  # the same for convolutions
-LOGITS = 2**19  # attention logits computed at once: 2 MiB, so that they stay in the processor's cache
+LOGITS = 2**20  # attention logits computed at once, at most: 4 MiB, of which each core's cache holds its part
 SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
 
@@ -169,7 +169,8 @@ def half_attention(
         return attention(q_BHld, k_BHSd, v_BHSd, mask, scale)
     B, H, length, d = q_BHld.shape
     factor, each = d**-0.5 if scale is None else scale, length * k_BHSd.shape[2]
-    images, heads = max(1, LOGITS // (H * each)), max(1, LOGITS // each)
+    images = max(1, LOGITS // (H * each))
+    heads = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * each <= LOGITS))  # as many in every part
     out_BHld = q_BHld.new_empty(B, length, H, d).transpose(1, 2)
     for i in range(0, B, images):
         for j in range(0, H, heads):
