@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
-        print(f"nextscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from sample.processes import process_name, speaks
+
+        if speaks():
+            print(f"nextscale: error{process_name()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nextscale: stopped", file=sys.stderr)

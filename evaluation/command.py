@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from sample.processes import process_name, speaks
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, without the usage."""
@@ -33,7 +35,8 @@ def in_one_line(parser: argparse.ArgumentParser, kept: str = "nothing was writte
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        said = f"{parser.prog}: error{process_name()}: {' '.join(str(error).split())}\n"
+        parser.exit(2, said if speaks() else None)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted; {kept}\n")
 

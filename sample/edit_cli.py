@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
+    from sample.accounting import Ledger
     from sample.fast import keep_freed_memory
     from sample.images import Job, PngFolder, check_place, make_requests, process_share
     from sample.load import load_pipeline, model_digest, model_folder
@@ -117,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
     there = len(requests) - of_all_processes(len(todo))
     search = make_search(args, pipeline, [prompt], call_options(args))
     call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search, **call_options(args)}
+    ledger = Ledger()
+    call["hooks"] = () if search is None else (ledger,)
     try:
         draw_all(args, pipeline, todo, sink, job, call)
     except KeyboardInterrupt:
@@ -125,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
             f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command goes on", file=sys.stderr
         )
         return 130
-    return finish(sink, requests, image, mask, done=there)
+    code = finish(sink, requests, image, mask, done=there)
+    if ledger.images:
+        print(f"{search}: {ledger}")
+    return code
 
 
 def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | int:

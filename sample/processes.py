@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,3 +38,24 @@ def process_group(device: object = "auto") -> PartialState:
     state = PartialState(cpu=works_on_cpu(device))
     check_group(state)
     return state
+
+
+def speaks(*, everywhere: bool = False) -> bool:
+    """Whether this process is the one to print an error: the first that has one, which may be any.
+
+    Args:
+        everywhere: all processes meet it: then the one of rank 0. So it is before they know of each other.
+    """
+    rank, dist = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
+    if everywhere or dist is None or not dist.is_available() or not dist.is_initialized():
+        return rank == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("nextscale/said", 1) == 1
+    except RuntimeError:  # what keeps count is gone
+        return True
+
+
+def process_name() -> str:
+    """ " (process 1 of 2)", for messages; nothing in the process of rank 0."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (process {rank} of {os.environ.get('WORLD_SIZE', '?')})"

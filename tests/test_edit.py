@@ -423,8 +423,9 @@ def test_every_way_of_drawing_edits(edit, model, how, tmp_path, text_folder, cla
     monkeypatch.setitem(sys.modules, "edit_rewards", rewards)
     how = [*how, {"text": text_folder, "class": class_folder}[model]] if how[-1:] == ["--refiner"] else how
     what = ["a red star"] if model == "text" else ["--class", 3]
-    code, _, error = edit(*what, "--box", "2,1,6,7", "--feather", 2, "--guidance", 1, *how, model=model)
+    code, said, error = edit(*what, "--box", "2,1,6,7", "--feather", 2, "--guidance", 1, *how, model=model)
     assert code == 0, error
+    assert (": an image took " in said) == ("--search" in how)
     made = sorted((tmp_path / "out").glob("*_seed*.png"))
     assert len(made) == (2 if "--images" in how else 1)
     kept = np.ones((8, 8), bool)

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sample.images import check_place
+from sample.processes import process_name, speaks
 
 
 @dataclass(kw_only=True)
@@ -181,25 +182,11 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
 
 
 def _say(error: BaseException, code: int) -> int:
-    """Print an error in one line, in one of the processes that meet it, which may be any."""
-    rank = os.environ.get("RANK", "0")
-    if _speaks(rank, everywhere=code >= 3):
+    """Print an error in one line, in one of the processes that meet it."""
+    if speaks(everywhere=code >= 3):
         text = str(error)
         if text.startswith("Caught ") and " in DataLoader worker" in text:  # the traceback of another process
             text = text.rpartition(f"{type(error).__name__}: ")[2]
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        who = "" if rank == "0" else f" (process {rank} of {os.environ.get('WORLD_SIZE', '?')})"
-        print(f"{'' if code > 100 else f'error{who}: '}{' '.join(lines)}", file=sys.stderr)
+        print(f"{'' if code > 100 else f'error{process_name()}: '}{' '.join(lines)}", file=sys.stderr)
     return code
-
-
-def _speaks(rank: str, *, everywhere: bool) -> bool:
-    """Whether this process is the one to say it: the first there, or of what all processes meet the one of rank 0."""
-    import torch.distributed as dist
-
-    if everywhere or not dist.is_available() or not dist.is_initialized():
-        return rank == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("nextscale/said", 1) == 1
-    except RuntimeError:  # what keeps count is gone
-        return True
