@@ -98,7 +98,8 @@ def readable(place: Path) -> None:
     """
     os.umask(umask := os.umask(0o077))
     for path in [place] if place.is_file() else place.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
+        with suppress(OSError):  # a link to another user's file
+            path.chmod(0o666 & ~umask)
 
 
 def map_safetensors(path: Path) -> tuple[State, mmap.mmap]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -198,6 +199,9 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         )
     if args.prompts is None:
         return args.prompt or None, None
+    piped = str(args.prompts) == "-" or args.prompts.is_fifo()
+    if piped and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"--prompts {args.prompts} can be read by one process only: give a file to several")
     if str(args.prompts) == "-":
         text = sys.stdin.read()
     elif args.prompts.exists() and not args.prompts.is_dir():  # a pipe will do
@@ -209,12 +213,20 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
-    if lines[0].startswith("["):
+    if _is_list(text):
         raise ValueError(f"--prompts {args.prompts} is a list in JSON: give one text, or one JSON object, a line")
     if not lines[0].startswith("{"):
         return lines, None
     metadata = [_metadata(args.prompts, number, line) for number, line in enumerate(lines, 1)]
     return [entry["prompt"] for entry in metadata], metadata
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is a list in JSON."""
+    try:
+        return isinstance(json.loads(text), list)
+    except json.JSONDecodeError:
+        return False
 
 
 def _metadata(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -215,15 +215,22 @@ def extend(
 
 def _read_image(image: Picture) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(image))
+        return np.asarray(to_rgb(image, upright=False))  # masks are of the picture as it lies
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
     raise TypeError(f"image must be a PIL image or a uint8 array (h, w, 3), got {_kind(image)}")
 
 
+def grey(mask: Image.Image) -> Image.Image:
+    """A mask in 8 bits; one of 16 is scaled, unless its levels are those of 8."""
+    if mask.mode.startswith("I") and np.asarray(mask).max() > 255:
+        mask = to_eight_bits(mask)
+    return mask.convert("L")
+
+
 def _read_mask(mask: Picture) -> np.ndarray:
     if isinstance(mask, Image.Image):
-        mask = np.asarray(to_eight_bits(mask).convert("L"))
+        mask = np.asarray(grey(mask))
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype in (np.uint8, np.bool_):
         return mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1)
     raise TypeError(f"mask_image must be a PIL image or a uint8 or bool array (h, w), got {_kind(mask)}")

@@ -163,7 +163,7 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
     """
     from PIL import Image, ImageOps
 
-    from sample.pixels import to_eight_bits, to_rgb
+    from sample.pixels import to_rgb
 
     given = [args.mask is not None, args.box is not None, args.extend is not None]
     if sum(given) != 1:
@@ -176,7 +176,9 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
         left, top, right, bottom = four_numbers("--extend", args.extend)
         image, mask = extend(image, left=left, top=top, right=right, bottom=bottom)
     elif args.mask is not None:
-        mask = to_eight_bits(open_picture(args.mask, "--mask")).convert("L")
+        from sample.edit import grey
+
+        mask = grey(open_picture(args.mask, "--mask"))
         mask = mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
     else:
         mask = box_mask(image.size, [four_numbers("--box", box) for box in args.box])

@@ -325,10 +325,19 @@ class NextScalePipeline(DiffusionPipeline):
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text encoder and a tokenizer, and this pipeline was made without them")
         length = self.transformer.config.text_length
-        # Sums over padding are rounded otherwise: in half precision a longer prompt beside it would change an image.
-        whole = self.transformer.dtype != torch.float32 and length <= SHORT_TEXT
+        whole = self.pads_texts
         encoded = encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length, whole=whole)
         return encoded.to(self.transformer.device)
+
+    @property
+    def pads_texts(self) -> bool:
+        """Whether all texts are padded to the model's longest: in half precision, where that is short.
+
+        Sums over padding are rounded otherwise: there a longer prompt beside it would change an image.
+        """
+        length = self.transformer.config.text_length
+        places = getattr(getattr(self.text_encoder, "config", None), "max_position_embeddings", None) or length
+        return not self.by_class and self.transformer.dtype != torch.float32 and length <= min(SHORT_TEXT, places)
 
     def make_plan(self, plan: Plan | PlanConfig | str | None = None, **given: Any) -> Plan:
         """The plan that a call with these settings (of `SAMPLING`) follows, the model's own under them."""

@@ -32,12 +32,12 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to upright 8-bit RGB: EXIF orientation applied, transparency composited on white.
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB: EXIF orientation applied if it is to be `upright`, transparency put on white.
 
     Raises CorruptImage for float pixels, whose range no file states.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise CorruptImage("float pixels have no stated range; save the image as 8 or 16 bits")

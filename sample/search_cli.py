@@ -116,8 +116,9 @@ def make_search(
     if args.budget is None:
         candidates, steps = make_steps(args.search, args.n or DEFAULT_N, num_scales)
     else:
+        tokens = pipeline.transformer.config.text_length if pipeline.pads_texts else TEXTS
         costs = SearchCost.measure(
-            pipeline, plan, options["reward"], options["features"], prompts[0], text_tokens=TEXTS
+            pipeline, plan, options["reward"], options["features"], prompts[0], text_tokens=tokens
         )
 
         def cost(candidates: int, steps: tuple) -> float:

@@ -256,6 +256,11 @@ def test_prompts_may_be_piped(sample, tmp_path, monkeypatch):
     writer.start()
     assert sample("--prompts", tmp_path / "pipe", "--out", tmp_path / "b")[0] == 0
     writer.join()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--prompts - can be read by one process only" in sample("--prompts", "-", "--out", tmp_path / "c")[2]
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "photo.txt").write_text("[photo] a star")
+    assert sample("--prompts", tmp_path / "photo.txt", "--out", tmp_path / "d")[0] == 0
     (tmp_path / "list.json").write_text('["a star", "a ring"]')
     assert "is a list in JSON: give one text" in sample("--prompts", tmp_path / "list.json", "--out", tmp_path / "c")[2]
 

@@ -482,6 +482,22 @@ def test_pictures_of_other_kinds_are_kept_as_they_look(edit, tmp_path, kind):
     assert np.array_equal(levels_of(made)[4:], np.repeat(wanted[..., None], 3, axis=2)[4:])
 
 
+def test_masks_are_of_the_picture_as_it_lies(class_pipeline):
+    """A photograph that is to be turned when shown, and a mask made for its pixels; masks of more bits than 8."""
+    turned = picture()
+    turned.getexif()[274] = 6  # orientation
+    levels = np.asarray(box_mask(1, 0, 4, 2))
+    masks = [
+        Image.fromarray(levels),
+        Image.fromarray(levels.astype(np.int32)),
+        Image.fromarray(levels.astype(np.uint16) * 257),
+    ]
+    made = [class_pipeline(image=turned, mask_image=mask, seed=3, output_type="np").images for mask in masks]
+    kept = levels == 0
+    assert np.array_equal((made[0][0] * 255).round()[kept], np.asarray(picture().convert("RGB"))[kept])
+    assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2])
+
+
 def test_feathering_reaches_into_the_kept_part():
     from sample.edit_cli import feathered
 

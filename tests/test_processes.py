@@ -27,6 +27,7 @@ from sample.processes import check_group, process_group
 from train import stopping
 from train.config import exit_code
 from train.loop import check_sharding, start
+from train.session import Meter
 from train.state import saved_totals
 
 
@@ -47,19 +48,26 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
         check_group(SimpleNamespace(num_processes=1))
 
 
-def test_an_error_of_one_process_is_printed_once(tmp_path, capfd):
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_an_error_is_printed_once(tmp_path, capfd, who):
     """By the process that meets it; of what all of them meet, by one."""
 
     def work(argv) -> None:
         state = process_group()
-        if argv[0] == "all" or state.process_index == 1:
-            raise ValueError(f"record 7 of {argv[0]} is bad")
-        time.sleep(1)
+        state.wait_for_everyone()
+        if who == "all" or state.process_index == 1:
+            raise ValueError("record 7 is bad")
 
-    assert in_processes(2, lambda: os._exit(exit_code(work, ["one"]))) == [0, 2]
-    assert capfd.readouterr().err.count("error (process 1 of 2): record 7 of one is bad\n") == 1
-    assert in_processes(2, lambda: os._exit(exit_code(work, ["all"]))) == [2, 2]
-    assert capfd.readouterr().err.count("record 7 of all is bad") == 1
+    def told() -> None:
+        code, rank = exit_code(work, []), os.environ["RANK"]
+        (tmp_path / rank).touch()
+        wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())  # process 0 keeps count of who spoke
+        os._exit(code)
+
+    assert in_processes(2, told) == [0 if who == "one" else 2, 2]
+    error = capfd.readouterr().err
+    assert error.count("record 7 is bad\n") == 1
+    assert who == "all" or "error (process 1 of 2): record 7 is bad\n" in error
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path, capfd):
@@ -100,9 +108,10 @@ def test_processes_on_gpus_look_for_signals_by_the_clock(tmp_path, monkeypatch):
 def test_a_process_whose_launcher_is_gone_stops(tmp_path, monkeypatch):
     session = start(toy_task(), toy_config(tmp_path))
     monkeypatch.setattr(stopping, "PARENT", -1)
-    assert stopping.agree(session) is None  # nobody launched it: a shell that ended ends no training
+    monkeypatch.setattr(stopping, "check_finite", lambda session: None)
+    assert stopping.must_stop(session) is None  # nobody launched it: a shell that ended ends no training
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert stopping.agree(session) == signal.SIGTERM
+    assert stopping.must_stop(session) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("images", [5, 1])
@@ -128,6 +137,22 @@ def test_other_numbers_of_processes_go_on_with_the_same_means(tmp_path):
     assert part["step"] == whole["step"] == 6
     assert [part[name] for name in ("loss", "first")] == pytest.approx([whole["loss"], whole["first"]], rel=1e-5)
     assert final_state(tmp_path / "part")["step"] == 12
+
+
+def test_processes_that_know_other_names_first_agree_on_their_order():
+    """As after a resume, where one process alone holds what came before."""
+
+    class Both:
+        def reduce(self, value: torch.Tensor) -> torch.Tensor:
+            given.append(value)
+            return value
+
+    given: list[torch.Tensor] = []
+    one, other = (Meter.of({}, torch.device("cpu")) for _ in range(2))
+    one.sums = {("loss",): (torch.tensor([1.0]), 1), ("grad_norm",): (torch.tensor([2.0]), 1)}
+    other.sums = {("grad_norm", "loss"): (torch.tensor([2.0, 1.0]), 1)}
+    assert one.means(Both()) == other.means(Both()) == {"loss": 1.0, "grad_norm": 2.0}
+    assert torch.equal(*given)
 
 
 def test_saved_totals_are_means_over_processes():

@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-from threading import Barrier, Timer
+from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from evaluation.scaling import (
     weights_of,
     write_points,
 )
-from train.scaling import Ladder, Rung, climb, climb_all
+from train.scaling import AT_WORK, Ladder, Rung, climb, climb_all
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
@@ -251,11 +252,17 @@ def test_a_stopped_ladder_begins_no_other_run(tmp_path, number):
         run_folder=lambda rung: tmp_path / rung.name,
         per_tag=0,
     )
-    timer = Timer(1.5, os.kill, (os.getpid(), number))
-    timer.start()
+
+    def stop() -> None:
+        end = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         climb_all(ladder, 1)
-    assert begun.read_text() == "x\n"
+    assert begun.read_text() == "x\n" and not AT_WORK
 
 
 def toy_ladder(folder: Path, *, heads: int = 2, per_tag: int = 0, **evaluate) -> Path:

@@ -39,10 +39,10 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
     A model of transformers wants so for float16 alone; what it names as strict, for bfloat16 as well.
     """
-    names = "_keep_in_fp32_modules"
-    if dtype == torch.bfloat16 and hasattr(module, f"{names}_strict"):
-        names = f"{names}_strict"
-    kept = set(getattr(module, names, None) or ())
+    name = "_keep_in_fp32_modules"
+    kept = set(getattr(module, f"{name}_strict", None) or ())
+    if dtype != torch.bfloat16 or not hasattr(module, f"{name}_strict"):
+        kept |= set(getattr(module, name, None) or ())
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)

@@ -60,6 +60,7 @@ def train(session: Session) -> dict[str, float]:
     """As `run`, of a session that was started."""
     task, config = session.task, session.config
     resume(session)
+    session.looked = (session.step, time.monotonic())
     if task.record is not None and session.images < config.total_images:  # a finished run keeps what made it
         task.record()
     open_tensorboard(session)

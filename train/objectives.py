@@ -456,6 +456,9 @@ class VarObjective(Objective):
 
     def compile_parts(self) -> None:
         """Compile every block, and what is made of the logits: it would read and write them several times."""
+        settings = torch._dynamo.config  # each number of scales, with gradients and without, is compiled by itself
+        limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # torch 2.6
+        setattr(settings, limit, max(getattr(settings, limit), 4 * len(self.transformer.schedule)))
         self.transformer.compile_repeated_blocks(dynamic=False)
         self.score = torch.compile(self.score, dynamic=False)
 

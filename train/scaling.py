@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 EXAMPLES = """examples:
@@ -28,6 +29,7 @@ The same command again goes on with the runs that are not finished."""
 
 
 AT_WORK: set[subprocess.Popen] = set()  # commands of rungs that run now
+BEGINNING, ENDING = Lock(), Event()  # while one begins or ends; when none may begin any more
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,13 @@ def terminating() -> Iterator[None]:
     """Pass SIGTERM on to the commands at work, and exit; Ctrl-C reaches them from the terminal itself."""
 
     def pass_on(number: int, frame: object) -> None:
-        for process in list(AT_WORK):
-            process.send_signal(number)
+        ENDING.set()
+        with BEGINNING:
+            for process in AT_WORK:
+                process.send_signal(number)
         raise SystemExit(128 + number)
 
+    ENDING.clear()
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield
@@ -235,12 +240,16 @@ def terminating() -> Iterator[None]:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Run a command to its end; its exit code."""
-    with subprocess.Popen(words) as process:
+    """Run a command to its end; its exit code, that of SIGTERM where all is to end."""
+    with BEGINNING:
+        if ENDING.is_set():
+            return 128 + signal.SIGTERM
+        process = subprocess.Popen(words)
         AT_WORK.add(process)
-        try:
-            return process.wait()
-        finally:
+    try:
+        return process.wait()
+    finally:
+        with BEGINNING:
             AT_WORK.discard(process)
 
 

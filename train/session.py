@@ -192,8 +192,9 @@ class Meter:
         found = self.totals()
         if not found:
             return {}
-        totals = processes.reduce(torch.stack(list(found.values()))).tolist()
-        return {name: total / weight for name, (total, weight) in zip(found, totals, strict=True)}
+        names = sorted(found)  # in one order everywhere: after a resume one process alone knows what came before
+        totals = dict(zip(names, processes.reduce(torch.stack([found[name] for name in names])).tolist(), strict=True))
+        return {name: totals[name][0] / totals[name][1] for name in found}
 
 
 @dataclass

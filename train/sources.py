@@ -326,7 +326,9 @@ def damaged_shard(files: Iterable[str]) -> str:
 
 def warn_of_ends(files: Iterable[str]) -> None:
     """Warn of local tar files without the zeros that end one: what came after a cut between images is lost unseen."""
-    for file in (name for pattern in files if "://" not in pattern for name in sorted(glob.glob(pattern))):
+    local = [pattern for pattern in files if "://" not in pattern]
+    names = chain.from_iterable([name] if os.path.isfile(name) else glob.glob(name, recursive=True) for name in local)
+    for file in sorted(name for name in names if name.endswith(".tar")):  # not compressed
         with open(file, "rb") as shard:
             size = shard.seek(0, os.SEEK_END)
             shard.seek(max(0, size - tarfile.BLOCKSIZE))

@@ -83,7 +83,8 @@ def collect(session: Session) -> dict:
 def saved_totals(session: Session) -> dict[str, torch.Tensor]:
     """The meter's totals as means over processes, whose number may be another one later. Every process must call it."""
     count, totals = session.accelerator.num_processes, session.meter.totals()
-    return {name: session.processes.reduce(pair).cpu() / count for name, pair in totals.items()}
+    means = {name: session.processes.reduce(totals[name]).cpu() / count for name in sorted(totals)}
+    return {name: means[name] for name in totals}
 
 
 def resume(session: Session) -> None:

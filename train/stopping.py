@@ -41,12 +41,16 @@ def check_finite(session: Session) -> None:
 def must_stop(session: Session) -> int | None:
     """The signal to stop for, agreed by all processes; several processes on GPUs look every few seconds.
 
+    A process whose `torchrun` is gone takes that for SIGTERM.
+
     On a CPU it also checks that the step was finite, which costs nothing there.
     """
     accelerator = session.accelerator
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         check_finite(session)
+    if os.environ.get("TORCHELASTIC_RUN_ID") and os.getppid() != PARENT:  # nobody could stop it any more
+        session.stop_signal = session.stop_signal or signal.SIGTERM
     if accelerator.num_processes == 1:
         return session.stop_signal
     if not on_cpu and session.step < session.next_look:
@@ -55,13 +59,8 @@ def must_stop(session: Session) -> int | None:
 
 
 def agree(session: Session) -> int | None:
-    """The signal that any process got, in all of them; also after how many steps to look again, by process 0's clock.
-
-    A process whose launcher is gone takes that for SIGTERM: nobody could stop it any more, nor know that it runs.
-    """
+    """The signal that any process got, in all of them; and after how many steps to look again, by process 0's clock."""
     accelerator, (step, since) = session.accelerator, session.looked
-    if os.environ.get("TORCHELASTIC_RUN_ID") and os.getppid() != PARENT:
-        session.stop_signal = session.stop_signal or signal.SIGTERM
     said = torch.zeros(accelerator.num_processes + 1, device=accelerator.device, dtype=torch.int64)
     said[accelerator.process_index] = session.stop_signal or 0
     if accelerator.is_main_process:
