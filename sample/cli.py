@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sample.images import Job, PngFolder, Request, Sink
     from sample.pipeline import NextScaleOutput, NextScalePipeline
+    from sample.plan import Plan
 
 EXAMPLES = """examples:
   nextscale sample "a red star left of a blue heart" --n 4 --seed 7 --out pictures/
@@ -148,13 +149,13 @@ def run(args: argparse.Namespace) -> int:
         tell_unread(prompts)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     call, ledger = call_options(args), Ledger()
-    check_call(args, pipeline, call)
+    plan = plan_of_call(args, pipeline, call)
     sink, job = make_sink(args, folder, pipeline, requests)
     job.check()
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
-    search = make_search(args, pipeline, prompts, call)
+    search = make_search(args, pipeline, prompts, plan)
     if search is not None:
         call |= {"search": search, "hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
     stream = image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call)
@@ -281,14 +282,15 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: dict[str, Any]) -> None:
-    """Raise ValueError on settings that make no plan, or options that could do nothing in it."""
+def plan_of_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: dict[str, Any]) -> Plan:
+    """The plan of the settings in `call`. Raises ValueError if they make none, or an option could do nothing in it."""
     plan = pipeline.make_plan(**{name: v for name, v in call.items() if name not in ("negative_prompt", "smooth")})
     if call.get("negative_prompt") is not None and not plan.guided:
         raise ValueError("--negative acts through guidance, which is 0: give --guidance")
     refiner = how_options(args).get("refiner")
     if refiner is not None and all(stage.model is not pipeline.refiner for stage in plan.stages):
         raise ValueError(f"--refiner {refiner} makes the scales after code:N: give --plan code:N")
+    return plan
 
 
 def make_sink(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.cli import add_sampling, call_options, check_call, check_out, of_all_processes, read_classes, write_trees
+from sample.cli import add_sampling, call_options, check_out, of_all_processes, plan_of_call, read_classes, write_trees
 from sample.plans_cli import how_options
 from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)
     prompt = read_prompt(args, pipeline)
-    check_call(args, pipeline, call_options(args))
+    call = call_options(args)
+    plan = plan_of_call(args, pipeline, call)
     settings = {
         "model": str(args.model),
         "model_digest": model_digest(folder),
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "mask": digest(mask),
         "mask_rule": args.mask_rule,
         **(pipeline.config.sampling or {}),
-        **call_options(args),
+        **call,
         **search_settings(args),
     }
     refiner = how_options(args).get("refiner")
@@ -116,10 +117,9 @@ def run(args: argparse.Namespace) -> int:
     job.check()
     todo = sink.missing(process_share(requests))
     there = len(requests) - of_all_processes(len(todo))
-    search = make_search(args, pipeline, [prompt], call_options(args))
-    call = {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search, **call_options(args)}
-    ledger = Ledger()
-    call["hooks"] = () if search is None else (ledger,)
+    search, ledger = make_search(args, pipeline, [prompt], plan), Ledger()
+    call |= {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search}
+    call |= {"hooks": () if search is None else (ledger,)}
     try:
         draw_all(args, pipeline, todo, sink, job, call)
     except KeyboardInterrupt:

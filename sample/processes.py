@@ -56,6 +56,6 @@ def speaks(*, everywhere: bool = False) -> bool:
 
 
 def process_name() -> str:
-    """ " (process 1 of 2)", for messages; nothing in the process of rank 0."""
+    """Which process speaks, to go into a message: (process 1 of 2) after a space; nothing in that of rank 0."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f" (process {rank} of {os.environ.get('WORLD_SIZE', '?')})"

@@ -10,6 +10,7 @@ from sample.methods import METHODS
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
+    from sample.plan import Plan
     from sample.search import Search
 
 NEEDS_SEARCH = ("reward", "features", "potential", "sharpness", "draw", "rounds", "enough", "budget", "images")
@@ -84,14 +85,14 @@ def images_of_each(args: argparse.Namespace) -> int:
 
 
 def make_search(
-    args: argparse.Namespace, pipeline: NextScalePipeline, prompts: Sequence[str | int], call: dict[str, Any]
+    args: argparse.Namespace, pipeline: NextScalePipeline, prompts: Sequence[str | int], plan: Plan
 ) -> Search | None:
     """The search of the options; None without one.
 
     Args:
         prompts: the job's: what a reward costs is measured on the first when there is a budget, and a reward that
             cannot read all of them says so before the first picture.
-        call: the settings of the pipeline's call, which decide what a plain image costs.
+        plan: of the pipeline's call, which decides what a plain image costs.
 
     Raises:
         ValueError, FileNotFoundError: as rewards, methods and `Search` raise them.
@@ -111,7 +112,6 @@ def make_search(
     if hasattr(options["reward"], "check"):
         options["reward"].check(prompts)
     options["features"] = load_features(args.features, device=device) if args.features is not None else None
-    plan = pipeline.make_plan(**{n: v for n, v in call.items() if n not in ("negative_prompt", "smooth")})
     num_scales = len(plan.schedule)
     if args.budget is None:
         candidates, steps = make_steps(args.search, args.n or DEFAULT_N, num_scales)

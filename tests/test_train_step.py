@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.training import random_batch
+from benchmarks.training_gpu import our_steps
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective, distillation_scores
 from train.loop import clip_gradients
 from train.objectives import VarLossConfig, VarObjective, token_scores
@@ -62,6 +64,32 @@ def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
             norm = clip_gradients([p for p in objective.parameters() if p.grad is not None], 1.0)
             meter.add({"loss": loss, **metrics, "grad_norm": norm})
     assert len(meter.sums) == 1
+
+
+class Counting(TorchDispatchMode):
+    """Counts what a GPU would have to begin: operations that are more than another view."""
+
+    VIEWS = ("view", "t", "transpose", "unbind", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "alias")
+    VIEWS += ("as_strided", "split", "split_with_sizes", "permute", "_unsafe_view", "lift_fresh")
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_is_little_beside_its_blocks():
+    """Whole steps of models of one and of two blocks: small models' steps wait for what is to be begun."""
+    counts = []
+    for depth in (1, 2):
+        torch.manual_seed(0)
+        model = NextScaleTransformer(depth=depth, width=32, heads=2, vocab_size=16, latent_channels=4, schedule="1,2,8")
+        (step, _), *_ = our_steps(["grouped"], model, random_batch(model.config, 2), "cpu").values()
+        step()
+        with Counting() as counting:
+            step()
+        counts.append(counting.count)
+    assert 50 < 2 * counts[0] - counts[1] <= 110
 
 
 def test_a_meter_holds_means_and_goes_on_from_its_totals():

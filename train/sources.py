@@ -313,9 +313,16 @@ def _by_split(folder: Path, suffix: str, split_names: frozenset[str]) -> dict[st
     return splits
 
 
+def local_files(patterns: Iterable[str]) -> list[str]:
+    """The files on this machine among names and patterns, each pattern's in order."""
+    here = [pattern for pattern in patterns if "://" not in pattern]
+    found = ([name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True)) for name in here)
+    return list(chain.from_iterable(found))
+
+
 def damaged_shard(files: Iterable[str]) -> str:
     """The first local tar file, of names and patterns, that ends too early; "a shard" if there is none."""
-    for file in (name for pattern in files if "://" not in pattern for name in sorted(glob.glob(pattern))):
+    for file in local_files(files):
         try:
             with tarfile.open(file) as tar:
                 tar.getmembers()
@@ -326,9 +333,7 @@ def damaged_shard(files: Iterable[str]) -> str:
 
 def warn_of_ends(files: Iterable[str]) -> None:
     """Warn of local tar files without the zeros that end one: what came after a cut between images is lost unseen."""
-    local = [pattern for pattern in files if "://" not in pattern]
-    names = chain.from_iterable([name] if os.path.isfile(name) else glob.glob(name, recursive=True) for name in local)
-    for file in sorted(name for name in names if name.endswith(".tar")):  # not compressed
+    for file in (name for name in local_files(files) if name.endswith(".tar")):  # not compressed
         with open(file, "rb") as shard:
             size = shard.seek(0, os.SEEK_END)
             shard.seek(max(0, size - tarfile.BLOCKSIZE))
