@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
@@ -42,15 +41,13 @@ def attention(
         groups = [(q_BHld[:, :, begin:end], k_BHSd[:, :, :end], v_BHSd[:, :, :end]) for begin, end in mask.spans]
         masks = (mask.first_nn, *(None for _ in groups[1:]))
         return torch.cat([attention(*group, own, scale) for group, own in zip(groups, masks)], dim=1)
-    if isinstance(mask, BlockMask):
-        flex = _compiled_flex if q_BHld.is_cuda else flex_attention
-        out = flex(q_BHld, k_BHSd, v_BHSd, block_mask=mask, scale=scale)
-    else:
+    if mask is None or isinstance(mask, torch.Tensor):
         out = F.scaled_dot_product_attention(q_BHld, k_BHSd, v_BHSd, attn_mask=mask, scale=scale)
+    else:
+        from var.flex import flex
+
+        out = flex(q_BHld, k_BHSd, v_BHSd, mask, scale)
     return rearrange(out, "b h l d -> b l (h d)")
-
-
-_compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def rope_table(schedule: ScaleSchedule, scales: range, head_width: int, device: torch.device | str) -> torch.Tensor:

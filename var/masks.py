@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from tokenizer.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 PREDICATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "block_causal": lambda query_level, key_level: query_level >= key_level,  # VAR, section 3.3
@@ -40,7 +43,7 @@ class Groups:
     spans: tuple[tuple[int, int], ...]
 
 
-Mask = torch.Tensor | BlockMask | Groups
+Mask: TypeAlias = "torch.Tensor | BlockMask | Groups"
 
 
 def attention_mask(
@@ -87,11 +90,9 @@ def _mask(
     allowed = PREDICATES[kind]
     if backend == "sdpa":
         return allowed(query_Q[:, None], key_S[None, :])
+    from var.flex import block_mask
 
-    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return allowed(query_Q[q], key_S[s])
-
-    return create_block_mask(mask_mod, None, None, len(query_Q), len(key_S), device=device)
+    return block_mask(query_Q, key_S, allowed)
 
 
 @cache
