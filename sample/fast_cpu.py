@@ -19,7 +19,7 @@ from var.layers import FeedForward, attention
 from var.masks import Mask
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
-HINT_HW = (64, 64)  # the same for convolutions
+LAYOUTS = 4  # of a convolution's weight that are kept
 LOGITS = 2**20  # attention logits computed at once, at most: 4 MiB, of which each core's cache holds its part
 SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
@@ -83,21 +83,38 @@ class FastFeedForward(nn.Module):
         return self.fc2(self.fc1(x_BlD))
 
 
-class PackedConv(Packed):
-    """A convolution of channels-last maps with a packed weight; it may add what it makes to another map."""
+class PackedConv(nn.Module):
+    """A convolution of channels-last maps; it may add what it makes to another map.
+
+    How oneDNN wants the weight depends on the maps' size and number, and it rearranges what comes in another layout at
+    every call, slowly. So the weight is packed when maps of a size come first, and kept by layout.
+    """
 
     def __init__(self, conv: nn.Conv2d):
-        where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        shape = [1, conv.in_channels, *HINT_HW]
-        super().__init__(torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *where, shape), conv.bias)
-        self.where = where
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.packs: dict[torch.Size, torch.Tensor] = {}  # by the shape of the maps
+        self.layouts: dict[bytes, torch.Tensor] = {}  # the same ones, each once
+
+    def packed(self, shape: torch.Size) -> torch.Tensor:
+        """The weight as maps of that shape want it."""
+        if shape not in self.packs:
+            pack = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *self.where, list(shape))
+            layout = torch.ops.mkldnn._get_mkldnn_serialized_md(pack).numpy().tobytes()
+            if len(self.layouts) >= LAYOUTS and layout not in self.layouts:
+                self.packs.clear()
+                self.layouts.clear()
+            self.packs[shape] = self.layouts.setdefault(layout, pack)
+        return self.packs[shape]
 
     def forward(self, x_BChw: torch.Tensor, onto_BChw: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C, h, w) to (B, O, h, w), plus `onto_BChw`."""
+        packed = self.packed(x_BChw.shape)
         if onto_BChw is None:
-            return torch.ops.mkldnn._convolution_pointwise(x_BChw, self.packed, self.bias, *self.where, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x_BChw, packed, self.bias, *self.where, "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x_BChw, onto_BChw, self.packed, self.bias, *self.where, "add", 1.0, None, [], None
+            x_BChw, onto_BChw, packed, self.bias, *self.where, "add", 1.0, None, [], None
         )
 
 

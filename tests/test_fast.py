@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
@@ -102,6 +103,40 @@ def test_packed_convolution(kernel, stride):
     assert torch.allclose(packed(x, onto), expected + onto, atol=1e-5)
     assert torch.equal(onto, kept)
     assert torch.equal(packed.state_dict()["weight"], conv.weight)
+
+
+@packs
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_a_packed_weight_comes_in_the_layout_that_every_size_of_maps_wants(kernel, capfd, monkeypatch):
+    """Else oneDNN rearranges it at every call, which took longer than the convolution."""
+    monkeypatch.setattr(fast_cpu, "LAYOUTS", 9)
+    conv = nn.Conv2d(192, 96, kernel, padding=kernel // 2)
+    packed, shapes = fast_cpu.PackedConv(conv), [(1, 3), (2, 8), (1, 16), (4, 32), (1, 64)]
+    maps = [torch.randn(B, 192, h, h).contiguous(memory_format=torch.channels_last) for B, h in shapes]
+    for x in maps:
+        assert torch.allclose(packed(x), conv(x), atol=1e-4)
+    capfd.readouterr()
+    for x in maps:
+        packed(x)  # of a size again
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            packed(x, torch.zeros(len(x), 96, *x.shape[2:]).contiguous(memory_format=torch.channels_last))
+    ctypes.CDLL(None).fflush(None)
+    told = capfd.readouterr().out
+    assert told.count("exec,cpu,convolution") == len(maps)
+    assert not [line for line in told.splitlines() if ",reorder," in line and f"96x192x{kernel}x{kernel}" in line]
+    kept = {id(pack) for pack in packed.packs.values()}
+    assert len(packed.packs) == len(shapes) and len(kept) == len(packed.layouts)
+
+
+@packs
+def test_few_layouts_of_a_weight_are_kept(monkeypatch):
+    monkeypatch.setattr(fast_cpu, "LAYOUTS", 1)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    packed = fast_cpu.PackedConv(conv)
+    for B, h in ((1, 3), (1, 8), (4, 32), (1, 3), (16, 16)):
+        x = torch.randn(B, 64, h, h).contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(packed(x), conv(x), atol=1e-4)
+        assert len(packed.layouts) == 1 and x.shape in packed.packs
 
 
 @halves
@@ -235,8 +270,9 @@ def test_filter_sorts_no_more_than_it_keeps(k, p, levels):
 
 
 def test_shapes_are_those_of_the_schedule():
-    """Whatever is drawn, the same operators run on the same shapes."""
+    """Whatever is drawn, the same operators run on the same shapes, once weights are packed."""
     ours, seen = fast.accelerate(pipeline()), []
+    ours(**CALL)
     for seed in (1, 2):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as run:
             ours(**{**CALL, "seed": seed})
