@@ -242,7 +242,7 @@ def test_several_runs_at_once_and_the_first_failure_ends_it(tmp_path, monkeypatc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_ladder_begins_no_other_run(tmp_path, number):
     """SIGTERM is passed on to the runs at work, which Ctrl-C reaches from the terminal."""
-    begun = tmp_path / "begun"
+    begun, before = tmp_path / "begun", signal.signal(signal.SIGINT, signal.default_int_handler)  # else of `pytest &`
     program = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('x', file=open(sys.argv[1], 'a'))\n"
     program += "signal.pause() if sys.argv[2] == '15' else __import__('time').sleep(2)"
     ladder = SimpleNamespace(
@@ -262,6 +262,7 @@ def test_a_stopped_ladder_begins_no_other_run(tmp_path, number):
     Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         climb_all(ladder, 1)
+    signal.signal(signal.SIGINT, before)
     assert begun.read_text() == "x\n" and not AT_WORK
 
 
