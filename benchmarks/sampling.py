@@ -24,10 +24,12 @@ from benchmarks.timing import (
     Timed,
     Worker,
     begin_timing,
+    ceilings,
     end_timing,
     interleave,
     matmul_ceilings,
     median_stages,
+    possible,
     ratios,
     spread,
     summary,
@@ -148,12 +150,12 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any], kind: str) -> 
 
 def compare_tokens(workers: Mapping[str, Worker], batch: int, base: str) -> dict[str, dict[str, float]]:
     """Every variant of ours against `base`: greedy, drawn with the same uniforms, and drawn after the same tokens."""
-    labels, found = labels_of(batch), {name: {} for name in OURS}
+    labels, found = labels_of(batch), {name: {} for name in workers if name in OURS}
     for kind, greedy in (("greedy", True), ("drawn", False)):
         expected = workers[base].call("tokens", labels, SETTINGS, greedy)
-        for name in OURS:
+        for name in found:
             found[name] |= agreement(workers[name].call("tokens", labels, SETTINGS, greedy), expected, kind)
-    for name in OURS:  # a tie of floats changes one token here, not all tokens after it
+    for name in found:  # a tie of floats changes one token here, not all tokens after it
         drawn = workers[name].call("forced", labels, SETTINGS, expected["tokens"])["tokens"]
         found[name]["forced_tokens_equal"] = float((drawn == expected["tokens"]).mean())
     return found
@@ -164,7 +166,7 @@ def labels_of(batch: int) -> list[int]:
     return [i % 1000 for i in range(batch)]
 
 
-def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
+def rows_of(timed: Timed, batch: int, flops: float, best: Mapping[str, float]) -> list[dict[str, Any]]:
     """A row a variant: seconds, images a second, stages, share of the ceiling, memory, ratios to other variants."""
     rows = []
     for name, runs in timed.items():
@@ -173,7 +175,7 @@ def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float
         row |= spread("seconds", [run["seconds"] for run in undisturbed(runs)])
         row["images_per_s"] = batch / row["seconds"]
         row["gflop_per_s"] = batch * flops / row["seconds"] / 1e9
-        row["share_of_ceiling"] = row["gflop_per_s"] / ceilings[dtype]
+        row["share_of_ceiling"] = row["gflop_per_s"] / best[dtype]
         for base in (*THEIRS, "plain_float32"):
             if base in timed and base != name:
                 row |= ratios(f"times_{base}", timed[base], runs)
@@ -201,34 +203,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shapes = load_pipeline(ours, dtype="float32", device="cpu")
     flops, configs = image_flops(shapes), (dict(shapes.transformer.config), dict(shapes.vqvae.config))
     del shapes
-    makes = {name: partial(our_jobs, ours, *how) for name, how in OURS.items()}
-    rows: list[dict[str, Any]] = []
+    variants, left_out = possible(THEIRS | OURS)
+    makes = {name: partial(our_jobs, ours, *how) for name, how in variants.items() if name in OURS}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(make, options.threads)) for name, make in makes.items()}
-        runs = {name: (workers[name], "run", ()) for name in OURS}
+        runs = {name: (worker, "run", ()) for name, worker in workers.items()}
         base = "plain_float32"
         if checkout is not None:
             theirs = Worker(partial(sampling_jobs, checkout, official, *configs), options.threads)
             workers["official"] = stack.enter_context(theirs)
-            runs = {name: (workers["official"], "run", (autocast,)) for name, autocast in THEIRS.items()} | runs
+            official_runs = {name: how for name, how in variants.items() if name in THEIRS}
+            runs = {name: (workers["official"], "run", (how,)) for name, how in official_runs.items()} | runs
             base = "official"
         for worker in workers.values():
             worker.built()
         tokens = compare_tokens(workers, batches[0], base)
         begin_timing(workers.values())
-        ceilings = workers["fast_float32"].call("ceilings")["gflops"]
+        best = ceilings(workers["fast_float32"], options.patience)
+        timed: dict[int, Timed] = {}
         for batch, count in zip(batches, rounds):
             prepared = {name: (w, job, (labels_of(batch), SETTINGS, *more)) for name, (w, job, more) in runs.items()}
             for worker, job, given in prepared.values():  # kernels and memory settle
                 worker.call(job, *given)
-            rows += rows_of(
-                interleave(prepared, count, patience=options.patience), batch, sum(flops.values()), ceilings
-            )
+            timed[batch] = interleave(prepared, count, patience=options.patience)
+        best = ceilings(workers["fast_float32"], options.patience, best)
         end_timing()
+    rows = [row for batch, runs in timed.items() for row in rows_of(runs, batch, sum(flops.values()), best)]
     for row in rows:
         row |= tokens.get(row["variant"], {}) if row["batch"] == batches[0] else {}
     settings = {"size": size, "schedule": options.schedule, "width": options.width, "threads": options.threads}
-    settings |= {"compared_with": base, "sampling": SETTINGS, "ceiling_gflop_per_s": ceilings}
+    settings |= {"compared_with": base, "sampling": SETTINGS, "ceiling_gflop_per_s": best, "left_out": left_out}
     settings |= {f"{part}_gflop_per_image": count / 1e9 for part, count in flops.items()}
     command = command_line("python -m benchmarks.sampling", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)

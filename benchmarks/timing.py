@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 FOREIGN = 0.04  # share of all processors that others may have used
 STAT = Path("/proc/stat")
 
@@ -254,6 +255,19 @@ def interleave(runs: dict[str, tuple[Worker, str, tuple]], rounds: int, *, patie
     return found
 
 
+def ceilings(
+    worker: Worker, patience: float, before: dict[str, float] | None = None, tries: int = 3
+) -> dict[str, float]:
+    """The most of several gated `matmul_ceilings`, the job "ceilings" of a worker, and of those found `before`."""
+    best = dict(before or {})
+    for _ in range(tries):
+        if worker.gated:
+            wait_until_idle(patience)
+        for dtype, rate in worker.call("ceilings")["gflops"].items():
+            best[dtype] = max(best.get(dtype, 0.0), rate)
+    return best
+
+
 def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     """The median of a figure under `name`, and `[lowest, highest]` under `name_range`."""
     return {name: median(values), f"{name}_range": [min(values), max(values)]}
@@ -285,16 +299,31 @@ def median_stages(runs: Sequence[dict]) -> dict[str, float]:
     return {f"{name}_s": median([run["stages"].get(name, 0.0) for run in runs]) for name in names} | rest
 
 
+def possible(variants: dict[str, T]) -> tuple[dict[str, T], dict[str, str]]:
+    """The variants that this CPU can run at a speed worth timing, and settings that say what was left out.
+
+    Half precision that no instruction multiplies is emulated, slower than float32.
+    """
+    from sample.fast_cpu import native_bfloat16
+
+    if native_bfloat16():
+        return variants, {}
+    kept = {name: variant for name, variant in variants.items() if name.endswith("float32")}
+    why = "this CPU does not multiply bfloat16 in hardware"
+    print(f"left out: {', '.join(sorted(set(variants) - set(kept)))}: {why}")
+    return kept, {"bfloat16": why}
+
+
 def matmul_ceilings(size: int = 2048, repeats: int = 3) -> dict[str, Any]:
-    """The fastest matrix product of this process in GFLOP/s, by dtype, over plain and packed ones."""
+    """The fastest matrix product of this process in GFLOP/s, by dtype that `possible` keeps, plain and packed."""
     import torch
     from torch import nn
 
-    from sample.fast_cpu import PackedLinear, can_pack
+    from sample.fast_cpu import PackedLinear, can_pack, native_bfloat16
 
     best: dict[str, float] = {}
     with torch.no_grad():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if native_bfloat16() else (torch.float32,):
             x, layer = torch.randn(size, size).to(dtype), nn.Linear(size, size).to(dtype)
             for function in (layer, *([PackedLinear(layer)] if can_pack() else [])):
                 function(x)

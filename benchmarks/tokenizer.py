@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import measured
-from benchmarks.timing import Job, Worker, begin_timing, end_timing, interleave, ratios, spread, summary, undisturbed
+from benchmarks.timing import (
+    Job,
+    Worker,
+    begin_timing,
+    end_timing,
+    interleave,
+    possible,
+    ratios,
+    spread,
+    summary,
+    undisturbed,
+)
 from evaluation.command import Parser, add_out, check_least
 
 OURS = {
@@ -114,7 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ours, official = kept_models(folder, size, options.schedule, width=options.width)
     configs = (NextScaleTransformer.load_config(ours / "transformer"), MultiScaleVQ.load_config(ours / "vqvae"))
     made = (options.schedule, options.batch)
-    makes = {name: partial(our_jobs, ours, *how, *made) for name, how in OURS.items()}
+    variants, left_out = possible(OURS)
+    makes = {name: partial(our_jobs, ours, *how, *made) for name, how in variants.items()}
     if checkout is not None:
         makes = {"official_float32": partial(their_jobs, checkout, official, *map(dict, configs), *made)} | makes
     rows, tokens = [], {}
@@ -144,7 +156,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             row["tokens_equal"] = float((tokens[row["variant"]] == tokens[first]).mean())
     command = command_line("python -m benchmarks.tokenizer", vars(options), vars(parser_of().parse_args([])))
     settings = {"schedule": options.schedule, "width": options.width, "threads": options.threads}
-    settings["tokens_compared_with"] = first
+    settings |= {"tokens_compared_with": first, "left_out": left_out}
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 
 

@@ -20,9 +20,11 @@ from benchmarks.timing import (
     Timed,
     Worker,
     begin_timing,
+    ceilings,
     end_timing,
     interleave,
     matmul_ceilings,
+    possible,
     ratios,
     spread,
     summary,
@@ -147,14 +149,14 @@ def step_flops(config: Mapping[str, Any], batch: int) -> float:
     return 3.0 * batch * (linear + 4 * L * L * D * depth)
 
 
-def rows_of(timed: Timed, batch: int, flops: float, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
+def rows_of(timed: Timed, batch: int, flops: float, best: Mapping[str, float]) -> list[dict[str, Any]]:
     """A row a variant."""
     rows = []
     for name, runs in timed.items():
         row = {"variant": name, "batch": batch, **spread("seconds", [run["seconds"] for run in undisturbed(runs)])}
         row["images_per_s"] = batch / row["seconds"]
         row["gflop_per_s"] = flops / row["seconds"] / 1e9
-        row["share_of_ceiling"] = row["gflop_per_s"] / ceilings["float32" if "float32" in name else "bfloat16"]
+        row["share_of_ceiling"] = row["gflop_per_s"] / best["float32" if "float32" in name else "bfloat16"]
         for base in THEIRS:
             if base in timed and base != name:
                 row |= ratios(f"times_{base}", timed[base], runs)
@@ -176,24 +178,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ours, official = kept_models(options.work / f"{size}-{options.schedule}-32", size, options.schedule, width=32)
     configs = [dict(kind.load_config(ours / name)) for kind, name in ((NextScaleTransformer, "transformer"),)]
     configs += [dict(MultiScaleVQ.load_config(ours / "vqvae"))]
+    variants, left_out = possible(THEIRS | OURS)
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(partial(our_jobs, ours, options.batch), options.threads))
-        runs = {name: (worker, "step", how) for name, how in OURS.items()}
+        runs = {name: (worker, "step", how) for name, how in variants.items() if name in OURS}
         if checkout is not None:
             make = partial(their_jobs, checkout, official, *configs, options.batch)
             theirs = stack.enter_context(Worker(make, options.threads))
-            runs = {name: (theirs, "step", (autocast,)) for name, autocast in THEIRS.items()} | runs
+            official_runs = {name: how for name, how in variants.items() if name in THEIRS}
+            runs = {name: (theirs, "step", (how,)) for name, how in official_runs.items()} | runs
         workers = {id(one): one for one, _, _ in runs.values()}.values()
         for one in workers:
             one.built()
         begin_timing(workers)
         for one, job, args in runs.values():  # kernels and memory settle
             one.call(job, *args)
-        ceilings = worker.call("ceilings")["gflops"]
+        best = ceilings(worker, options.patience)
         timed = interleave(runs, options.rounds, patience=options.patience)
+        best = ceilings(worker, options.patience, best)
         end_timing()
-    rows = rows_of(timed, options.batch, step_flops(configs[0], options.batch), ceilings)
-    settings = {"size": size, "schedule": options.schedule, "threads": options.threads, "ceiling_gflop_per_s": ceilings}
+    rows = rows_of(timed, options.batch, step_flops(configs[0], options.batch), best)
+    settings = {"size": size, "schedule": options.schedule, "threads": options.threads, "ceiling_gflop_per_s": best}
+    settings["left_out"] = left_out
     command = command_line("python -m benchmarks.training", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 

@@ -22,7 +22,9 @@ from benchmarks.timing import (
     Stages,
     Worker,
     interleave,
+    matmul_ceilings,
     median_stages,
+    possible,
     ratios,
     spread,
     summary,
@@ -102,6 +104,18 @@ def test_workers_see_no_gpu_and_the_process_itself_goes_on_seeing_them(monkeypat
     with without_gpus():
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_half_precision_is_left_out_where_it_is_emulated(native, monkeypatch, capsys):
+    monkeypatch.setattr("sample.fast_cpu.native_bfloat16", lambda: native)
+    kept, left_out = possible(sampling.THEIRS | sampling.OURS)
+    if native:
+        assert list(kept) == [*sampling.THEIRS, *sampling.OURS] and not left_out
+        return
+    assert list(kept) == ["official_float32", "plain_float32", "fast_float32"] and "bfloat16" in left_out
+    assert "left out: fast_bfloat16, official_autocast" in capsys.readouterr().out
+    assert list(matmul_ceilings(size=16)["gflops"]) == ["float32"]
 
 
 def test_table_shows_ranges():
