@@ -23,9 +23,7 @@ def block_mask(
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         return allowed(query_levels_Q[q], key_levels_S[s])
 
-    return create_block_mask(
-        mask_mod, None, None, len(query_levels_Q), len(key_levels_S), device=query_levels_Q.device
-    )
+    return create_block_mask(mask_mod, None, None, len(query_levels_Q), len(key_levels_S), device=query_levels_Q.device)
 
 
 def flex(
