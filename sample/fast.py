@@ -21,7 +21,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
-from sample import fast_cpu, fast_cuda, kernels
+from sample import fast_cpu, fast_cuda, few_rows, kernels
 from sample.fast_cpu import can_pack, native_bfloat16
 from sample.graphs import GraphedSampler
 from var.layers import FeedForward, SelfAttention
@@ -46,6 +46,8 @@ class FastSettings:
         channels_last: the layout of convolutions that a GPU's tensor cores read as it is (CUDA).
         kernels: what lies between matrix products, and between convolutions, becomes one kernel each; keys and values
             are written straight into the cache (CUDA, see `sample.fast_cuda`).
+        few_rows: and blocks of few rows, as one image has them, become kernels that overlap; needs `kernels` (Hopper,
+            half precision, see `sample.few_rows`).
     """
 
     fold: bool = False
@@ -55,10 +57,11 @@ class FastSettings:
     graphs: bool = False
     channels_last: bool = False
     kernels: bool = False
+    few_rows: bool = False
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
-    """All that a device can do for models of a dtype."""
+    """All that a device can do for models of a dtype, but for `few_rows`, of which no measurement is known."""
     on_cpu = device.type == "cpu" and can_pack()
     halves = dtype == torch.bfloat16 and native_bfloat16() and hasattr(torch.backends.mkldnn, "matmul")
     packs = on_cpu and (dtype == torch.float32 or halves)
@@ -98,6 +101,8 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     for name in ("convolutions", "linears", "attention", "graphs", "channels_last", "kernels"):
         if getattr(settings, name) and not getattr(possible, name):
             raise ValueError(f"fast setting {name} cannot be used on {device} in {dtype}: this machine lacks it")
+    if settings.few_rows and not (settings.kernels and few_rows.usable(device, dtype)):
+        raise ValueError(f"fast setting few_rows needs kernels, a Hopper GPU and half precision, not {device}, {dtype}")
     accelerate_tokenizer(pipeline.vqvae, settings)
     for model in (pipeline.transformer, pipeline.refiner):
         if model is not None:
@@ -136,7 +141,7 @@ def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
             attn.attend = fast_cpu.half_attention
     if settings.kernels:
         for block in model.blocks:
-            fast_cuda.fuse(block)
+            fast_cuda.fuse(block, chained=settings.few_rows)
         if model.dtype != torch.float32:
             fast_cuda.fuse_head(model.head)
     if settings.linears:

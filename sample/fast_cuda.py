@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 
-from sample import kernels
+from sample import few_rows, kernels
 from tokenizer.precision import product_precision
 from var.cache import KVCache, Pair
 from var.heads import CategoricalHead
@@ -31,11 +31,13 @@ class FusedBlock(Block):
         qkv_ED: weights of queries, keys and values joined, (3 D, D); the block's own are views of it.
         bias_E: their biases, (3 D,).
         strength_H: what normed queries are multiplied by, float32; None without the norm.
+        counters: of `few_rows.product`; None where calls of few rows go the way of the others.
     """
 
     qkv_ED: torch.Tensor
     bias_E: torch.Tensor
     strength_H: torch.Tensor | None
+    counters: torch.Tensor | None
 
     @torch.no_grad()
     def forward(
@@ -52,6 +54,8 @@ class FusedBlock(Block):
         kept_2B11: None = None,
     ) -> torch.Tensor:
         """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
+        if self.counters is not None and few_rows.fits(self, x_RlD, cache, (memory, mask, rope_lf)):
+            return few_rows.run(x_RlD, ada_R6D, self, cache, layer, begin)
         attn, eps = self.attn, self.norm_eps
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_R6D.unbind(dim=1)  # each (R, D)
         _, normed = kernels.gated_norm(x_RlD, scale1, shift1, eps=eps)
@@ -94,8 +98,12 @@ class FusedBlock(Block):
         return second(hidden).view(normed_RlD.shape)
 
 
-def fuse(block: Block) -> None:
-    """Make a `FusedBlock` of a block; not of one whose layers have adapters, which act when they are called."""
+def fuse(block: Block, *, chained: bool = False) -> None:
+    """Make a `FusedBlock` of a block; not of one whose layers have adapters, which act when they are called.
+
+    Args:
+        chained: calls of few rows go through `sample.few_rows`.
+    """
     attn = block.attn
     parts = (attn.to_q, attn.to_k, attn.to_v)
     if not all(type(part) is nn.Linear for part in (*parts, block.ffn.fc1, block.ffn.fc2)):
@@ -107,6 +115,8 @@ def fuse(block: Block) -> None:
     block.bias_E = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     strength = attn.log_scale_H11.data.float().clamp(max=log(100.0)).exp().flatten() if attn.qk_norm else None
     block.strength_H = strength
+    chained = chained and type(attn.to_out) is nn.Linear
+    block.counters = few_rows.new_counters(block.qkv_ED.device) if chained else None
     block.__class__ = FusedBlock
 
 

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import gpu, input_pipeline, sampling_gpu, tokenizer_gpu, training_gpu
+from benchmarks import few_rows, gpu, input_pipeline, sampling_gpu, tokenizer_gpu, training_gpu
 from benchmarks.training import random_batch
 from benchmarks.training_gpu import Way
 from tests.training_toys import in_child
@@ -167,6 +167,18 @@ def test_figures_compare_round_by_round():
     assert row["times_official_float32_range"] == [0.5, 3.0]
 
 
+@pytest.mark.parametrize("D", [1920, 1024, 512])
+def test_products_of_few_rows_are_cut_without_a_rest(D):
+    shapes = list(few_rows.shapes_of(D, [1, 4, 9, 16, 25, 36, 64, 100]))
+    assert {M for _, M, _, _ in shapes} == {2, 8, 18, 32, 50, 72, 128} and len(shapes) == 28
+    for _, M, N, K in shapes:
+        tiles = few_rows.candidates(M, N, K, 132)
+        assert len(tiles) == len(set(tiles)) and 2 <= len(tiles) <= 40
+        for tile in tiles:
+            assert K % (tile.inputs * tile.parts) == 0 and tile.rows >= min(M, 64)
+            assert (tile.rows + tile.outputs) * tile.inputs * 2 * tile.stages <= 227 * 1024  # shared memory of an SM
+
+
 @pytest.mark.parametrize(
     "module, words, message",
     [
@@ -176,6 +188,8 @@ def test_figures_compare_round_by_round():
         (training_gpu, ["--device", "cpu", "--reference", "nowhere"], "must be a checkout"),
         (tokenizer_gpu, ["--rounds", "0", "--device", "cpu"], "--rounds must be 1 or more, got 0"),
         (tokenizer_gpu, ["--device", "cpu", "--reference", "nowhere"], "must be a checkout"),
+        (few_rows, ["--device", "cpu"], "--device must be a Hopper GPU with Triton, got cpu"),
+        (few_rows, ["--device", "cpu", "--rounds", "0"], "--rounds must be 1 or more, got 0"),
         (input_pipeline, ["--device", "cpu", "--size", "d7"], "--size must be one of tiny"),
         (input_pipeline, ["--device", "cpu", "--steps", "7"], "--steps must be 8 or more"),
     ],

@@ -142,9 +142,9 @@ def whole_pipeline(options: dict, *, bitwise: bool = False, patch: int = 1) -> N
     return whole
 
 
-def fused(whole: NextScalePipeline, monkeypatch: pytest.MonkeyPatch) -> NextScalePipeline:
+def fused(whole: NextScalePipeline, monkeypatch: pytest.MonkeyPatch, **more: bool) -> NextScalePipeline:
     """The pipeline on the fast path of a GPU, but for graphs."""
-    settings = fast.FastSettings(fold=True, kernels=True, channels_last=True)
+    settings = fast.FastSettings(fold=True, kernels=True, channels_last=True, **more)
     monkeypatch.setattr(fast, "supported", lambda *_: settings)
     return fast.accelerate(whole, settings)
 

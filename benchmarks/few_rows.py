@@ -1,0 +1,254 @@
+"""Blocks of few rows as overlapping kernels, against those of today: `python -m benchmarks.few_rows`.
+
+For a Hopper GPU. Random weights, one image with guidance. First every product of every scale is cut in several ways
+(`sample.few_rows.Tile`), each timed over the weights of all blocks; the fastest go into the further runs and are
+printed. Then all blocks of a scale, and last whole images, each as CUDA graphs, in turns: "fast" is `--fast on`,
+"few_rows" the same with `FastSettings.few_rows`, "searched" that with cuDNN's own search for the fastest convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product as every
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import current_device, device_name, figures, in_turns, settled
+from benchmarks.tables import measured
+from evaluation.command import Parser, add_out, check_least
+from sample import few_rows
+from sample.few_rows import Tile
+
+Run = Callable[[], Any]
+COLUMNS = ("part", "rows", "shape", "variant", "tile", "seconds", "microseconds", "tb_per_s", "times_fast", "error")
+WIDTHS = {"qkv": (3, 1), "to_out": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # outputs and inputs, in widths of the model
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(prog="python -m benchmarks.few_rows", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="d30", help="published size, random weights (d30)")
+    parser.add_argument("--schedule", default="var256", help="scales (var256)")
+    parser.add_argument("--width", type=int, default=160, help="of the tokenizer's finest level (160)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed runs of each variant (9)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (cuda)")
+    add_out(parser, "results/few_rows_gpu.json", "result and table")
+    return parser
+
+
+def candidates(M: int, N: int, K: int, processors: int) -> list[Tile]:
+    """Ways to cut a product: what `tile_of` says, and others that fill the processors once to four times."""
+    rows = sorted({min(64, max(16, 1 << (M - 1).bit_length())), min(128, max(16, 1 << (M - 1).bit_length()))})
+    made = [few_rows.tile_of(M, N, K, processors)]
+    for tall, wide, deep in every(rows, (32, 64, 128), (64, 128)):
+        tiles, steps = -(-N // wide) * -(-M // tall), K // deep
+        for parts in (n for n in (1, 2, 3, 5, 6, 10, 15) if steps % n == 0 and steps // n >= 2):
+            filled = tiles * parts / processors
+            if K % deep == 0 and 0.8 <= filled <= 4.0 and (tall + wide) * deep <= 24576:
+                stages = max(2, min(6, 98304 // ((tall + wide) * deep * 2)))
+                made.append(Tile(tall, wide, deep, parts, stages, 8 if tall * wide >= 8192 else 4))
+    return list(dict.fromkeys(made))
+
+
+def shapes_of(D: int, lengths: Sequence[int]) -> Iterator[tuple[str, int, int, int]]:
+    """Every product of a guided image that goes through a chain: its layer, M, N and K."""
+    for M in sorted({2 * length for length in lengths if 2 * length <= few_rows.ROWS}):
+        for layer, (outputs, inputs) in WIDTHS.items():
+            yield layer, M, outputs * D, inputs * D
+
+
+def weights_of(block: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block's weight (N, K) and bias (N,)."""
+    if layer == "qkv":
+        return block.qkv_ED, block.bias_E
+    part = block.attn.to_out if layer == "to_out" else getattr(block.ffn, layer)
+    return part.weight, part.bias
+
+
+def product_run(blocks: Sequence[Any], layer: str, M: int, tile: Tile) -> Run:
+    """That product by every block, one after another, of the same inputs."""
+    N, K = weights_of(blocks[0], layer)[0].shape
+    x, onto = (torch.randn(2, M // 2, n, device=blocks[0].counters.device).bfloat16() for n in (K, N))
+    ends = {"gelu": True} if layer == "fc1" else {} if layer == "qkv" else {"onto": onto, "gate_RD": onto[:, 0]}
+
+    def run() -> torch.Tensor:
+        for block in blocks:
+            out = few_rows.product(x, *weights_of(block, layer), block.counters, tile=tile, **ends)
+        return out
+
+    return run
+
+
+def graphed(run: Run) -> Run:
+    """A CUDA graph of it."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def microseconds(run: Run, times: int = 7) -> float:
+    """Median of a run on the device's own clock."""
+    found = []
+    for _ in range(times + 2):
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        ends[0].record()
+        run()
+        ends[1].record()
+        torch.cuda.synchronize()
+        found.append(1e3 * ends[0].elapsed_time(ends[1]))
+    return median(found[2:])
+
+
+class Warmed:
+    """A Triton kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Run:
+        return partial(self.kernel.warmup, grid=grid)
+
+
+def compile_side_by_side(runs: Sequence[Run]) -> None:
+    """Compile the products of all runs, by several threads where Triton knows how to; what fails, fails again later."""
+    from triton import AsyncCompileMode
+
+    kept, few_rows._product = few_rows._product, Warmed(few_rows._product)
+    try:
+        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for run in runs:
+                run()
+    finally:
+        few_rows._product = kept
+
+
+@torch.no_grad()
+def tuned(blocks: Sequence[Any], lengths: Sequence[int]) -> tuple[dict[tuple[int, int, int], Tile], list[dict]]:
+    """The fastest cut of every product, and a row for it and for `tile_of`'s own."""
+    D, best, rows = blocks[0].qkv_ED.shape[1], {}, []
+    count = few_rows.processors(blocks[0].qkv_ED.device)
+    trials = {shape: candidates(*shape[1:], count) for shape in shapes_of(D, lengths)}
+    compile_side_by_side([product_run(blocks[:1], *shape[:2], tile) for shape in trials for tile in trials[shape]])
+    for (layer, M, N, K), tiles in trials.items():
+        taken = {}
+        for tile in tiles:
+            try:
+                taken[tile] = microseconds(graphed(product_run(blocks, layer, M, tile))) / len(blocks)
+            except Exception as error:  # more shared memory than there is, say: another one serves
+                print(f"{layer}, {M} rows: {tile} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
+        for variant, tile in (("own", tiles[0]), ("tuned", min(taken, key=taken.__getitem__))):
+            if tile in taken:
+                row = {"part": layer, "rows": M, "shape": f"{N}x{K}", "variant": variant, "tile": str(tile)}
+                rows.append(row | {"microseconds": taken[tile], "tb_per_s": 2e-6 * N * K / taken[tile]})
+        best[M, N, K] = min(taken, key=taken.__getitem__)
+    return best, rows
+
+
+@torch.no_grad()
+def blocks_run(pipeline: Any, k: int, x_RlD: torch.Tensor, ada_R6D: torch.Tensor) -> tuple[Run, torch.Tensor]:
+    """All blocks at scale k, as a graph, and what they make."""
+    model = pipeline.transformer
+    schedule, cache = model.schedule, model.new_cache()
+    shape = (2, model.config.heads, schedule.begins[k], model.config.width // model.config.heads)
+    keys = torch.nn.functional.normalize(torch.randn(shape, device=x_RlD.device), dim=-1).to(x_RlD.dtype)
+    made = torch.empty_like(x_RlD)
+
+    def run() -> None:
+        h = x_RlD
+        for i, block in enumerate(model.blocks):
+            cache.lengths[i] = schedule.begins[k]
+            h = block(h, ada_R6D, cache=cache, layer=i, begin=schedule.begins[k])
+        made.copy_(h)
+
+    if schedule.begins[k]:
+        for i in range(len(model.blocks)):
+            cache.update(i, keys, keys)
+    return graphed(run), made
+
+
+def scale_rows(pipelines: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
+    """Seconds of all blocks by scale and variant, and how far the chain's output lies from the other's."""
+    model, rows = pipelines["fast"].transformer, []
+    for k, length in enumerate(model.schedule.lengths):
+        if 2 * length > few_rows.ROWS:
+            break
+        generator = torch.Generator(device).manual_seed(k)
+        x = torch.randn(2, length, model.config.width, generator=generator, device=device).bfloat16()
+        ada = torch.randn(2, 6, model.config.width, generator=generator, device=device).bfloat16() / 2
+        runs, made = {}, {}
+        for name in ("fast", "few_rows"):
+            torch.manual_seed(k)
+            runs[name], made[name] = blocks_run(pipelines[name], k, x, ada)
+        found, _ = in_turns(runs, rounds, device)
+        for name in found:
+            row = {"part": "blocks", "rows": 2 * length} | figures(found, name, 1, bases=("fast",))
+            if name == "few_rows":
+                exact = made["fast"].double()
+                row["error"] = float((made[name].double() - exact).norm() / exact.norm())
+            rows.append(row)
+    return rows
+
+
+def image_rows(pipelines: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
+    """Seconds of a whole image by variant."""
+    from benchmarks.sampling_gpu import run_of
+
+    def searched() -> Any:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            return run_of(pipelines["searched"])(1)
+
+    runs = {name: partial(run_of(pipelines[name]), 1) for name in ("fast", "few_rows")} | {"searched": searched}
+    runs, _, failed = settled(runs, times=3)
+    found, _ = in_turns(runs, rounds, device)
+    if failed:
+        print(failed, file=sys.stderr)
+    return [{"part": "image"} | figures(found, name, 1, bases=("fast",)) for name in found]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Tune, then time; the result as `report.result` makes it."""
+    from benchmarks.models import check_size, random_pipeline
+    from evaluation.report import command_line, result
+    from sample.fast import accelerate, supported
+
+    check_size(options.size)
+    check_least("--rounds", options.rounds, 1)
+    place = current_device(options.device)
+    if not few_rows.usable(place, torch.bfloat16):
+        raise ValueError(f"--device must be a Hopper GPU with Triton, got {options.device}")
+    pipelines, everything = {}, supported(place, torch.bfloat16)
+    for name in ("fast", "few_rows", "searched"):
+        with place:
+            pipelines[name] = random_pipeline(options.size, options.schedule, width=options.width).bfloat16()
+        accelerate(pipelines[name], replace(everything, few_rows=name != "fast"))
+    model = pipelines["few_rows"].transformer
+    best, rows = tuned(model.blocks, model.schedule.lengths)
+    for shape, tile in best.items():
+        print(f"    {shape}: {tile},")
+    few_rows.TILES.update(best)
+    for part in (scale_rows, image_rows):
+        rows += part(pipelines, options.rounds, options.device)
+        print(rows[-1])
+    settings = {"device": device_name(options.device), "size": options.size, "schedule": options.schedule}
+    command = command_line("python -m benchmarks.few_rows", vars(options), vars(parser_of().parse_args([])))
+    return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result and its table."""
+    parser = parser_of()
+    return measured(parser, parser.parse_args(argv), measure, COLUMNS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
