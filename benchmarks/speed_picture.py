@@ -55,7 +55,7 @@ def draw_sampling(rows: Sequence[dict], path: Path) -> None:
         for row, left in zip(chosen, lefts):
             note = ", disturbed" if row["disturbed"] else ""
             axes.text(
-                left, CALLED[row["variant"]], f" {row['images_per_s']:.2f} images/s{note}", va="center", fontsize=8
+                left, CALLED[row["variant"]], f" {row['images_per_s']:.3g} images/s{note}", va="center", fontsize=8
             )
         axes.set(title=together(batch), xlabel="seconds an image", xlim=(0, 1.5 * max(lefts)))
     axes.legend(fontsize=8, loc="lower right")

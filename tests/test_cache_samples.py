@@ -97,7 +97,8 @@ def test_training_takes_them(text_folder, real_cache, enough, tmp_path):
         (["--samples.reward=none"], "reward must be"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, text_folder, real_cache, enough, tmp_path, capfd):
+def test_mistakes_are_one_line(arguments, words, text_folder, real_cache, enough, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(cache_samples, "MOST_TRIES", 5)
     assert samples(text_folder, real_cache, tmp_path / "bad", enough, *arguments) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1 and words in error[0]

@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import DataLoader, default_collate
 
+from sample.fast_cpu import native_bfloat16
 from sample.processes import check_group, works_on_cpu
 from tokenizer.precision import set_product_precision
 from train.checkpoint import held_alone
@@ -113,6 +114,8 @@ def start(task: Task, config: RunConfig) -> Session:
         raise ValueError("run.precision fp16 needs a GPU: take bf16 or no")
     if config.half_stream and accelerator.mixed_precision == "no":
         raise ValueError("run.half_stream needs run.precision bf16 or fp16")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not native_bfloat16():
+        accelerator.print("this CPU only emulates bf16, several times slower than float32: take --run.precision=no", file=sys.stderr)
     if accelerator.mixed_precision != "no":
         set_product_precision("tf32")  # what stays float32, as the head, has more digits even so
     if accelerator.is_fsdp2 and not task.objective.shardable:
