@@ -222,7 +222,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from sample.fast import accelerate, supported
 
     check_size(options.size)
-    check_least("--rounds", options.rounds, 1)
+    check_least(options, rounds=1)
     place = current_device(options.device)
     if not few_rows.usable(place, torch.bfloat16):
         raise ValueError(f"--device must be a Hopper GPU with Triton, got {options.device}")

@@ -229,7 +229,7 @@ if triton is not None:
             total += tl.load(onto + where, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + where, total, mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M", "length", "gate_row"])
     def _product(
         x, weight, bias, onto, gate, out, sums, counters, M, N, K, length, gate_row,
         GELU: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
@@ -274,7 +274,7 @@ if triton is not None:
                 tl.store(counters + tile, 0)
                 _finish(total, bias, onto, gate, out, m, n, M, N, length, gate_row, GELU, GATED)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["length", "begin"])
     def _attend(
         qkv, strength, keys, values, out, length, begin, H,
         k_row, k_head, k_token, v_row, v_head, v_token, scale,

@@ -173,7 +173,7 @@ def test_products_of_few_rows_are_cut_without_a_rest(D):
     assert {M for _, M, _, _ in shapes} == {2, 8, 18, 32, 50, 72, 128} and len(shapes) == 28
     for _, M, N, K in shapes:
         tiles = few_rows.candidates(M, N, K, 132)
-        assert len(tiles) == len(set(tiles)) and 2 <= len(tiles) <= 40
+        assert len(tiles) == len(set(tiles)) and 1 <= len(tiles) <= 40
         for tile in tiles:
             assert K % (tile.inputs * tile.parts) == 0 and tile.rows >= min(M, 64)
             assert (tile.rows + tile.outputs) * tile.inputs * 2 * tile.stages <= 227 * 1024  # shared memory of an SM
