@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
 
 from train.config import RunConfig, exit_code
-from train.loop import begin_averaging, gather_apart, micro_batches, train_step, validate
+from train.loop import begin_averaging, gather_apart, micro_batches, tell_of_emulation, train_step, validate
 from train.objectives import (
     TokenizerLossConfig,
     TokenizerObjective,
@@ -518,3 +519,18 @@ def compare_sharded(options: dict) -> None:
 def test_a_sharded_transformer_is_the_whole_one(options):
     options = {**options, "conditioning": "text"} if "text_width" in options else options
     assert in_processes(2, compare_sharded, options) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "native, precision, device, told",
+    [
+        (False, "bf16", "cpu", True),
+        (True, "bf16", "cpu", False),
+        (False, "no", "cpu", False),
+        (False, "bf16", "cuda", False),
+    ],
+)
+def test_emulated_half_precision_is_told(native, precision, device, told, monkeypatch, capsys):
+    monkeypatch.setattr("train.loop.native_bfloat16", lambda: native)
+    tell_of_emulation(SimpleNamespace(mixed_precision=precision, device=torch.device(device), print=print))
+    assert ("take --run.precision=no" in capsys.readouterr().err) == told

@@ -114,8 +114,7 @@ def start(task: Task, config: RunConfig) -> Session:
         raise ValueError("run.precision fp16 needs a GPU: take bf16 or no")
     if config.half_stream and accelerator.mixed_precision == "no":
         raise ValueError("run.half_stream needs run.precision bf16 or fp16")
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not native_bfloat16():
-        accelerator.print("this CPU only emulates bf16, several times slower than float32: take --run.precision=no", file=sys.stderr)
+    tell_of_emulation(accelerator)
     if accelerator.mixed_precision != "no":
         set_product_precision("tf32")  # what stays float32, as the head, has more digits even so
     if accelerator.is_fsdp2 and not task.objective.shardable:
@@ -144,6 +143,13 @@ def start(task: Task, config: RunConfig) -> Session:
     open_stream(session)
     session.model.train()
     return session
+
+
+def tell_of_emulation(accelerator: Accelerator) -> None:
+    """One line on stderr if training is to be in a precision that this CPU has no instructions for."""
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not native_bfloat16():
+        advice = "this CPU only emulates bf16, several times slower than float32: take --run.precision=no"
+        accelerator.print(advice, file=sys.stderr)
 
 
 def check_sharding(accelerator: Accelerator) -> None:
