@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import current_device, device_name, figures, in_turns, settled
-from benchmarks.tables import measured
+from benchmarks.tables import lines, measured
 from evaluation.command import Parser, add_out, check_least
 from sample import few_rows
 from sample.few_rows import Tile
@@ -229,7 +229,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     pipelines, everything = {}, supported(place, torch.bfloat16)
     for name in ("fast", "few_rows", "searched"):
         with place:
-            pipelines[name] = random_pipeline(options.size, options.schedule, width=options.width).bfloat16()
+            pipelines[name] = random_pipeline(options.size, options.schedule, width=options.width).to(torch.bfloat16)
         accelerate(pipelines[name], replace(everything, few_rows=name != "fast"))
     model = pipelines["few_rows"].transformer
     best, rows = tuned(model.blocks, model.schedule.lengths)
@@ -237,8 +237,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"    {shape}: {tile},")
     few_rows.TILES.update(best)
     for part in (scale_rows, image_rows):
-        rows += part(pipelines, options.rounds, options.device)
-        print(rows[-1])
+        made = part(pipelines, options.rounds, options.device)
+        print(lines(made, COLUMNS), flush=True)
+        rows += made
     settings = {"device": device_name(options.device), "size": options.size, "schedule": options.schedule}
     command = command_line("python -m benchmarks.few_rows", vars(options), vars(parser_of().parse_args([])))
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)

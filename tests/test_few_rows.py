@@ -19,8 +19,10 @@ from var.cache import KVCache
 from var.layers import layer_norm
 from var.transformer import NextScaleTransformer
 
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter cuts bfloat16 off
-ERROR = 2e-6 if INTERPRETED else 6e-3
+DTYPES = [torch.float32 if INTERPRETED else torch.bfloat16, torch.float16]  # the interpreter's bfloat16 is wrong
+DTYPE = DTYPES[0]
+ERRORS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+ERROR = ERRORS[DTYPE]
 pytestmark = [] if INTERPRETED else [pytest.mark.cuda]
 TILES = [Tile(16, 32, 16, 1), Tile(16, 64, 32, 2), Tile(32, 16, 16, 3), Tile(16, 32, 64, 5), Tile(64, 128, 32, 4)]
 
@@ -69,33 +71,35 @@ def test_every_tile_divides_its_product(M, N, K):
         assert 132 <= -(-N // tile.outputs) * -(-M // tile.rows) * tile.parts <= 6 * 132
 
 
-def a_block(qk_norm: bool = True) -> tuple[NextScaleTransformer, torch.nn.Module]:
-    model = liven(NextScaleTransformer(depth=1, width=64, heads=2, qk_norm=qk_norm), 3).to(DEVICE, DTYPE).eval()
-    return model, model.blocks[0]
+def a_block(qk_norm: bool = True, dtype: torch.dtype = DTYPE) -> torch.nn.Module:
+    model = liven(NextScaleTransformer(depth=1, width=64, heads=2, qk_norm=qk_norm), 3).to(DEVICE, dtype)
+    return model.eval().blocks[0]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("R, length, begin, room", [(2, 1, 0, 9), (2, 9, 5, 14), (4, 16, 70, 70), (1, 25, 130, 155)])
-def test_block(R, length, begin, room, qk_norm):
-    _, block = a_block(qk_norm)
-    x, ada, caches = random(R, length, 64), random(R, 6, 64, seed=1), [KVCache(1, room) for _ in range(2)]
-    for cache, dtype in zip(caches, (torch.float64, DTYPE)):
+def test_block(R, length, begin, room, qk_norm, dtype):
+    block, caches = a_block(qk_norm, dtype), [KVCache(1, room) for _ in range(2)]
+    x, ada = random(R, length, 64).to(dtype), random(R, 6, 64, seed=1).to(dtype)
+    for cache, kind in zip(caches, (torch.float64, dtype)):
         if begin:
-            cache.update(0, *(F.normalize(random(R, 2, begin, 32, seed=s), dim=-1).to(dtype) for s in (2, 3)))
+            pair = (F.normalize(random(R, 2, begin, 32, seed=s), dim=-1).to(dtype).to(kind) for s in (2, 3))
+            cache.update(0, *pair)
     exact = block.double()(x.double(), ada.double(), cache=caches[0], begin=begin)
-    fast_cuda.fuse(block.to(DTYPE), chained=True)
+    fast_cuda.fuse(block.to(dtype), chained=True)
     made = block(x, ada, cache=caches[1], begin=begin)
-    assert made.dtype == DTYPE and error(made, exact) < ERROR
+    assert made.dtype == dtype and error(made, exact) < ERRORS[dtype]
     assert not block.counters.any() and caches[1].lengths == caches[0].lengths
     stored = caches[0].lengths[0]
     for ours, theirs in ((caches[1].keys, caches[0].keys), (caches[1].values, caches[0].values)):
-        assert error(ours[0][:, :, :stored], theirs[0][:, :, :stored]) < ERROR
+        assert error(ours[0][:, :, :stored], theirs[0][:, :, :stored]) < ERRORS[dtype]
 
 
 @torch.no_grad()
 def test_what_does_not_fit_goes_the_other_way(monkeypatch):
-    _, block = a_block()
+    block = a_block()
     fast_cuda.fuse(block, chained=True)
     calls = []
     monkeypatch.setattr(few_rows, "run", lambda x, *_: calls.append(x.shape) or x)

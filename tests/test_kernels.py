@@ -204,8 +204,18 @@ def test_a_block_with_adapters_stays_plain():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("rows, length, begin", [(2, 9, 0), (128, 256, 424), (128, 169, 255)])
-def test_fused_block_in_bfloat16(rows, length, begin):
+@pytest.mark.parametrize(
+    "rows, length, begin, chained",
+    [
+        (2, 9, 0, False),
+        (128, 256, 424, False),
+        (128, 169, 255, False),
+        (2, 1, 0, True),
+        (2, 9, 5, True),
+        (2, 64, 91, True),
+    ],
+)
+def test_fused_block_in_bfloat16(rows, length, begin, chained):
     torch.manual_seed(0)
     model = NextScaleTransformer(depth=1, width=1920, heads=30)
     model.init_weights(gate_gain=0.5)
@@ -219,7 +229,7 @@ def test_fused_block_in_bfloat16(rows, length, begin):
     exact = block.double()(x.double(), ada.double(), cache=_doubled(caches[0]), begin=begin)
     block.bfloat16()
     plain = block(x, ada, cache=caches[0], begin=begin).double()
-    fast_cuda.fuse(block)
+    fast_cuda.fuse(block, chained=chained)
     ours = block(x, ada, cache=caches[1], begin=begin).double()
     assert (ours - exact).norm() < 1.1 * (plain - exact).norm()
     assert torch.equal(caches[0].values[0][:, :, :begin], caches[1].values[0][:, :, :begin]) if begin else True
