@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product as every
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from benchmarks.tables import lines, measured
 from evaluation.command import Parser, add_out, check_least
 from sample import few_rows
 from sample.few_rows import Tile
+from sample.graphs import record_graph
 
 Run = Callable[[], Any]
 COLUMNS = ("part", "rows", "shape", "variant", "tile", "seconds", "microseconds", "tb_per_s", "times_fast", "error")
@@ -86,29 +86,6 @@ def product_run(blocks: Sequence[Any], layer: str, M: int, tile: Tile) -> Run:
     return run
 
 
-def graphed(run: Run) -> Run:
-    """A CUDA graph of it."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def microseconds(run: Run, times: int = 7) -> float:
-    """Median of a run on the device's own clock."""
-    found = []
-    for _ in range(times + 2):
-        ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        ends[0].record()
-        run()
-        ends[1].record()
-        torch.cuda.synchronize()
-        found.append(1e3 * ends[0].elapsed_time(ends[1]))
-    return median(found[2:])
-
-
 class Warmed:
     """A Triton kernel that is compiled where it would be launched."""
 
@@ -135,6 +112,8 @@ def compile_side_by_side(runs: Sequence[Run]) -> None:
 @torch.no_grad()
 def tuned(blocks: Sequence[Any], lengths: Sequence[int]) -> tuple[dict[tuple[int, int, int], Tile], list[dict]]:
     """The fastest cut of every product, and a row for it and for `tile_of`'s own."""
+    from triton.testing import do_bench_cudagraph
+
     D, best, rows = blocks[0].qkv_ED.shape[1], {}, []
     count = few_rows.processors(blocks[0].qkv_ED.device)
     trials = {shape: candidates(*shape[1:], count) for shape in shapes_of(D, lengths)}
@@ -143,7 +122,8 @@ def tuned(blocks: Sequence[Any], lengths: Sequence[int]) -> tuple[dict[tuple[int
         taken = {}
         for tile in tiles:
             try:
-                taken[tile] = microseconds(graphed(product_run(blocks, layer, M, tile))) / len(blocks)
+                run = product_run(blocks, layer, M, tile)
+                taken[tile] = 1e3 * do_bench_cudagraph(run, rep=5, return_mode="median") / len(blocks)
             except Exception as error:  # more shared memory than there is, say: another one serves
                 print(f"{layer}, {M} rows: {tile} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
         for variant, tile in (("own", tiles[0]), ("tuned", min(taken, key=taken.__getitem__))):
@@ -155,25 +135,23 @@ def tuned(blocks: Sequence[Any], lengths: Sequence[int]) -> tuple[dict[tuple[int
 
 
 @torch.no_grad()
-def blocks_run(pipeline: Any, k: int, x_RlD: torch.Tensor, ada_R6D: torch.Tensor) -> tuple[Run, torch.Tensor]:
-    """All blocks at scale k, as a graph, and what they make."""
+def blocks_run(pipeline: Any, k: int, x_RlD: torch.Tensor, ada_R6D: torch.Tensor) -> Run:
+    """All blocks at scale k, as a CUDA graph."""
     model = pipeline.transformer
-    schedule, cache = model.schedule, model.new_cache()
-    shape = (2, model.config.heads, schedule.begins[k], model.config.width // model.config.heads)
-    keys = torch.nn.functional.normalize(torch.randn(shape, device=x_RlD.device), dim=-1).to(x_RlD.dtype)
-    made = torch.empty_like(x_RlD)
-
-    def run() -> None:
-        h = x_RlD
-        for i, block in enumerate(model.blocks):
-            cache.lengths[i] = schedule.begins[k]
-            h = block(h, ada_R6D, cache=cache, layer=i, begin=schedule.begins[k])
-        made.copy_(h)
-
-    if schedule.begins[k]:
+    begin, cache = model.schedule.begins[k], model.new_cache()
+    if begin:
+        shape = (2, model.config.heads, begin, model.config.width // model.config.heads)
+        keys = torch.nn.functional.normalize(torch.randn(shape, device=x_RlD.device), dim=-1).to(x_RlD.dtype)
         for i in range(len(model.blocks)):
             cache.update(i, keys, keys)
-    return graphed(run), made
+
+    def blocks(h_RlD: torch.Tensor, ada_R6D: torch.Tensor) -> list[torch.Tensor]:
+        cache.lengths = [begin] * len(model.blocks)
+        for i, block in enumerate(model.blocks):
+            h_RlD = block(h_RlD, ada_R6D, cache=cache, layer=i, begin=begin)
+        return [h_RlD]
+
+    return partial(record_graph(blocks, [x_RlD, ada_R6D]), [x_RlD, ada_R6D])
 
 
 def scale_rows(pipelines: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
@@ -185,16 +163,16 @@ def scale_rows(pipelines: dict[str, Any], rounds: int, device: str) -> list[dict
         generator = torch.Generator(device).manual_seed(k)
         x = torch.randn(2, length, model.config.width, generator=generator, device=device).bfloat16()
         ada = torch.randn(2, 6, model.config.width, generator=generator, device=device).bfloat16() / 2
-        runs, made = {}, {}
+        runs = {}
         for name in ("fast", "few_rows"):
             torch.manual_seed(k)
-            runs[name], made[name] = blocks_run(pipelines[name], k, x, ada)
+            runs[name] = blocks_run(pipelines[name], k, x, ada)
         found, _ = in_turns(runs, rounds, device)
         for name in found:
             row = {"part": "blocks", "rows": 2 * length} | figures(found, name, 1, bases=("fast",))
             if name == "few_rows":
-                exact = made["fast"].double()
-                row["error"] = float((made[name].double() - exact).norm() / exact.norm())
+                ours, theirs = (runs[variant]()[0].double() for variant in (name, "fast"))
+                row["error"] = float((ours - theirs).norm() / theirs.norm())
             rows.append(row)
     return rows
 

@@ -98,7 +98,7 @@ def run(
 
 
 def norm(x_RlD: torch.Tensor, scale_RD: torch.Tensor, shift_RD: torch.Tensor, eps: float) -> torch.Tensor:
-    """LN(x) * (1 + scale) + shift."""
+    """LN(x) * (1 + scale) + shift; `kernels.gated_norm` but for what overlaps, which older Tritons do not know."""
     R, length, D = x_RlD.shape
     out, wide = torch.empty_like(x_RlD), triton.next_power_of_2(D)
     _norm[(R * length,)](
