@@ -92,12 +92,12 @@ def fitting(choices: Sequence[Choice], *, memory: float | None, latency: float |
     if not in_memory:
         least = min(choice.peak_bytes for choice in choices)
         raise ValueError(
-            f"--memory {memory / 2**20:.0f}MiB is too little: every plan takes {least / 2**20:.0f}MiB or more"
+            f"--memory {memory / 2**20:g}MiB is too little: every plan takes {least / 2**20:.0f}MiB or more"
         )
     inside = [choice for choice in in_memory if latency is None or choice.seconds <= latency]
     if not inside:
         least = min(choice.seconds for choice in in_memory)
-        raise ValueError(f"--latency {latency * 1e3:.0f}ms is too short: every plan takes {least * 1e3:.0f}ms or more")
+        raise ValueError(f"--latency {latency * 1e3:g}ms is too short: every plan takes {least * 1e3:.0f}ms or more")
     return inside
 
 

@@ -98,13 +98,14 @@ def choice(work, seconds, batch=1, memory=100, cache="100%"):
 
 
 def test_choosing():
-    whole, small, squeezed = choice(1.0, 2.0, memory=300), choice(0.4, 0.5), choice(0.995, 2.0, cache="10%")
+    whole, small = choice(1.0, 2.0, memory=2**20), choice(0.4, 0.5, memory=2**18)
+    squeezed = choice(0.995, 2.0, cache="10%")
     assert best([small, squeezed, whole]) is whole  # nearly the same work: the larger cache
     assert best([whole, whole_batch := choice(1.0, 3.0, batch=4)]) is whole_batch
-    assert fitting([whole, small], memory=200, latency=None) == [small]
+    assert fitting([whole, small], memory=2**19, latency=None) == [small]
     assert fitting([whole, small], memory=None, latency=1.0) == [small]
-    with pytest.raises(ValueError, match="--memory 0MiB is too little"):
-        fitting([whole, small], memory=50, latency=None)
+    with pytest.raises(ValueError, match=r"--memory 0\.03125MiB is too little"):
+        fitting([whole, small], memory=2**15, latency=None)
     with pytest.raises(ValueError, match="--latency 100ms is too short: every plan takes 500ms"):
         fitting([whole, small], memory=None, latency=0.1)
 
