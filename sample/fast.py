@@ -119,6 +119,7 @@ def accelerate_tokenizer(vqvae: MultiScaleVQ, settings: FastSettings) -> None:
         exchange(vqvae.decoder, _folds, FoldedUpsample)
     if settings.convolutions:
         _exchange_residual_blocks(vqvae, fast_cpu.FastResnet, fast_cpu.NormSiLU)
+        exchange(vqvae.decoder, lambda module: isinstance(module, FoldedUpsample), fast_cpu.PackedUpsample)
     if settings.kernels:
         _exchange_residual_blocks(vqvae, fast_cuda.FusedResnet, fast_cuda.FusedNormSiLU)
         if vqvae.decoder.conv_out.out_channels < fast_cuda.NARROW:

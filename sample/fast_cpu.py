@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 
 from var.layers import FeedForward, attention
 from var.masks import Mask
+
+if TYPE_CHECKING:
+    from sample.fast import FoldedUpsample
 
 ROWS = 512  # tokens the layout of a linear layer is chosen for; it serves other numbers as well
 LAYOUTS = 4  # of a convolution's weight that are kept
@@ -83,30 +87,45 @@ class FastFeedForward(nn.Module):
         return self.fc2(self.fc1(x_BlD))
 
 
-class PackedConv(nn.Module):
-    """A convolution of channels-last maps; it may add what it makes to another map.
+class PackedByShape(nn.Module):
+    """A convolution of channels-last maps whose weight is packed when maps of a shape come first, and kept by layout.
 
     How oneDNN wants the weight depends on the maps' size and number, and it rearranges what comes in another layout at
-    every call, slowly. So the weight is packed when maps of a size come first, and kept by layout.
+    every call, slowly.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self):
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self.where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.packs: dict[torch.Size, torch.Tensor] = {}  # by the shape of the maps
         self.layouts: dict[bytes, torch.Tensor] = {}  # the same ones, each once
+
+    def pack(self, shape: list[int]) -> torch.Tensor:
+        """The weight laid out for maps of that shape."""
+        raise NotImplementedError
 
     def packed(self, shape: torch.Size) -> torch.Tensor:
         """The weight as maps of that shape want it."""
         if shape not in self.packs:
-            pack = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *self.where, list(shape))
+            pack = self.pack(list(shape))
             layout = torch.ops.mkldnn._get_mkldnn_serialized_md(pack).numpy().tobytes()
             if len(self.layouts) >= LAYOUTS and layout not in self.layouts:
                 self.packs.clear()
                 self.layouts.clear()
             self.packs[shape] = self.layouts.setdefault(layout, pack)
         return self.packs[shape]
+
+
+class PackedConv(PackedByShape):
+    """A convolution with packed weights; it may add what it makes to another map."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+
+    def pack(self, shape: list[int]) -> torch.Tensor:
+        """As oneDNN's convolution wants it."""
+        return torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *self.where, shape)
 
     def forward(self, x_BChw: torch.Tensor, onto_BChw: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C, h, w) to (B, O, h, w), plus `onto_BChw`."""
@@ -116,6 +135,28 @@ class PackedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x_BChw, onto_BChw, packed, self.bias, *self.where, "add", 1.0, None, [], None
         )
+
+
+class PackedUpsample(PackedByShape):
+    """`sample.fast.FoldedUpsample` with packed weights."""
+
+    where = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, output padding, stride, dilation, groups
+
+    def __init__(self, upsample: FoldedUpsample):
+        super().__init__()
+        self.conv = upsample.conv  # the plain one, for saving
+        self.register_buffer("folded", upsample.folded, persistent=False)
+
+    def pack(self, shape: list[int]) -> torch.Tensor:
+        """As oneDNN's transposed convolution wants it."""
+        return torch.ops.mkldnn._reorder_convolution_transpose_weight(self.folded, *self.where, shape)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) to (B, O, 2h, 2w), channels-last."""
+        x_BChw = hidden_states.contiguous(memory_format=torch.channels_last)
+        packed = self.packed(x_BChw.shape)
+        transposed = torch.ops.mkldnn._convolution_transpose_pointwise
+        return transposed(x_BChw, packed, self.conv.bias, *self.where, "none", [], "")
 
 
 class NormSiLU(nn.Module):

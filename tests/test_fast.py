@@ -129,6 +129,24 @@ def test_a_packed_weight_comes_in_the_layout_that_every_size_of_maps_wants(kerne
 
 
 @packs
+def test_up_sampling_with_packed_weights(capfd):
+    upsample = Upsample2D(48, use_conv=True, out_channels=48)
+    packed = fast_cpu.PackedUpsample(fast.FoldedUpsample(upsample))
+    maps = [torch.randn(B, 48, h, 2 * h).contiguous(memory_format=torch.channels_last) for B, h in ((1, 4), (2, 16))]
+    for x in maps:
+        assert torch.allclose(packed(x), upsample(x), atol=1e-5)
+        assert packed(x).is_contiguous(memory_format=torch.channels_last)
+    assert packed.state_dict().keys() == {"conv.weight", "conv.bias"}
+    capfd.readouterr()
+    for x in maps:
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            packed(x)
+    ctypes.CDLL(None).fflush(None)
+    told = capfd.readouterr().out
+    assert told.count("exec,cpu,deconvolution") == len(maps) and ",reorder," not in told
+
+
+@packs
 def test_few_layouts_of_a_weight_are_kept(monkeypatch):
     monkeypatch.setattr(fast_cpu, "LAYOUTS", 1)
     conv = nn.Conv2d(64, 64, 3, padding=1)
