@@ -10,11 +10,11 @@ import os
 
 import pytest
 import torch
+from training_toys import in_child
 
 from benchmarks import few_rows, gpu, input_pipeline, sampling_gpu, tokenizer_gpu, training_gpu
 from benchmarks.training import random_batch
 from benchmarks.training_gpu import Way
-from tests.training_toys import in_child
 
 CHECKOUT = os.environ.get("VAR_CHECKOUT")
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="VAR_CHECKOUT names no clone of FoundationVision/VAR")
