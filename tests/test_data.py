@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import chain, islice
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +93,10 @@ def same(a: dict, b: dict) -> bool:
         ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
         ("LA", (0, 127), (128, 128, 128)),
         ("I;16", None, (50, 50, 50)),
-        ("YCbCr", (128, 128, 128), (128, 128, 128)),
+        pytest.param(
+            *("YCbCr", (128, 128, 128), (128, 128, 128)),
+            marks=pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow cannot read its own"),
+        ),
     ],
 )
 def test_every_mode_becomes_rgb(mode, value, rgb):

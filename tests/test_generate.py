@@ -154,7 +154,7 @@ def test_smoothing_keeps_seeds_and_changes_pictures(model, quantizer):
     hard, soft = (run(plain(model), quantizer, smooth=smooth) for smooth in (False, True))
     alone = run(plain(model), quantizer, [7], smooth=True)
     assert not torch.equal(hard.f_hat_BCHW, soft.f_hat_BCHW)
-    torch.testing.assert_close(alone.f_hat_BCHW[0], soft.f_hat_BCHW[2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.f_hat_BCHW[0], soft.f_hat_BCHW[2], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -253,9 +253,10 @@ def test_in_half_precision_a_longer_prompt_beside_it_changes_no_image(text_folde
 def test_both_ways_of_loading_bfloat16_agree(text_folder):
     ours = load_pipeline(text_folder, dtype="bfloat16", device="cpu")
     theirs = NextScalePipeline.from_pretrained(text_folder, torch_dtype=torch.bfloat16)
-    for part in ("transformer", "text_encoder"):
-        mine, other = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
-        assert all(torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype for name in mine)
+    mine, other = ours.transformer.state_dict(), theirs.transformer.state_dict()
+    assert all(torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype for name in mine)
+    mine, other = ours.text_encoder.state_dict(), theirs.text_encoder.state_dict()
+    assert all(torch.equal(mine[name], other[name].bfloat16()) for name in mine)  # some releases keep T5's wo float32
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from training_toys import (
 )
 
 from sample.processes import check_group, process_group
-from train import stopping
+from train import loop, stopping
 from train.config import exit_code
 from train.loop import check_sharding, start
 from train.session import Meter
@@ -87,7 +87,18 @@ def test_one_training_at_a_time_in_a_folder(tmp_path, capfd):
 def test_ways_to_split_parameters_that_are_not_known_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
         check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
-    check_sharding(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True))
+
+
+def test_releases_that_split_parameters_on_gpus_only_say_so(monkeypatch):
+    fsdp = {"distributed_type": DistributedType.FSDP, "is_fsdp2": True}
+    on_cpu, on_gpu = (SimpleNamespace(**fsdp, device=torch.device(name)) for name in ("cpu", "cuda"))
+    for able in (True, False):
+        monkeypatch.setattr(loop, "shards_on_cpus", lambda able=able: able)
+        check_sharding(on_gpu)
+        if able:
+            check_sharding(on_cpu)
+    with pytest.raises(ValueError, match="on GPUs only"):
+        check_sharding(on_cpu)
 
 
 def test_processes_on_gpus_look_for_signals_by_the_clock(tmp_path, monkeypatch):

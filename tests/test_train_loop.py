@@ -17,7 +17,15 @@ from torch import nn
 from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
 
 from train.config import RunConfig, exit_code
-from train.loop import begin_averaging, gather_apart, micro_batches, tell_of_emulation, train_step, validate
+from train.loop import (
+    begin_averaging,
+    gather_apart,
+    micro_batches,
+    shards_on_cpus,
+    tell_of_emulation,
+    train_step,
+    validate,
+)
 from train.objectives import (
     TokenizerLossConfig,
     TokenizerObjective,
@@ -34,6 +42,7 @@ from var.conditioning import ClassPrompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
 START = Clock(step=0, progress=0.0, seed=0)
+needs_sharding = pytest.mark.skipif(not shards_on_cpus(), reason="this release of torch splits them on GPUs only")
 
 
 def losses(folder: Path) -> list[float]:
@@ -103,6 +112,7 @@ def sharded_run(folder: Path, steps: int) -> None:
             save(session)
 
 
+@needs_sharding
 def test_sharded_parameters_train_and_resume_like_whole_ones(tmp_path):
     assert in_processes(2, toy_run, tmp_path / "whole", dropout=0.0) == [0, 0]
     assert in_processes(2, sharded_run, tmp_path / "split", 6) == [0, 0]
@@ -438,7 +448,8 @@ def test_transformer_stage(cache, tokenizer_run, tmp_path, kind):
     arguments += ["--transformer.depth=1", "--transformer.width=16", "--transformer.heads=2"]
     if kind == "text":
         arguments += ["--transformer.conditioning=text", "--text.d_model=16", "--text.layers=1", "--text.heads=2"]
-        arguments += ["--text.d_ff=16", f"--tokens.cache={cache}", "--optimizer.name=muon"]
+        arguments += ["--text.d_ff=16", f"--tokens.cache={cache}"]
+        arguments += ["--optimizer.name=muon"] if hasattr(torch.optim, "Muon") else []
     assert stage("train_var", *arguments) == 0
     from sample.pipeline import NextScalePipeline
 
@@ -515,6 +526,7 @@ def compare_sharded(options: dict) -> None:
     sys.exit(not (same and wrapped > 2))
 
 
+@needs_sharding
 @pytest.mark.parametrize("options", [{}, {"shared_ada": True}, {"text_width": 12, "text_length": 9, "cross_gate": 0.5}])
 def test_a_sharded_transformer_is_the_whole_one(options):
     options = {**options, "conditioning": "text"} if "text_width" in options else options

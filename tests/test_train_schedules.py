@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokenizer.schedule import ScaleSchedule
-from train.muon import StackedMuon
 from train.objectives import token_weights
 from train.optimizers import Branch, OptimizerConfig, build_optimizers, is_decayed, is_hidden_matrix, set_rates
 from train.schedules import SCHEDULES, lr_factor, weight_decay_at
 from var.transformer import NextScaleTransformer
 
 SHARE = st.floats(0, 1)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch is older than 2.9")
 
 
 @given(progress=SHARE, schedule=st.sampled_from([*SCHEDULES, "lin0.3"]), warmup=st.floats(0, 0.9), end=SHARE)
@@ -92,7 +92,7 @@ def test_set_rates_decays_only_what_decays(transformer):
     }
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch is older than 2.9")
+@needs_muon
 def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(transformer):
     branch = Branch(OptimizerConfig(name="muon"), transformer.named_parameters())
     muon, adamw = build_optimizers(branch)
@@ -131,7 +131,10 @@ def test_lognorm_weights_are_the_published_ones():
     assert by_scale == pytest.approx(published, abs=1e-4)
 
 
+@needs_muon
 def test_stacked_muon_is_torchs():
+    from train.muon import StackedMuon
+
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 8), (32, 8), (8, 32), (32, 8)]
     plain = [nn.Parameter(torch.randn(*shape)) for shape in shapes]

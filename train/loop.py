@@ -157,10 +157,17 @@ def check_sharding(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported: fsdp_version must be 2, as in configs/accelerate/fsdp2.yaml")
+    if kind == DistributedType.FSDP and accelerator.device.type == "cpu" and not shards_on_cpus():
+        raise ValueError(f"torch {torch.__version__} splits parameters (FSDP) on GPUs only: take a newer release")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{kind.value} is not supported: launch with configs/accelerate/ddp.yaml, or fsdp2.yaml to split parameters"
         )
+
+
+def shards_on_cpus() -> bool:
+    """Whether this release of torch can split parameters over processes on CPUs: 2.6 cannot."""
+    return hasattr(torch.cpu.Stream, "record_event")
 
 
 def gather_apart(model: nn.Module) -> None:

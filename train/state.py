@@ -180,7 +180,8 @@ def restore(session: Session, state: dict) -> None:
 def restore_optimizer(session: Session, optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Bring an optimiser to its saved state; its settings stay those of the present configuration."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    set_optimizer_state_dict(session.model, optimizer, saved, options=FULL)
+    states = {name: saved["state"].get(name, {}) for group in saved["param_groups"] for name in group["params"]}
+    set_optimizer_state_dict(session.model, optimizer, {**saved, "state": states}, options=FULL)  # torch 2.6 wants all
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     # What had no gradient yet has no state; torch has made some, of a first step that was none.
