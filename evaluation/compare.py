@@ -156,7 +156,10 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
         real = scene_reference() if network == "scenes" else statistics
         if real is None:
             continue
-        sides = [read_described(p, network).features[torch.tensor(r)] for p, r in zip(paths, rows, strict=True)]
+        sides = [
+            read_described(p, network).features[torch.tensor(r, dtype=torch.long)]
+            for p, r in zip(paths, rows, strict=True)
+        ]
         widths = {len(real.mean), *(side.shape[1] for side in sides)}
         if len(widths) > 1:
             sentences.append(f"caution: {network} is left out: features and reference have {sorted(widths)} numbers")

@@ -202,6 +202,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     if args.suite not in SCENES:
         of_job["metadata"] = metadata_digest(requests)  # not in the folder's name: those of before have none
     job = Job(folder / "settings.json", of_job, later=("metadata",), option="--work")
+    pipeline.make_plan(**call)  # what cannot be is said before anything is written
     job.check()
     tree = GenEvalTree(folder, settings)
     todo = tree.missing(process_share(requests))

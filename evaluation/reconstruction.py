@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation.distributions import NETWORKS, chosen_metrics, load_network
 from evaluation.features import Described, Describer, describe_all
 from evaluation.figures import frechet_figures
-from evaluation.frechet import moments
+from evaluation.frechet import FEW, moments
 from evaluation.guards import few_cautions
 from evaluation.options import TOKENIZER_METRICS, defaults
 from evaluation.report import command_line, portable, result, table, write_result
@@ -125,7 +125,8 @@ def report_reconstructions(args: argparse.Namespace) -> None:
     figures, shown = reconstruct(model, stream, networks=networks, lpips=lpips, batch_size=args.batch_size)
     row = {"tokenizer": portable(args.tokenizer), "images": portable(args.reference), **figures}
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
-    cautions = few_cautions([name for name in row if name in ("rfid", "rfd_scenes", "rfd_dinov2")], count)
+    cautions = few_cautions([name for name in row if name in ("rfid", "rfd_dinov2")], count)
+    cautions += few_cautions([name for name in row if name == "rfd_scenes"], count, FEW)
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)
     write_png(picture_path(args.out), comparison(shown))

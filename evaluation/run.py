@@ -187,6 +187,7 @@ class Generation:
             of_images = {name: value for name, value in settings.items() if name not in ("extractors", "spatial")}
             outputs = (args.npz, NpzFile.parts_of(args.npz))
             jobs.append(Job(npz_job(args.npz), of_images, outputs=outputs, option="--npz"))
+        pipeline.make_plan(**call)  # what cannot be is said before anything is written
         for job in jobs:
             job.check()
         for job in jobs:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from evaluation.frechet import Moments
 from evaluation.guards import check_finite
+from sample.pixels import CorruptImage, to_rgb
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
@@ -93,32 +94,30 @@ Images = FileImages | NpzImages | ParquetImages
 
 
 def read_image(path: Path) -> np.ndarray:
-    """One image file as uint8 (h, w, 3), transparency on white. Raises ValueError if it cannot be read."""
+    """One image file as uint8 (h, w, 3), 16 bits scaled, transparency on white; ValueError if it cannot be read."""
     return _decode(path, str(path))
 
 
 def _decode(source: Path | io.BytesIO, name: str) -> np.ndarray:
     try:
         with Image.open(source) as image:
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+            return np.asarray(to_rgb(image, upright=False))
+    except (OSError, SyntaxError, CorruptImage) as error:
         raise ValueError(f"image {name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def open_images(path: str | Path) -> Images:
     """The images of a folder (all below it, by name), an npz (`arr_0`, uint8 (N, h, w, 3): ADM's format) or parquet.
 
-    Overviews and rows of scales that `nextscale sample` puts beside its images are left out.
+    Overviews, rows of scales and family trees that `nextscale sample` puts beside its images are left out.
     Raises FileNotFoundError if the path does not exist or holds no image, ValueError on an npz without images.
     """
     path = Path(path)
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         return _open_parquet(path)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_sample(p.relative_to(path)))
+        ours = {settings.parent for settings in path.rglob("settings.json")}
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_sample(p, path, ours))
         if not found:
             raise FileNotFoundError(f"images {path} holds no image file ({', '.join(sorted(EXTENSIONS))})")
         return FileImages(found)
@@ -156,8 +155,12 @@ def _open_npz_images(path: Path) -> NpzImages:
         check_finite(f"npz {path}: arr_0", _open_npz(path, ("arr_0",))["arr_0"])
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
         raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has arr_0 {dtype} {shape}")
-    if labels is not None and labels.shape != shape[:1]:
-        raise ValueError(f"npz {path} has labels arr_1 {labels.shape} for {shape[0]} images")
+    if 0 in shape[1:]:
+        raise ValueError(f"npz {path} must hold images of one pixel or more, and has arr_0 {shape}")
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(f"npz {path} has labels arr_1 {labels.dtype} {labels.shape} for {shape[0]} images")
+    if labels is not None and (labels == -1).all():  # of texts
+        labels = None
     return NpzImages(path, shape, labels)
 
 
@@ -180,9 +183,13 @@ def _open_parquet(path: Path) -> ParquetImages:
     return ParquetImages(paths, columns[0], sum(parquet.read_metadata(p).num_rows for p in paths))
 
 
-def _is_sample(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and {"scales", "search"}.isdisjoint(path.parts[:-1]) and not path.name.endswith(NOT_SAMPLES)
+def _is_sample(path: Path, root: Path, ours: set[Path]) -> bool:
+    """Whether a file below `root` is an image to be scored; `ours` are the folders that `nextscale sample` made."""
+    parts = path.relative_to(root).parts
+    if any(part.startswith(".") for part in parts):
+        return False
+    beside = path.name.endswith(NOT_SAMPLES) or not {"scales", "search"}.isdisjoint(parts[:-1])
+    return not (beside and any(parent in ours for parent in path.parents))
 
 
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -210,6 +217,9 @@ def stored_moments(path: str | Path, *, spatial: bool = False) -> Moments | None
     stored = _open_npz(path, (mean_name, covariance_name))
     if len(stored) < 2:
         return None
+    for name, array in stored.items():
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"npz {path}: {name} must be numbers, got {array.dtype}")
     mean, covariance = (stored[name].astype(np.float64) for name in (mean_name, covariance_name))
     for name, array in ((mean_name, mean), (covariance_name, covariance)):
         check_finite(f"npz {path}: {name}", array)

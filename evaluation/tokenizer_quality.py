@@ -57,7 +57,9 @@ def to_floats(images_BHWC: np.ndarray) -> torch.Tensor:
 
 
 def to_levels(image_BCHW: torch.Tensor) -> np.ndarray:
-    """Floats (B, 3, h, w) in [-1, 1], clamped, to uint8 (B, h, w, 3)."""
+    """Floats (B, 3, h, w) in [-1, 1], clamped, to uint8 (B, h, w, 3). Raises ValueError if some are not finite."""
+    if not image_BCHW.isfinite().all():
+        raise ValueError("a reconstruction is not finite: the tokenizer's weights are damaged")
     levels = image_BCHW.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return rearrange(levels, "b c h w -> b h w c").cpu().numpy()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from var.transformer import NextScaleTransformer
 
 EXAMPLES = """examples:
-  nextscale calibrate "a red star" "two rings" "a blue cross above a heart" ...      ten prompts are enough
+  nextscale calibrate --out calibrated "a red star" "two rings" "a blue cross above a heart" ...   ten are enough
   nextscale calibrate --model runs/my-var --prompts prompts.txt
   nextscale calibrate --model var-d16 --class 0-9 --out var-d16-calibrated
 
@@ -51,9 +51,11 @@ def run(args: argparse.Namespace) -> int:
     prompts, _ = read_prompts(args)
 
     from sample.convert import finished_folder
-    from sample.load import load_pipeline, model_folder, silent_loading
+    from sample.load import BUNDLED, load_pipeline, model_folder, silent_loading
 
     folder = model_folder(args.model)
+    if args.out is None and args.model == BUNDLED:
+        raise ValueError("the bundled model is calibrated already: name --out for another calibration of it")
     pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts

@@ -141,11 +141,16 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse-CDF draw: logits (..., V) and uniforms (...) in [0, 1) to int64 tokens (...).
 
     A token of probability 0 is never drawn, whatever rounding does to the cumulative sum.
+
+    Raises:
+        ValueError: on a CPU, if a row of logits has no likeliest token: some are nan, or too large for the dtype.
     """
     if _has_kernel(logits):
         return kernels.draw(logits, uniforms)
     cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)
     total = cdf[..., -1:]
+    if cdf.device.type == "cpu" and not total.isfinite().all():  # elsewhere, asking would wait for the device
+        raise ValueError("logits are not finite: the weights are damaged, or float32 is needed as dtype")
     target = torch.minimum(uniforms[..., None].to(cdf) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[..., 0]
 

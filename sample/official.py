@@ -285,11 +285,13 @@ def _check_together(components: Mapping[str, Component], flags: Flags) -> None:
 
 
 def _handover(files: Mapping[str, str | Path], scales: int, flags: Flags) -> int:
-    """Scales of the drafter: as given, else as the published files are named (drafter_8.pth), else all but two."""
+    """Scales of the drafter: as given, else as the published files are named (drafter_8.pth)."""
     named = {int(n) for file in files.values() for n in re.findall(r"(?:drafter|refiner)_(\d+)", Path(file).stem)}
     if flags.handover is None and len(named) > 1:
         raise ValueError(f"the drafter and the refiner are for {sorted(named)} scales: give the same, or handover")
-    handover = flags.handover if flags.handover is not None else next(iter(named), max(scales - 2, 1))
+    if flags.handover is None and not named:
+        raise ValueError("handover must be given: how many scales the drafter makes is not in the names of its files")
+    handover = flags.handover if flags.handover is not None else next(iter(named))
     if not 0 < handover < scales:
         raise ValueError(f"handover must be in 1..{scales - 1} scales, got {handover}")
     return handover

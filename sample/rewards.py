@@ -123,7 +123,14 @@ class Callback:
     def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """uint8 (B, 3, h, w) and B prompts to (B,)."""
         images = rearrange(images_BCHW.cpu(), "b c h w -> b h w c").numpy()
-        return torch.as_tensor(np.asarray(self.function(images, list(prompts))), dtype=torch.float32)
+        given = self.function(images, list(prompts))
+        try:
+            values = np.asarray(given)
+            if values.dtype.kind not in "biuf":
+                raise TypeError
+            return torch.as_tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"reward {self.name} must give a number for each image, got {given!r:.80}") from None
 
 
 def image_reward(*, device: Any = "cpu") -> Callback:

@@ -44,7 +44,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enough", type=float, help="a score, in the reward's units")
     group.add_argument("--images", type=int, help="with a search: images of each prompt (1)")
     group.add_argument(
-        "--show-search", action="store_true", help="also draw the family tree of each image's candidates"
+        "--show-search",
+        action="store_true",
+        help="also draw the family tree of each image's candidates (more decoder calls, which are counted)",
     )
 
 

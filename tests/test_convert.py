@@ -328,6 +328,7 @@ def test_bad_file_is_one_clear_line(files: dict[str, Path], tmp_path: Path, case
         ({"refiner": "refiner_2"}, {}, "var family needs the files vae, transformer; got vae, transformer, refiner"),
         ({"family": "code"}, {}, "code family needs the files vae, transformer, refiner"),
         ({"family": "code", "refiner": "refiner_2"}, {"handover": 4}, "handover must be in 1..3 scales, got 4"),
+        ({"family": "code", "refiner": "var"}, {}, "handover must be given"),
     ],
 )
 def test_files_that_do_not_fit(

@@ -217,9 +217,16 @@ def test_a_folder_is_read_without_what_sampling_put_beside_its_images(tmp_path):
     for name in ("b.png", "a/c.png", "all_grid.png", "all_scales.png", "scales/b.png", ".tmp/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    assert len(open_images(tmp_path)) == 5  # a user's own images may be called so
+    (tmp_path / "settings.json").write_text("{}")
     images = open_images(tmp_path)
     assert [path.name for path in images.paths] == ["c.png", "b.png"]
     assert next(iter(images)).shape == (4, 4, 3)
+
+
+def test_images_of_sixteen_bits_are_scaled(tmp_path):
+    Image.fromarray(np.full((2, 2), 257 * 50, np.uint16)).save(tmp_path / "x.png")
+    assert (next(iter(open_images(tmp_path))) == 50).all()
 
 
 def test_transparent_images_are_read_on_white(tmp_path):
@@ -401,6 +408,11 @@ def ended(module, words, code, capsys):
     error = capsys.readouterr().err.strip()
     assert stop.value.code == code and "\n" not in error
     return error
+
+
+def test_a_reconstruction_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        tokenizer_quality.to_levels(torch.full((1, 3, 2, 2), float("nan")))
 
 
 @pytest.mark.parametrize("module", [binding, calibration, judge, run, search_benchmark, tokenizer_quality])

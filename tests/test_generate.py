@@ -189,6 +189,14 @@ def test_mismatched_requests_are_refused(model, quantizer):
         generate(plain(model), MultiScaleQuantizer(vocab_size=19, channels=5), prompt, [1, 2])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits = torch.zeros(2, 3, 5)
+    logits[1, 2, 4] = value
+    with pytest.raises(ValueError, match="logits are not finite"):
+        draw(logits, torch.rand(2, 3))
+
+
 def test_draws_have_the_right_frequencies():
     logits = torch.tensor([1.0, 0.0, -1.0, -torch.inf, 2.0])
     uniforms = torch.rand(200_000, generator=torch.Generator().manual_seed(0))

@@ -326,10 +326,19 @@ def test_poisoned_npz_files_are_named(tmp_path):
     refused("nan.npz", "arr_0 holds NaN or infinity in 1 of 4 rows, first in row 2", arr_0=floats)
     refused("float.npz", "has arr_0 float32", arr_0=np.zeros((2, 4, 4, 3), np.float32))
     refused("object.npz", "has arr_0 object", arr_0=np.array([{"a": 1}], dtype=object))
-    refused("labels.npz", "labels arr_1", arr_0=pictures(4), arr_1=np.zeros(3))
+    refused("labels.npz", "labels arr_1", arr_0=pictures(4), arr_1=np.zeros(3, int))
+    refused("floats.npz", "labels arr_1 float64", arr_0=pictures(4), arr_1=np.zeros(4))
+    refused("words.npz", "labels arr_1 <U1", arr_0=pictures(2), arr_1=np.array(["a", "b"]))
+    refused("empty.npz", "images of one pixel or more", arr_0=np.zeros((3, 0, 4, 3), np.uint8))
+    refused("text.npz", "mu must be numbers", mu=np.array(["a", "b"]), sigma=np.eye(2))
     refused("mu.npz", "mu holds NaN", mu=np.array([1.0, np.nan]), sigma=np.eye(2))
     refused("sigma.npz", "no covariance", mu=np.zeros(2), sigma=-np.eye(2))
     refused("shape.npz", "must hold mu", mu=np.zeros(3), sigma=np.eye(2))
+
+
+def test_labels_of_texts_are_none(tmp_path):
+    np.savez(tmp_path / "texts.npz", arr_0=pictures(4), arr_1=np.full(4, -1))
+    assert open_images(tmp_path / "texts.npz").labels is None
 
 
 def test_damaged_npz_files_are_named(tmp_path):

@@ -141,6 +141,12 @@ def test_any_function_is_a_reward(tmp_path, monkeypatch):
             load_reward(name)
 
 
+@pytest.mark.parametrize("given", [None, ["a", "b", "c"], [[1, 2], [3]]])
+def test_a_function_that_gives_no_numbers_is_named(given):
+    with pytest.raises(ValueError, match="reward mine must give a number for each image, got"):
+        Callback(lambda images, prompts: given, "mine")(IMAGES, ["", "", ""])
+
+
 @pytest.mark.parametrize("name", ["praise", "", "pickscore:x", "aesthetic", "hps:x"])
 def test_unknown_rewards_are_named(name):
     with pytest.raises(ValueError, match="reward must be"):

@@ -188,6 +188,18 @@ def test_only_images_of_one_prompt_are_paired(text_folder, tmp_path, capsys):
     assert "do not say which prompts" in capsys.readouterr().err
 
 
+def test_runs_without_a_common_image_are_not_compared(alone, class_folder, tmp_path):
+    assert run.main(words(class_folder, tmp_path / "other", "--seed", "1000")) == 0
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        compare_works(alone, tmp_path / "other", None)
+
+
+def test_settings_that_cannot_be_leave_nothing_behind(class_folder, tmp_path, capsys):
+    work, npz = tmp_path / "work", tmp_path / "images.npz"
+    assert run.main(words(class_folder, work, "--npz", str(npz), "--top-p", "7")) == 2
+    assert "top_p" in capsys.readouterr().err and not work.exists() and not list(tmp_path.glob("images*"))
+
+
 def test_runs_of_other_suites_and_extractors_are_not_compared(alone, tmp_path):
     for name, other in (("suite", "cifar10"), ("extractors", {"scenes": "0", "clip": "1"})):
         work = shutil.copytree(alone, tmp_path / name)

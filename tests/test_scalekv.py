@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nextscale
 from tokenizer.schedule import SCHEDULES, ScaleSchedule
 from var.cache import KVCache
 from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
@@ -161,3 +162,8 @@ def test_selectivity_is_the_papers_formula():
     wanted = (weights[..., 5:].sum(-1).mean(-1) * narrow).mean().item()
     assert cache.index_LK[0, 2].item() == pytest.approx(wanted, rel=1e-5)
     assert cache.index_LK[0, 0] == 0
+
+
+def test_the_bundled_model_is_not_calibrated_in_its_place(capsys):
+    assert nextscale.main(["calibrate", "a red star"]) == 2
+    assert "name --out" in capsys.readouterr().err
