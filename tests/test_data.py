@@ -307,6 +307,34 @@ def test_validation_by_subfolder_by_path_and_by_hash(tmp_path):
     assert len(names[0] | names[1]) == 7 and not names[0] & names[1] and all(names)
 
 
+def test_validation_images_without_class_folders_have_no_label(tmp_path):
+    class_folder(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    picture(0).save(tmp_path / "val/0.png")
+    options = config("folder", str(tmp_path / "train"), tmp_path, val_path=str(tmp_path / "val"))
+    assert (build_dataset(options, "val")[0]["label"], build_dataset(options, "val")[0]["caption"]) == (-1, "")
+    with pytest.raises(ValueError, match="label"):
+        build_dataset(options, "val", labelled=True)
+
+
+def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path):
+    class_folder(tmp_path / "a", (("cat", 2), ("val", 2)))
+    with pytest.raises(ValueError, match="has a folder 'val' and no 'train': give train_split"):
+        build_dataset(config("folder", str(tmp_path / "a"), tmp_path))
+    class_folder(tmp_path / "b", (("train", 2),))
+    (tmp_path / "b/metadata.jsonl").write_text('{"file_name": "train/0.png"}')
+    with pytest.raises(ValueError, match="has metadata beside a folder 'train'"):
+        build_dataset(config("folder", str(tmp_path / "b"), tmp_path))
+
+
+def test_metadata_may_lack_a_caption_in_its_first_line(tmp_path):
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": "a cat"}\n')
+    data = build_dataset(config("folder", str(tmp_path), tmp_path))
+    assert [data[i]["caption"] for i in range(2)] == ["", "a cat"]
+
+
 def test_limit(tmp_path):
     assert len(build_dataset(config("folder", str(class_folder(tmp_path / "d")), tmp_path, limit=3))) == 3
 
@@ -357,6 +385,39 @@ def test_parquet_with_class_names_several_captions_and_other_columns(tmp_path):
     assert data.classes == ("a", "b") and data[0]["label"] == 1
     assert {data.at(0, epoch)["caption"] for epoch in range(20)} == {"x", "y"} and data[2]["caption"] == ""
     assert "junk" not in data.source.table.column_names
+
+
+def test_texts_of_no_class_are_no_class(tmp_path):
+    path = write_parquet(tmp_path / "p.parquet", 4, label=["b", "", None, "a"])
+    data = build_dataset(config("parquet", path, tmp_path))
+    assert data.classes == ("a", "b") and [data[i]["label"] for i in range(4)] == [1, -1, -1, 0]
+    with pytest.raises(ValueError, match="label"):
+        build_dataset(config("parquet", path, tmp_path), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.5, 1.5], r"label 0\.5 of .* must be an integer or a class name"),
+        ([[1], [2]], "label_column='label' must hold an integer or a class name a row"),
+        ([7, 10**9], "labels of path=.* go up to 1,000,000,000, of 2 images: give another label_column"),
+    ],
+)
+def test_columns_that_are_no_labels(tmp_path, labels, message):
+    path = write_parquet(tmp_path / "p.parquet", 2, label=labels)
+    with pytest.raises(ValueError, match=message):
+        build_dataset(config("parquet", path, tmp_path))
+
+
+def test_validation_with_other_class_names_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name, classes in (("train", ["cat", "dog"]), ("val", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        rows = {"image": [picture(0)], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    paths = [str(tmp_path / f"{name}.parquet") for name in ("train", "val")]
+    with pytest.raises(ValueError, match=r"are dog, cat \(2\), and those of training cat, dog \(2\)"):
+        build_dataset(config("parquet", paths[0], tmp_path, val_path=paths[1]), "val")
 
 
 def test_datasets_saved_to_disk_with_splits(tmp_path):

@@ -42,3 +42,9 @@ def test_half_the_size_and_not_over_another(class_folder, tmp_path, capsys):
     assert exit_code(main, [*given, "--top_k=7", "--overwrite=true"]) == 0
     assert json.loads((out / "model_index.json").read_text())["sampling"]["top_k"] == 7
     assert (out / "notes.txt").read_text() == "mine" and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_defaults_that_cannot_be_are_refused(class_folder, tmp_path, capsys):
+    given = ["--model", str(class_folder), "--out", str(tmp_path / "out"), "--top_p=2"]
+    assert exit_code(main, given) == 2 and not (tmp_path / "out").exists()
+    assert "top_p must be in (0, 1], got 2.0" in capsys.readouterr().err

@@ -443,7 +443,7 @@ def test_a_cache_of_another_tokenizer_is_refused(cache, tiny_vqvae):
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_transformer_stage(cache, tokenizer_run, tmp_path, kind):
+def test_transformer_stage(cache, tokenizer_run, tmp_path, kind, capfd):
     arguments = [*TINY, f"--run.run_dir={tmp_path}", f"--tokens.tokenizer={tokenizer_run}/latest/vqvae"]
     arguments += ["--transformer.depth=1", "--transformer.width=16", "--transformer.heads=2"]
     if kind == "text":
@@ -457,6 +457,12 @@ def test_transformer_stage(cache, tokenizer_run, tmp_path, kind):
     assert (pipeline.text_encoder is not None) == (kind == "text")
     assert list((tmp_path / "images").glob("samples_*.png"))
     assert {"accuracy", "loss_1x1", "accuracy_8x8"} <= set(curve(tmp_path)[-1])
+    capfd.readouterr()
+    assert stage("train_var", *arguments, "--transformer.mask=block_diagonal") == 2
+    assert "was trained with another transformer.mask: resume with that one" in capfd.readouterr().err
+    if kind == "class" and hasattr(torch.optim, "Muon"):
+        assert stage("train_var", *arguments, "--optimizer.name=muon") == 2
+        assert "was trained with another optimizer.name" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -481,6 +487,8 @@ def test_another_model_in_the_same_folder_is_refused(tokenizer_run, capfd):
     state = final_state(tokenizer_run)
     assert stage("train_tokenizer", *arguments) == 2
     assert "holds a run of another model" in capfd.readouterr().err
+    assert stage("train_tokenizer", *arguments[:-1], "--tokenizer.schedule=1,4,8") == 2  # of the same shapes
+    assert "was trained with another tokenizer.schedule" in capfd.readouterr().err
     assert json.loads((tokenizer_run / "metrics.jsonl").read_text().splitlines()[-1]) == before
     assert equal(final_state(tokenizer_run), state)
 

@@ -80,8 +80,9 @@ class RunConfig:
             raise ValueError(f"run.precision must be no, bf16 or fp16, got {self.precision!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"run.ema must be in [0, 1), got {self.ema}")
-        if self.seed < 0 or self.workers < 0:
-            raise ValueError(f"run.seed and run.workers must be 0 or more, got {self.seed} and {self.workers}")
+        for name in ("seed", "workers", "previews"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
     @property
     def checkpoints(self) -> Path:

@@ -20,6 +20,7 @@ from sample.pixels import MAX_PIXELS
 from train.images import CorruptLog, ImageDataset, RowReader, Transform, no_label
 from train.order import KeyedDataset, KeyedSampler, permute
 from train.sources import (
+    METADATA_FILES,
     SPLIT_NAMES,
     Columns,
     FolderSource,
@@ -49,6 +50,7 @@ __all__ = [
 SOURCES = ("scenes", "folder", "parquet", "datasets", "webdataset")
 VAL_NAMES = ("validation", "val", "valid", "dev")
 VAL_SCENES = 2**31  # data-set seed of the validation scenes
+MANY_CLASSES = 30_000  # labels above are taken only where images are many, too, or `num_classes` says so
 
 
 @dataclass(kw_only=True)
@@ -203,6 +205,14 @@ def _open_folder(config: DataConfig, split: str) -> tuple[FolderSource, bool]:
     asked += [config.train_split] if config.train_split != "train" else []
     for missing in (name for name in asked if name and name not in names):
         raise ValueError(f"path={config.path!r} has no folder {missing!r} (train_split, val_split) in it")
+    if names and any((root / name).is_file() for name in METADATA_FILES):
+        raise ValueError(
+            f"path={config.path!r} has metadata beside a folder {names[0]!r}: metadata goes into the folders"
+        )
+    if names and config.train_split not in names:
+        raise ValueError(
+            f"path={config.path!r} has a folder {names[0]!r} and no {config.train_split!r}: give train_split"
+        )
     folder, hashed = root, config.val_path is None
     if config.train_split in names:
         name, hashed = _pick_split(names, config, split)
@@ -332,6 +342,11 @@ def build_dataset(
     if hashed:
         validation = hash_split(map(source.name, indices), config.val_fraction)
         indices = indices[validation == (split == "val")]
+    if config.num_classes is None and source.num_classes > max(MANY_CLASSES, 10 * len(source)):
+        raise ValueError(
+            f"labels of path={config.path!r} go up to {source.num_classes - 1:,}, of {len(source):,} images: "
+            "give another label_column, or data.num_classes"
+        )
     source.num_classes = _declared(config, source.num_classes)
     data = ImageDataset(source, indices[: config.limit], config.transform(split, seed), corrupt)
     return _not_empty(data, config, split)

@@ -64,7 +64,9 @@ def export(config: ExportConfig) -> float:
     if config.vqvae is not None:
         pipeline.register_modules(vqvae=same_tokens(pipeline.vqvae, config.vqvae))
     names = ("guidance_scale", "top_k", "top_p", "temperature", "guidance_ramp")
-    pipeline.register_to_config(sampling={name: getattr(config, name) for name in names})
+    sampling = {name: getattr(config, name) for name in names}
+    pipeline.make_plan(**sampling)  # raises, as sampling would
+    pipeline.register_to_config(sampling=sampling)
     for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
             torch.nn.Module.to(part, DTYPES[config.dtype])  # loading casts back what needs float32

@@ -155,8 +155,8 @@ def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[
     files = [os.path.relpath(name, root) for name in _images(root)]
     tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in files]
     own = tuple(sorted({top for top in tops if top is not None}))
-    if not own:
-        return files, [0] * len(files), classes
+    if not own:  # classes are those of the training data: which of them, no folder says
+        return files, [-1 if classes else 0] * len(files), classes
     if None in tops:
         loose = files[tops.index(None)]
         raise ValueError(f"path={str(root)!r} mixes loose images ({loose}) with class folders ({own[0]}); use one kind")
@@ -183,7 +183,8 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
         return [], [], [], classes
     if others := [row for row in rows if not isinstance(row, dict)]:
         raise ValueError(f"{path}: every line must be an object with file_name, got {str(others[0])[:60]}")
-    chosen = choose_columns(rows[0], **{**columns, "image": "file_name"}, where=str(path))
+    every = {name: value for row in reversed(rows) for name, value in row.items()}  # also what the first row lacks
+    chosen = choose_columns(every, **{**columns, "image": "file_name"}, where=str(path))
     captions = [_as_caption(get(row, chosen.caption)) for row in rows] if chosen.caption else None
     labels = [get(row, chosen.label) for row in rows] if chosen.label else [0] * len(rows)
     labels = [None if label == "" else label for label in labels]
@@ -203,8 +204,8 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
 
 
 def label_index(value: Any, classes: tuple[str, ...] | None, where: str) -> int:
-    """A label as an integer: integers stay, None is -1 (unlabelled), a name is looked up in `classes`."""
-    if value is None:
+    """A label as an integer: integers stay, None and "" are -1 (unlabelled), a name is looked up in `classes`."""
+    if value is None or value == "":
         return -1
     if isinstance(value, str):
         if classes is None or value not in classes:
@@ -213,8 +214,11 @@ def label_index(value: Any, classes: tuple[str, ...] | None, where: str) -> int:
             )
         return classes.index(value)
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        number = int(value)
+        if number != value:
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"label {value!r} of {where} must be an integer or a class name") from None
 
 
@@ -256,10 +260,13 @@ class TableSource:
 
     def __init__(self, table: Any, columns: Columns, *, title: str, classes: tuple[str, ...] | None = None):
         self.table, self.columns, self.title = narrowed(table, columns), columns, title
-        self.classes = class_names(table, columns.label) or classes
+        own = class_names(table, columns.label)
+        if own and classes and own != classes:
+            raise ValueError(f"the classes of {title} are {_listed(own)}, and those of training {_listed(classes)}")
+        self.classes = own or classes
         values = [0] if columns.label is None else _distinct(table, columns.label)
         if self.classes is None and any(isinstance(value, str) for value in values):
-            self.classes = tuple(sorted(str(value) for value in values))
+            self.classes = tuple(sorted({str(value) for value in values if value not in (None, "")}))
         labels = [label_index(value, self.classes, title) for value in values]
         self.num_classes = len(self.classes) if self.classes else max(labels, default=-1) + 1
         self.unlabelled = min(labels, default=0) < 0
@@ -281,7 +288,14 @@ class TableSource:
         return read_row(row, self.columns, self.classes, self.name(index)).caption
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names)[:100]} ({len(names)})"
+
+
 def _distinct(table: Any, column: str) -> list:
+    example = get(table.select_columns([column.partition(".")[0]])[0], column) if len(table) else None
+    if isinstance(example, (list, tuple, dict)):
+        raise ValueError(f"label_column={column!r} must hold an integer or a class name a row, got {str(example)[:60]}")
     if column in table.column_names:
         return table.unique(column)
     return list({get(row, column) for row in table.select_columns([column.partition(".")[0]])})

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from diffusers.models.modeling_utils import ModelMixin
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -109,10 +112,10 @@ def resume(session: Session) -> None:
                 f"run.batch_size {config.batch_size} differs from {state['batch_size']} of the run in "
                 f"{config.run_dir}: resume with that, or give another run.run_dir"
             )
+        check_shapes(session, state["model"])
         for name, value in session.task.depends.items():
             if state.get("depends", {}).get(name, value) != value:  # older runs do not say
                 raise ValueError(f"run.run_dir {config.run_dir} was trained with another {name}: resume with that one")
-        check_shapes(session, state["model"])
         restore(session, state)
     if session.accelerator.is_main_process:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,12 @@ def read_state(checkpoint: Path) -> dict:
             f"{checkpoint / 'state.pt'} is damaged: remove {checkpoint}, and the same command goes on from "
             "the checkpoint before it"
         ) from None
+
+
+def settings_of(name: str, model: ModelMixin, without: Collection[str] = ()) -> dict[str, Any]:
+    """A model's settings as `Task.depends` wants them, so that no run goes on as another model of the same shapes."""
+    own = {key: value for key, value in model.config.items() if not key.startswith("_") and key not in without}
+    return {f"{name}.{key}": json.loads(json.dumps(value)) for key, value in own.items()}
 
 
 def check_shapes(session: Session, saved: dict[str, torch.Tensor]) -> None:

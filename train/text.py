@@ -45,7 +45,7 @@ class TextConfig:
             raise ValueError("text.cache holds the states of a frozen encoder: it needs text.train=false")
         if self.pretrained is None and self.cache is None and not self.train:
             raise ValueError("text.train must be true for a new encoder: give text.pretrained to keep one frozen")
-        if self.d_model % self.heads:
+        if self.heads < 1 or self.d_model % self.heads:
             raise ValueError(f"text.d_model must be a multiple of text.heads, got {self.d_model} and {self.heads}")
 
 

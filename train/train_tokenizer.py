@@ -19,6 +19,7 @@ from train.loop import run
 from train.objectives import TokenizerLossConfig, TokenizerObjective
 from train.optimizers import OptimizerConfig
 from train.session import Batch, Task
+from train.state import settings_of
 
 
 def parser():
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export=export_weights,
         preview=preview if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
+        depends=settings_of("tokenizer", vqvae, without=("beta",)) | {"optimizer.name": built.optimizer.name},
     )
     run(task, run_config)
 

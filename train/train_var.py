@@ -34,9 +34,10 @@ from train.optimizers import OptimizerConfig
 from train.order import image_draws
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Batch, Task, brought
+from train.state import settings_of
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
-from train.text_cache import TextCache, check_manifest, encoder_hash
+from train.text_cache import MANIFEST, TextCache, check_manifest, encoder_hash
 from train.token_cache import DECODING, TokenCache, tokenizer_hash
 from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
@@ -115,6 +116,12 @@ class Texts:
     trained: nn.Module | None = None
     frozen: nn.Module | None = None
     cache: TextCache | None = None
+
+    def depends(self) -> dict[str, str]:
+        """What tells a frozen encoder from another; nothing of one that trains along."""
+        if self.cache is not None:
+            return {"text encoder": json.loads((Path(self.cache.folder) / MANIFEST).read_text())["encoder_hash"]}
+        return {} if self.frozen is None else {"text encoder": encoder_hash(self.frozen, self.tokenizer)}
 
     def reader(self, max_length: int, data: Sequence[Dataset]) -> Callable[[list[str], torch.device], Batch] | None:
         """What makes the text entries of a batch; None for a class model.
@@ -437,7 +444,12 @@ def datasets(config, vqvae: MultiScaleVQ) -> tuple[Dataset, Dataset]:
         raise ValueError(f"data.size {config.data.hw} must be the tokenizer's: {vqvae.image_hw}")
     unreadable = Path(config.run.run_dir) / "unreadable_images.txt"
     options = {"seed": config.run.seed, "corrupt_log": unreadable, "labelled": labelled}
-    return tuple(build_dataset(config.data, split, **options) for split in ("train", "val"))
+    train, val = (build_dataset(config.data, split, **options) for split in ("train", "val"))
+    if labelled and (val.num_classes or 0) > (train.num_classes or 0):
+        raise ValueError(
+            f"data: the validation images are of {val.num_classes} classes, those of training of {train.num_classes}"
+        )
+    return train, val
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -477,7 +489,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         export=exporter(vqvae, texts, classes),
         preview=previewer(vqvae, prepare, val_data, run_config.previews) if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),
-        depends={"tokenizer": tokenizer_hash(vqvae), **({"list of classes": list(classes)} if classes else {})},
+        depends={
+            "tokenizer": tokenizer_hash(vqvae),
+            **({"list of classes": list(classes)} if classes else {}),
+            **texts.depends(),
+            **settings_of("transformer", transformer, without=("drop_path",)),
+            "optimizer.name": built.optimizer.name,
+        },
     )
     run(task, run_config)
 

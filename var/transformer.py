@@ -107,6 +107,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         first = self.schedule.lengths[0]
         self.start_position_1lD = nn.Parameter(torch.empty(1, first, width))
         self.input_proj = nn.Linear(latent_channels, width)
+        if level_table is not None and level_table < len(self.schedule):
+            raise ValueError(f"level_table must be {len(self.schedule)} or more, one a scale, got {level_table}")
         self.level_embedding = nn.Embedding(level_table or len(self.schedule), width)
         self.position_1LD = nn.Parameter(torch.empty(1, self.schedule.total, width)) if positions != "rope" else None
 
