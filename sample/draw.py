@@ -137,6 +137,11 @@ def _has_kernel(logits: torch.Tensor) -> bool:
     return logits.is_cuda and fits and kernels.usable(logits.device)
 
 
+def _may_ask(logits: torch.Tensor) -> bool:
+    """Whether a number may be read inside the loop: elsewhere than on a CPU, that would wait for the device."""
+    return logits.device.type == "cpu"
+
+
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse-CDF draw: logits (..., V) and uniforms (...) in [0, 1) to int64 tokens (...).
 
@@ -149,7 +154,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         return kernels.draw(logits, uniforms)
     cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)
     total = cdf[..., -1:]
-    if cdf.device.type == "cpu" and not total.isfinite().all():  # elsewhere, asking would wait for the device
+    if _may_ask(logits) and not total.isfinite().all():
         raise ValueError("logits are not finite: the weights are damaged, or float32 is needed as dtype")
     target = torch.minimum(uniforms[..., None].to(cdf) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[..., 0]

@@ -493,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizer": tokenizer_hash(vqvae),
             **({"list of classes": list(classes)} if classes else {}),
             **texts.depends(),
-            **settings_of("transformer", transformer, without=("drop_path",)),
+            **settings_of("transformer", transformer, without=("drop_path", "selectivity")),
             "optimizer.name": built.optimizer.name,
         },
     )
