@@ -116,8 +116,9 @@ def open_images(path: str | Path) -> Images:
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         return _open_parquet(path)
     if path.is_dir():
-        ours = {settings.parent for settings in path.rglob("settings.json")}
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_sample(p, path, ours))
+        files = list(path.rglob("*"))
+        ours = {file.parent for file in files if file.name == "settings.json"}
+        found = sorted(p for p in files if p.suffix.lower() in EXTENSIONS and _is_sample(p, path, ours))
         if not found:
             raise FileNotFoundError(f"images {path} holds no image file ({', '.join(sorted(EXTENSIONS))})")
         return FileImages(found)

@@ -80,7 +80,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """
     if p >= 1:
         return logits
-    if _sorts_values(logits):
+    if _may_ask(logits) and logits.dtype == torch.float32:
         ordered = torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1))
         drop = least_likely(ordered, p)
         border = drop.sum(dim=-1, keepdim=True)
@@ -93,9 +93,9 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return _keep_top_p_by_place(logits, p)
 
 
-def _sorts_values(logits: torch.Tensor) -> bool:
-    """Whether `keep_top_p` may look for ties, which a GPU would have to be waited for."""
-    return logits.device.type == "cpu" and logits.dtype == torch.float32
+def _may_ask(logits: torch.Tensor) -> bool:
+    """Whether a number may be read inside the loop: elsewhere than on a CPU, that would wait for the device."""
+    return logits.device.type == "cpu"
 
 
 def least_likely(ordered: torch.Tensor, p: float) -> torch.Tensor:
@@ -135,11 +135,6 @@ def _has_kernel(logits: torch.Tensor) -> bool:
     """Whether rows of logits are read by `sample.kernels`: on a GPU, where they are neither bits nor too long."""
     fits = logits.dtype == torch.float32 and 2 < logits.shape[-1] <= kernels.ROW
     return logits.is_cuda and fits and kernels.usable(logits.device)
-
-
-def _may_ask(logits: torch.Tensor) -> bool:
-    """Whether a number may be read inside the loop: elsewhere than on a CPU, that would wait for the device."""
-    return logits.device.type == "cpu"
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -94,19 +94,18 @@ class PackedByShape(nn.Module):
     every call, slowly.
     """
 
+    reorder: str  # oneDNN's operator that lays the weight out
+    where: tuple  # paddings, strides, dilations and groups, as it takes them
+
     def __init__(self):
         super().__init__()
         self.packs: dict[torch.Size, torch.Tensor] = {}  # by the shape of the maps
         self.layouts: dict[bytes, torch.Tensor] = {}  # the same ones, each once
 
-    def pack(self, shape: list[int]) -> torch.Tensor:
-        """The weight laid out for maps of that shape."""
-        raise NotImplementedError
-
-    def packed(self, shape: torch.Size) -> torch.Tensor:
+    def packed(self, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The weight as maps of that shape want it."""
         if shape not in self.packs:
-            pack = self.pack(list(shape))
+            pack = getattr(torch.ops.mkldnn, self.reorder)(weight.detach(), *self.where, list(shape))
             layout = torch.ops.mkldnn._get_mkldnn_serialized_md(pack).numpy().tobytes()
             if len(self.layouts) >= LAYOUTS and layout not in self.layouts:
                 self.packs.clear()
@@ -118,18 +117,16 @@ class PackedByShape(nn.Module):
 class PackedConv(PackedByShape):
     """A convolution with packed weights; it may add what it makes to another map."""
 
+    reorder = "_reorder_convolution_weight"
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
 
-    def pack(self, shape: list[int]) -> torch.Tensor:
-        """As oneDNN's convolution wants it."""
-        return torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *self.where, shape)
-
     def forward(self, x_BChw: torch.Tensor, onto_BChw: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C, h, w) to (B, O, h, w), plus `onto_BChw`."""
-        packed = self.packed(x_BChw.shape)
+        packed = self.packed(self.weight, x_BChw.shape)
         if onto_BChw is None:
             return torch.ops.mkldnn._convolution_pointwise(x_BChw, packed, self.bias, *self.where, "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise.binary(
@@ -140,6 +137,7 @@ class PackedConv(PackedByShape):
 class PackedUpsample(PackedByShape):
     """`sample.fast.FoldedUpsample` with packed weights."""
 
+    reorder = "_reorder_convolution_transpose_weight"
     where = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, output padding, stride, dilation, groups
 
     def __init__(self, upsample: FoldedUpsample):
@@ -147,14 +145,10 @@ class PackedUpsample(PackedByShape):
         self.conv = upsample.conv  # the plain one, for saving
         self.register_buffer("folded", upsample.folded, persistent=False)
 
-    def pack(self, shape: list[int]) -> torch.Tensor:
-        """As oneDNN's transposed convolution wants it."""
-        return torch.ops.mkldnn._reorder_convolution_transpose_weight(self.folded, *self.where, shape)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) to (B, O, 2h, 2w), channels-last."""
         x_BChw = hidden_states.contiguous(memory_format=torch.channels_last)
-        packed = self.packed(x_BChw.shape)
+        packed = self.packed(self.folded, x_BChw.shape)
         transposed = torch.ops.mkldnn._convolution_transpose_pointwise
         return transposed(x_BChw, packed, self.conv.bias, *self.where, "none", [], "")
 

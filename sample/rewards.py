@@ -125,10 +125,7 @@ class Callback:
         images = rearrange(images_BCHW.cpu(), "b c h w -> b h w c").numpy()
         given = self.function(images, list(prompts))
         try:
-            values = np.asarray(given)
-            if values.dtype.kind not in "biuf":
-                raise TypeError
-            return torch.as_tensor(values, dtype=torch.float32)
+            return torch.as_tensor(np.asarray(given), dtype=torch.float32)
         except (TypeError, ValueError):
             raise ValueError(f"reward {self.name} must give a number for each image, got {given!r:.80}") from None
 

@@ -257,6 +257,15 @@ def test_cached_texts_train_as_the_encoder_does(vqvae_folder, encoder_folder, tm
     assert torch.equal(a.states_BTE, b.states_BTE) and torch.equal(a.mask_BT, b.mask_BT)
 
 
+def test_a_frozen_encoder_is_what_a_run_depends_on():
+    from train.train_var import Texts
+
+    (one, tokenizer), (other, _) = t5(), t5()
+    told = [Texts(width=16, tokenizer=tokenizer, frozen=encoder).depends() for encoder in (one, one, other)]
+    assert told[0] == told[1] != told[2]
+    assert Texts(width=16, tokenizer=tokenizer, trained=one).depends() == {} == Texts(width=16).depends()
+
+
 def test_text_cache_goes_on_adds_and_refuses(vqvae_folder, tmp_path, capfd):
     """A deleted file is made again and nothing else is; new captions add files; others are refused."""
     from train.text_cache import TextCache

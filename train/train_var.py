@@ -37,7 +37,7 @@ from train.session import Batch, Task, brought
 from train.state import settings_of
 from train.supernet import SupernetConfig, SupernetObjective
 from train.text import TextConfig, build_text_encoder, load_text_encoder, text_reader
-from train.text_cache import MANIFEST, TextCache, check_manifest, encoder_hash
+from train.text_cache import TextCache, check_manifest, encoder_hash
 from train.token_cache import DECODING, TokenCache, tokenizer_hash
 from train.train_tokenizer import load_tokenizer, to_images
 from var.transformer import NextScaleTransformer
@@ -120,7 +120,7 @@ class Texts:
     def depends(self) -> dict[str, str]:
         """What tells a frozen encoder from another; nothing of one that trains along."""
         if self.cache is not None:
-            return {"text encoder": json.loads((Path(self.cache.folder) / MANIFEST).read_text())["encoder_hash"]}
+            return {"text encoder": check_manifest(self.cache.folder, {})["encoder_hash"]}
         return {} if self.frozen is None else {"text encoder": encoder_hash(self.frozen, self.tokenizer)}
 
     def reader(self, max_length: int, data: Sequence[Dataset]) -> Callable[[list[str], torch.device], Batch] | None:
