@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from sample.convert import convert_back
-from sample.costs import full_flops
+from sample.costs import plan_work
 from sample.pipeline import NextScalePipeline
+from sample.plan import plain
 from tokenizer.model import MultiScaleVQ
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
@@ -61,10 +62,9 @@ def image_flops(pipeline: NextScalePipeline) -> dict[str, float]:
     """Floating-point operations one guided image needs, by part, counted from shapes."""
     model, vqvae = pipeline.transformer, pipeline.vqvae
     config = model.config
-    blocks = full_flops(model, guided=True)
-    head = 2 * model.schedule.total * config.width * config.vocab_size  # guidance mixes before the projection
+    whole, blocks = (sum(work.flops for work in plan_work(plain(model), 1, head=head)) for head in (True, False))
     modulation = 0 if config.shared_ada else 2 * 2 * 6 * config.width**2 * config.depth
-    return {"blocks": blocks + modulation, "head": head, "decoder": decoder_flops(vqvae)}
+    return {"blocks": blocks + modulation, "head": whole - blocks, "decoder": decoder_flops(vqvae)}
 
 
 def decoder_flops(vqvae: MultiScaleVQ) -> float:

@@ -1,7 +1,6 @@
 """What images cost: tokens, floating-point operations, decoder and reward calls, seconds, counted while they are made.
 
-FLOPs are 2 a multiply-add, of matrix products and attention. Not counted: what is done once a prompt (conditioning,
-text encoder), norms and other pointwise work. Shapes: B rows, l tokens of one scale, S keys they may see.
+The transformers' FLOPs are those of `sample.costs`; those of the other networks are measured.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sample.plan import Plan, Stage
+from sample.costs import plan_work
+from sample.plan import Plan
 from sample.state import GenerationState, Hook
-
-ONCE_A_PROMPT = ("ada", "cross.to_k", "cross.to_v")  # parts of a block that do not run for every token
 
 
 @dataclass
@@ -42,8 +39,8 @@ class Ledger(Hook):
     flops: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _row_flops: dict[tuple, float] = field(default_factory=dict, repr=False)
-    _cache: Any = field(default=None, repr=False)
-    _lengths: list[int] = field(default_factory=list, repr=False)
+    _run: tuple[Plan, int] | None = field(default=None, repr=False)
+    _scale_flops: list[int] = field(default_factory=list, repr=False)
 
     def on_start(self, state: GenerationState) -> None:
         """Count the images asked for; a search multiplies them later."""
@@ -53,18 +50,13 @@ class Ledger(Hook):
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
     ) -> torch.Tensor:
         """After scale k's draw: all rows that ran it, before any is dropped."""
-        schedule, stage, B = state.plan.schedule, state.stage, len(state)
-        rows = 2 * B if state.doubled else B
-        texts = _text_tokens(state)
-        earlier = self._lengths
-        if state.cache is not self._cache:
-            earlier = [schedule.begins[k]] * len(stage.model.blocks)
-            if k:  # a model that joined late ran the scales before, in one pass
-                self.model_flops += rows * prefill_flops(stage, k, texts)
-        self._cache, self._lengths = state.cache, list(state.cache.lengths)
-        keys = {layer: length + schedule.lengths[k] for layer, length in enumerate(earlier)}
-        self.model_flops += rows * scale_flops(stage, k, keys, texts) + B * head_flops(stage, k)
-        self.tokens += B * schedule.lengths[k]
+        mask = state.cond.memory_mask_B11T
+        run = (state.plan, 0 if mask is None else mask.shape[-1])
+        if run != self._run:
+            works = plan_work(state.plan, 1, text_tokens=run[1])
+            self._run, self._scale_flops = run, [round(work.flops) for work in works]
+        self.model_flops += len(state) * self._scale_flops[k]
+        self.tokens += len(state) * state.plan.schedule.lengths[k]
         return tokens_Bl
 
     def call(self, name: str, function: Callable[..., torch.Tensor], rows: Sequence | torch.Tensor, *more: Any) -> Any:
@@ -118,61 +110,6 @@ class Ledger(Hook):
         if "total_s" in found:
             parts.append(f"{found['total_s']:.3f} s")
         return f"an image took {', '.join(parts)}"
-
-
-def _text_tokens(state: GenerationState) -> int:
-    mask = state.cond.memory_mask_B11T
-    return 0 if mask is None else mask.shape[-1]
-
-
-# --- formulas --------------------------------------------------------------------------------------------------------
-
-
-def token_flops(block: nn.Module) -> int:
-    """FLOPs of a block's linear layers for one token."""
-    layers = ((name, getattr(module, "weight", None)) for name, module in block.named_modules())
-    return 2 * sum(
-        prod(weight.shape)
-        for name, weight in layers
-        if weight is not None and weight.ndim == 2 and not name.startswith(ONCE_A_PROMPT)
-    )
-
-
-def scale_flops(stage: Stage, k: int, keys: dict[int, int], text_tokens: int = 0) -> int:
-    """FLOPs of one row's transformer at scale k, without the head. keys: how many each layer's tokens may see."""
-    model, width = stage.model, stage.model.config.width
-    linear = 2 * prod(model.input_proj.weight.shape) if k else 0
-    for layer in stage.active:
-        linear += token_flops(model.blocks[layer]) + 4 * width * (keys[layer] + text_tokens)
-    return stage.pyramid.lengths[k] * linear
-
-
-def head_flops(stage: Stage, k: int) -> int:
-    """FLOPs of the output projection for one image's scale k (guidance mixes before it)."""
-    return 2 * stage.pyramid.lengths[k] * prod(stage.model.head.proj.weight.shape)
-
-
-def prefill_flops(stage: Stage, scales: int, text_tokens: int = 0) -> int:
-    """FLOPs of one row when a model runs the first `scales` scales at once (dense attention)."""
-    keys = dict.fromkeys(stage.active, stage.pyramid.ends[scales - 1])
-    return sum(scale_flops(stage, k, keys, text_tokens) for k in range(scales))
-
-
-def plan_flops(plan: Plan, widths: Sequence[int] | None = None, *, text_tokens: int = 0) -> int:
-    """FLOPs of the transformers for one image; `widths`: candidates running each scale (one each when None)."""
-    schedule, total, previous = plan.schedule, 0, None
-    widths = widths or [1] * len(schedule)
-    halves = 2 if plan.guided else 1
-    for stage in plan.stages:
-        late = previous is not None and not stage.continues(previous)
-        for k in stage.scales:
-            rows = halves * widths[k]
-            if late and k == stage.scales.start:
-                total += rows * prefill_flops(stage, k, text_tokens)
-            keys = dict.fromkeys(stage.active, schedule.ends[k])
-            total += rows * scale_flops(stage, k, keys, text_tokens) + widths[k] * head_flops(stage, k)
-        previous = stage
-    return total
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """What a plan costs before it is run: work by scale (FLOPs, calls, bytes) and the exact bytes of its caches.
 
+FLOPs are 2 a multiply-add, of matrix products and attention. Not counted: what is done once a prompt (conditioning,
+text encoder), norms and other pointwise work, the scores by which a cache chooses what it keeps.
+
 Shapes: B images, R rows (B, or 2 B with guidance), l tokens of a scale, S tokens attended to, D width, V codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 import torch
 
 from sample.plan import Plan, Stage
-from var.transformer import NextScaleTransformer
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All floating-point operations of the transformer's blocks."""
+        """All floating-point operations."""
         return self.linear + self.attention
 
     @classmethod
@@ -49,33 +52,46 @@ class Work:
         return [field.name for field in fields(cls)]
 
 
-def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0) -> list[Work]:
-    """The work of every scale; a stage's prefill is counted with its first scale."""
+def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True) -> list[Work]:
+    """The work of every scale; a stage's prefill is counted with its first scale.
+
+    Args:
+        text_tokens: length of the prompts, padding included.
+        head: count the projection to logits and the draw, too.
+    """
     rows, made, before = batch * (2 if plan.guided else 1), [], None
     for stage in plan.stages:
         continues = before is not None and stage.continues(before)
         for k in stage.scales:
-            work = step_work(stage, range(k, k + 1), rows, text_tokens)
+            work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens)
             if k == stage.scales.start and k and not continues:
                 work += step_work(stage, range(k), rows, text_tokens)
-            config = stage.model.config
-            codes = 2 * config.latent_channels if config.bitwise else config.vocab_size
-            drawn = batch * stage.pyramid.lengths[k] * codes
-            made.append(work + Work(steps=1, drawn=drawn, linear=2 * drawn * config.width))
+            made.append(work + head_work(stage, k, batch) if head else work)
         before = stage
     return made
 
 
+def plan_flops(plan: Plan, widths: Sequence[int] | None = None, *, text_tokens: int = 0) -> int:
+    """FLOPs of the transformers for one image; `widths`: candidates running each scale (one each when None)."""
+    works = plan_work(plan, 1, text_tokens=text_tokens)
+    return round(sum(width * work.flops for width, work in zip(widths or [1] * len(works), works, strict=True)))
+
+
 def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
-    """The work of one pass of a stage's blocks over some scales; several scales are a prefill without a cache."""
+    """The work of one pass over some scales, up to the head; several scales are a prefill, with dense attention.
+
+    What a layer holds of earlier scales is read off the `budgets` of the stage's cache; everything without such.
+    """
     model, schedule = stage.model, stage.pyramid
     D, hidden = model.config.width, round(model.config.width * model.config.mlp_ratio)
     cross = model.config.conditioning == "text"
-    length = schedule.ends[scales.stop - 1] - schedule.begins[scales.start]
+    begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
+    length = end - begin
     per_token = 2 * (4 * D * D + 2 * D * hidden + (2 * D * D if cross else 0))
     itemsize = next(model.parameters()).element_size()
     budgets = getattr(stage.new_cache() if stage.new_cache else None, "budgets", None)
-    begin, total = schedule.begins[scales.start], Work()
+    fed = end - max(begin, schedule.ends[0])  # the first scale has no input to project
+    total = Work(linear=2 * rows * fed * model.config.latent_channels * D)
     for layer in sorted(stage.active):
         S = length + (begin if budgets is None else min(begin, budgets[layer][scales.start]))
         total += Work(
@@ -86,6 +102,13 @@ def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
             moved=2 * rows * S * D * itemsize,
         )
     return total
+
+
+def head_work(stage: Stage, k: int, batch: int) -> Work:
+    """The work of one scale's logits and draw; guidance mixes before the projection."""
+    config = stage.model.config
+    drawn = batch * stage.pyramid.lengths[k] * (2 * config.latent_channels if config.bitwise else config.vocab_size)
+    return Work(drawn=drawn, linear=2 * drawn * config.width)
 
 
 def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
@@ -119,10 +142,3 @@ def weight_bytes(*models: torch.nn.Module | None) -> int:
     """Bytes of the parameters of some models; the same model is counted once."""
     parameters = {id(p): p for model in models if model is not None for p in model.parameters()}
     return sum(p.numel() * p.element_size() for p in parameters.values())
-
-
-def full_flops(model: NextScaleTransformer, guided: bool, *, text_tokens: int = 0) -> float:
-    """Floating-point operations of the blocks for one image by the whole model, without compression."""
-    stage = Stage(model, range(len(model.schedule)))
-    rows = 2 if guided else 1
-    return sum(step_work(stage, range(k, k + 1), rows, text_tokens).flops for k in stage.scales)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sample.costs import full_flops, plan_work
+from sample.costs import plan_work
 from sample.plan_text import PlanConfig
 
 if TYPE_CHECKING:
     from sample.measure import CostModel
     from sample.pipeline import NextScalePipeline
+    from sample.plan import Plan
 
 SHARES = ("100%", "50%", "20%", "10%")
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -27,7 +28,7 @@ class Choice:
     Attributes:
         words: the plan.
         batch: images at once.
-        work: operations of the blocks per image over those of the whole model; what quality costs, for want of a
+        work: operations up to the head, per image, over those of the whole model; what quality costs, for want of a
             measured one.
         seconds, peak_bytes, cache_bytes: predicted, of a whole call and of its caches.
     """
@@ -66,20 +67,21 @@ def evaluate(
     pipeline: NextScalePipeline, costs: CostModel, plans: Sequence[PlanConfig], batches: Sequence[int] = BATCHES
 ) -> list[Choice]:
     """The predicted figures of every plan at every batch size."""
-    plain = pipeline.make_plan("var")
-    tokens, whole = costs.text_tokens, full_flops(pipeline.transformer, plain.guided, text_tokens=costs.text_tokens)
-    made = []
+    whole, made = _body_flops(pipeline.make_plan("var"), costs), []
     for words in plans:
         try:
             plan = pipeline.make_plan(words)
         except ValueError:  # a cache share that leaves nothing of so short a history
             continue
-        work = sum(work.flops for work in plan_work(plan, 1, text_tokens=tokens))
-        head = sum(work.flops for work in plan_work(plain, 1, text_tokens=tokens)) - whole
+        work = _body_flops(plan, costs) / whole
         for batch in batches:
             figures = (costs.seconds(plan, batch), costs.peak_bytes(plan, batch), costs.cache_bytes(plan, batch))
-            made.append(Choice(words, batch, (work - head) / whole, *figures))
+            made.append(Choice(words, batch, work, *figures))
     return made
+
+
+def _body_flops(plan: Plan, costs: CostModel) -> float:
+    return sum(work.flops for work in plan_work(plan, 1, text_tokens=costs.text_tokens, head=False))
 
 
 def fitting(choices: Sequence[Choice], *, memory: float | None, latency: float | None) -> list[Choice]:

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import pearsonr
 
-from sample.accounting import Ledger, counted_flops, plan_flops
+from sample.accounting import Ledger, counted_flops
 from sample.cluster import POOLINGS, kmeans, own_direction, representatives
+from sample.costs import plan_flops
 from sample.edit import EditHook
 from sample.family import family_tree
 from sample.generate import generate, scale_logits, start
 from sample.methods import METHODS, PAPER_SCALES, SLACK, Step, check_steps, descending, fit_budget, make_steps
 from sample.plan import Plan, Stage, collaborative, plain
+from sample.plan_text import PlanConfig
 from sample.rewards import Callback, PixelFeatures
 from sample.search import DRAWS, POTENTIALS, Search, SearchHook, search_images, weights_of
 from tokenizer.schedule import ScaleSchedule
@@ -255,7 +257,7 @@ def test_nothing_is_decoded_where_nothing_is_needed(run):
 
 
 @pytest.mark.parametrize("conditioning", ["class", "text"])
-@pytest.mark.parametrize("stages", ["plain", "fewer layers", "late"])
+@pytest.mark.parametrize("stages", ["plain", "fewer layers", "late", "smaller cache", "late with a smaller cache"])
 def test_counted_flops_are_those_torch_counts(request, tiny_vqvae, conditioning, stages):
     model = request.getfixturevalue(f"tiny_{conditioning}_model")
     twin = NextScaleTransformer(**model.config).eval()
@@ -263,6 +265,8 @@ def test_counted_flops_are_those_torch_counts(request, tiny_vqvae, conditioning,
         "plain": plain(model),
         "fewer layers": Plan((Stage(model, range(0, 2)), Stage(model, range(2, 3), layers=[1]))),
         "late": collaborative(model, twin, handover=2),
+        "smaller cache": PlanConfig(cache="window:40%").build(model),
+        "late with a smaller cache": PlanConfig(plan="code:2", cache="window:40%").build(model, refiner=twin),
     }[stages]
     prompt = ClassPrompt(torch.tensor([1, 2]))
     if conditioning == "text":
@@ -285,6 +289,8 @@ def test_counted_flops_are_those_torch_counts(request, tiny_vqvae, conditioning,
     assert ledger.model_flops == counted
     texts = prompt.mask_BT.shape[1] if conditioning == "text" else 0
     assert 2 * plan_flops(plan, text_tokens=texts) == counted
+    if stages == "smaller cache":
+        assert plan_flops(plan, text_tokens=texts) < plan_flops(plain(model), text_tokens=texts)
 
 
 def _text_prompt(model):
