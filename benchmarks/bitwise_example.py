@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.elastic_rows import once
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, result, write_result
+from evaluation.report import command_of, result, write_result
 
 if TYPE_CHECKING:
     from evaluation.judge import Detection
@@ -300,7 +300,7 @@ def measure(options: argparse.Namespace) -> dict:
         rows.append({"model": model.name, **asdict(model), **tokenizer, **figures})
         print(f"{model.name}: {rows[-1]['score']:.3f}", flush=True)
     settings = {"guidance_scale": 2.0, "top_p": TOP_P, "dtype": "float32", "tags": TAGS, "tuned_on": 2 * options.tune}
-    command = command_line("python -m benchmarks.bitwise_example", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(
         compared(rows), command=command, n=2 * options.per_tag, seeds=options.seed, settings={**settings, **sources()}
     )

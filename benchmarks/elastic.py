@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, figure, result, write_result
+from evaluation.report import command_of, figure, result, write_result
 
 MODELS = ("full", "supernet", "refiner", "drafter", "specialised")
 QUALITY = ("score", "fd_scenes", "fd", "correct_minus_full")
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict | None:
     for row, figures in zip(rows, found):
         figures |= row_speed(row, pipelines, metadatas, repeats=options.repeats, **common)
         print(f"{row.name}: {figures['images_per_s']:.1f} images/s", flush=True)
-    command = command_line("python -m benchmarks.elastic", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(against_full(found), command=command, n=len(metadatas), seeds=options.seed, settings=settings)
 
 

@@ -25,7 +25,7 @@ from benchmarks.sampling import whole_numbers
 from benchmarks.tables import measured
 from benchmarks.timing import spread
 from evaluation.command import Parser, check_least
-from evaluation.report import command_line, result
+from evaluation.report import command_of, result
 from sample.costs import plan_work
 from sample.fast import accelerate, supported
 from sample.load import resolve_device, resolve_dtype
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found |= {"peak_cache_mib": cache, "cache_of_full": cache / caches[0]}
     settings = {"device": device_name(pipeline.transformer.device.type), "batch_size": batch, "dtype": options.dtype}
     settings |= {"threads": torch.get_num_threads(), "decoder_s": decoder}
-    command = command_line("python -m benchmarks.elastic_speed", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(made, command=command, n=options.rounds, seeds=0, settings=settings)
 
 

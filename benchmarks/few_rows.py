@@ -196,7 +196,7 @@ def image_rows(pipelines: dict[str, Any], rounds: int, device: str) -> list[dict
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Tune, then time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, random_pipeline
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
     from sample.fast import accelerate, supported
 
     check_size(options.size)
@@ -219,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(lines(made, COLUMNS), flush=True)
         rows += made
     settings = {"device": device_name(options.device), "size": options.size, "schedule": options.schedule}
-    command = command_line("python -m benchmarks.few_rows", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 
 

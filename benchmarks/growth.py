@@ -23,7 +23,7 @@ from benchmarks.growth_runs import IMAGES, SIDES, Shape, operations, plan_of, ti
 from benchmarks.models import random_transformer
 from benchmarks.tables import lines, write_picture
 from evaluation.command import Parser, check_least, in_one_line
-from evaluation.report import command_line, result, write_result
+from evaluation.report import command_of, result, write_result
 from sample.images import write_text
 from sample.load import resolve_device
 
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with in_one_line(parser):
         options = with_defaults(given)
         rows = measure(options)
-        command = command_line("python -m benchmarks.growth", vars(given), vars(parser_of().parse_args([])))
+        command = command_of(parser_of(), given)
         content = result(rows, command=command, n=options.repeats, seeds=0, settings=settings_of(options))
         write_result(options.out, content)
         write_text(options.out.with_suffix(".md"), table(rows))

@@ -140,7 +140,7 @@ def trained(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Make the data, encode, train twice; the result as `report.result` makes it."""
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
     from sample.load import resolve_device
     from var.presets import PRESETS
 
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         row = trained(work / "on-images", sizes, images, run | {"workers": sizes["workers"]})
         rows.append(told({"stage": "train on images", **row}))
     settings = {**sizes, "side": side, "device": device_name(options.device), "precision": precision, "compile": fast}
-    command = command_line("python -m benchmarks.input_pipeline", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=LINES - STARTING, seeds=0, settings=settings)
 
 

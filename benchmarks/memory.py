@@ -22,7 +22,7 @@ from benchmarks.models import random_pipeline, random_transformer
 from benchmarks.tables import lines, write_lines
 from benchmarks.timing import Job, Worker
 from evaluation.command import Parser, in_one_line
-from evaluation.report import command_line, result, write_result
+from evaluation.report import command_of, result, write_result
 from sample.fast import accelerate
 from sample.graphs import shared_pool
 from sample.load import resolve_device
@@ -210,7 +210,7 @@ def measure(options: argparse.Namespace) -> None:
     settings = {"sampling": SETTINGS, "guided": True, "device": device_name(str(device))}
     settings |= {"measured": " ".join(map(str, SMALL))} if on_cpu else {}
     out = options.out or Path(f"results/memory_{'cpu' if on_cpu else 'gpu'}.json")
-    command = command_line("python -m benchmarks.memory", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
 
     def write(rows: list[dict[str, Any]]) -> None:
         write_result(out, result(rows, command=command, n=1, seeds=0, settings=settings))

@@ -190,7 +190,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.models import check_size, image_flops, kept_models
     from benchmarks.reference import check_checkout, sampling_jobs
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
     from sample.load import load_pipeline
 
     size = check_size(options.size)
@@ -234,7 +234,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"size": size, "schedule": options.schedule, "width": options.width, "threads": options.threads}
     settings |= {"compared_with": base, "sampling": SETTINGS, "ceiling_gflop_per_s": best, "left_out": left_out}
     settings |= {f"{part}_gflop_per_image": count / 1e9 for part, count in flops.items()}
-    command = command_line("python -m benchmarks.sampling", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 
 

@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, compare tokens, time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, image_flops
     from benchmarks.sampling import whole_numbers
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
 
     check_size(options.size)
     current_device(options.device)
@@ -164,7 +164,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows += made
     settings = {"device": device_name(options.device), "ceiling_tflop_per_s": best / 1e12, "sampling": SETTINGS}
     settings |= {"gflop_per_image": flops / 1e9, "dtype": options.dtype, "failed": failed}
-    command = command_line("python -m benchmarks.sampling_gpu", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
 
 

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 from sample.images import atomically
 from sample.load import model_digest
@@ -100,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the result, its table and its picture."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    command = command_line(
-        "python -m benchmarks.score_curve", vars(options), vars(parser_of().parse_args(["--models="]))
-    )
+    command = command_of(parser_of(), options)
     with in_one_line(parser, kept="the same command measures only what is missing"):
         check_least(options, per_tag=1, batch_size=1, seed=0)
         points = sorted(map(point, options.models.split(",")))

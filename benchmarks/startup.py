@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.tables import write_lines
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, portable, result, write_result
+from evaluation.report import command_of, portable, result, write_result
 
 COLUMNS = ("what", "wall_s", "cpu_s", "peak_rss_mib", "weights_mib", "peak_of_weights", "runs")
 BARE = "import torch; torch.set_num_threads(1); from sample.load import load_pipeline"
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.load is not None and not options.load.is_dir():
             raise ValueError(f"--load must be a model folder, got {options.load}")
         rows = measure(options)
-        command = command_line("python -m benchmarks.startup", vars(options), vars(parser_of().parse_args([])))
+        command = command_of(parser_of(), options)
         settings = {"page_size": resource.getpagesize()}
         write_result(options.out, result(rows, command=command, n=options.runs, seeds=0, settings=settings))
         write_lines(options.out.with_suffix(".md"), rows, COLUMNS)

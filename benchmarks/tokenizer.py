@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build and time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, kept_models
     from benchmarks.reference import check_checkout
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
     from tokenizer.model import MultiScaleVQ
     from var.transformer import NextScaleTransformer
 
@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         if row["work"] == "encode" and row["variant"] != first:
             row["tokens_equal"] = float((tokens[row["variant"]] == tokens[first]).mean())
-    command = command_line("python -m benchmarks.tokenizer", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     settings = {"schedule": options.schedule, "width": options.width, "threads": options.threads}
     settings |= {"tokens_compared_with": first, "left_out": left_out}
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)

@@ -102,7 +102,7 @@ def their_works(vae: Any, pixels: torch.Tensor, latents: torch.Tensor, dtype: to
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build and time; the result as `report.result` makes it."""
     from benchmarks.reference import check_checkout
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
 
     check_least(options, batch=1, rounds=1)
     place = current_device(options.device)
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(row)
     settings = {"device": device_name(options.device), "schedule": options.schedule, "width": options.width}
     settings |= {"tokens_compared_with": rows[0]["variant"], "conv_tf32": torch.backends.cudnn.allow_tf32}
-    command = command_line("python -m benchmarks.tokenizer_gpu", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings | {"failed": failed})
 
 

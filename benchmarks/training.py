@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build and time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, kept_models
     from benchmarks.reference import check_checkout
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
     from tokenizer.model import MultiScaleVQ
     from var.transformer import NextScaleTransformer
 
@@ -200,7 +200,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = rows_of(timed, options.batch, step_flops(configs[0], options.batch), best)
     settings = {"size": size, "schedule": options.schedule, "threads": options.threads, "ceiling_gflop_per_s": best}
     settings["left_out"] = left_out
-    command = command_line("python -m benchmarks.training", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 
 

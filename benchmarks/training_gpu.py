@@ -183,7 +183,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build and time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, random_pipeline
     from benchmarks.reference import check_checkout
-    from evaluation.report import command_line, result
+    from evaluation.report import command_of, result
 
     check_least(options, batch=1, rounds=1, steps=1)
     size, names, device = check_size(options.size), chosen(options), options.device
@@ -211,7 +211,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"size": size, "schedule": options.schedule, "steps": options.steps, "device": device_name(device)}
     settings |= {"ceiling_tflop_per_s": best / 1e12, "step_gflop": step_flops(config, options.batch) / 1e9}
     settings["failed"] = {**failed, **stopped}
-    command = command_line("python -m benchmarks.training_gpu", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     return result(rows, command=command, n=options.rounds, seeds=0, settings=settings)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
 from sample.pipeline import NextScalePipeline
 from sample.state import GenerationState, Hook
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with in_one_line(parser):
         check_least(options, per_tag=1, batch_size=1, seed=0)
         rows = measure(options)
-        command = command_line("python -m benchmarks.true_scales", vars(options), vars(parser.parse_args([])))
+        command = command_of(parser, options)
         content = result(rows, command=command, n=len(TAGS) * options.per_tag, seeds=options.seed)
         write_result(options.out, content)
         print(table(rows, ["true_scales", "overall", *TAGS]))

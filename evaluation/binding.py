@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
 from evaluation.judge import wilson
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import (
     COLOURS,
     COUNT_WORDS,
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += rows_of(name or model, pipeline, n=options.n, seed=options.seed, batch_size=options.batch_size)
         print(table(rows, ["model", "change", "nats", "right"]))
         if options.out is not None:
-            command = command_line("python -m evaluation.binding", vars(options), vars(parser_of().parse_args([])))
+            command = command_of(parser_of(), options)
             settings = {"model_digests": digests}
             write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
             draw(rows, options.out.with_suffix(".png"))

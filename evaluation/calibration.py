@@ -22,7 +22,7 @@ from evaluation.frechet import (
     moments,
 )
 from evaluation.judge import judge_report
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, render
 from evaluation.tokenizer_quality import fresh_scenes
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append({"images": name, **figures(network, images, metadatas)})
             print(table(rows[-1:], ["images", "score", "fd_scenes", "is_scenes"]), end="\n\n")
         if options.out is not None:
-            command = command_line("python -m evaluation.calibration", vars(options), {})
+            command = command_of(parser, options)
             settings = {"bootstrap_resamples": RESAMPLES}
             write_result(options.out, result(rows, command=command, n=options.n, seeds=options.seed, settings=settings))
     return 0

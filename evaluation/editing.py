@@ -21,7 +21,7 @@ from evaluation.command import Parser, check_least, in_one_line
 from evaluation.editing_sheet import Column, editing_sheet
 from evaluation.evaluate import model_name
 from evaluation.judge import Detection, apply_rules, detect, wilson
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
 from sample.edit import RULES
 from sample.images import write_png
@@ -231,8 +231,9 @@ def jobs(pipeline: NextScalePipeline, rules: Sequence[str], best_of: int, call: 
     return rows
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+def parser_of() -> Parser:
+    """The options of the command."""
+    parser = Parser(prog="python -m evaluation.editing", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--n", type=int, default=200, help="edits of each task and rule (200)")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects of a scene and its text (1)")
@@ -244,6 +245,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")
+    return parser
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -274,7 +276,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         write_png(args.out.with_suffix(".png"), editing_sheet(cases[:SHOWN], columns))
         content = result(
             rows,
-            command=command(args),
+            command=command_of(parser_of(), args),
             n=args.n,
             seeds=args.seed,
             settings={"objects": args.objects, "margin_px": MARGIN, **(pipeline.config.sampling or {})},
@@ -284,17 +286,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def command(args: argparse.Namespace) -> str:
-    """The command that makes this result."""
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    return command_line("python -m evaluation.editing", vars(args), vars(parser.parse_args([])))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m evaluation.editing", description=__doc__.splitlines()[0])
-    configure(parser)
+    parser = parser_of()
     args = parser.parse_args(argv)
     with in_one_line(parser):
         run(args)

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from evaluation.command import Parser, check_least, in_one_line
-from evaluation.report import command_line, result, write_result
+from evaluation.report import command_of, result, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, TAGS, Scene, coverage, relations, render, sample_scene
 from evaluation.sheet import verdict_sheet
 
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out is not None:
             from sample.images import write_png
 
-            command = command_line("python -m evaluation.judge", vars(options), {})
+            command = command_of(parser, options)
             intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}
             listed = [{"tag": tag, **row, **intervals[tag]} for tag, row in rows.items()]
             write_png(options.out.with_suffix(".png"), examples(options.seed))

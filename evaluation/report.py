@@ -5,6 +5,7 @@ per configuration with plain field names; the 95 % interval of field NAME is `[l
 no finite number is null.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -45,6 +46,11 @@ def command_line(program: str, options: Mapping, defaults: Mapping) -> str:
         else:  # a value like -5,-1 would be taken for an option
             words += [f"{flag}={shlex.quote(text)}"] if text.startswith("-") else [flag, shlex.quote(text)]
     return " ".join(words)
+
+
+def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command that gives a parser these options, by the parser's own name and defaults."""
+    return command_line(parser.prog, vars(options), {name: parser.get_default(name) for name in vars(options)})
 
 
 def _word(value: object) -> str:

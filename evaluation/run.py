@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation.command import Parser, check_least
+from evaluation.command import Parser, check_least, in_one_line
 
 if TYPE_CHECKING:
     from evaluation.distributions import Measure
@@ -283,7 +283,7 @@ class Generation:
     def reduce(self, processes: int) -> None:
         """Take the figures from all shards, print them, write the result of a run of `processes`."""
         from evaluation.judge import score
-        from evaluation.report import command_line, portable, result, table, write_result
+        from evaluation.report import command_of, portable, result, table, write_result
         from evaluation.shards import read_column, read_described, shard_path
 
         seconds = time.perf_counter() - self.started
@@ -309,7 +309,7 @@ class Generation:
             return
         speed = {"images_per_s_of_this_process": round(self.made / seconds, 2)} if self.made else {}
         settings = {**self.settings, **self.measure.settings(), **speed, "processes": processes, "cautions": cautions}
-        command = command_line("accelerate launch -m evaluation.run", vars(self.args), defaults())
+        command = command_of(parser_of(), self.args).replace("python", "accelerate launch", 1)
         write_result(
             self.args.out, result([row], command=command, n=len(columns[0]), seeds=self.args.seed, settings=settings)
         )
@@ -357,27 +357,20 @@ def departures(published: Mapping[str, Any], sampling: Mapping[str, Any]) -> lis
     return lines
 
 
-def defaults() -> dict:
-    """Every option's value when it is not given."""
-    parser = argparse.ArgumentParser()
+def parser_of() -> Parser:
+    """The options of the command."""
+    parser = Parser(prog="python -m evaluation.run")
     configure(parser)
-    return {action.dest: action.default for action in parser._actions}
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0; 2 on a mistake, told in one line; 130 when interrupted."""
-    parser = Parser(prog="python -m evaluation.run")
-    configure(parser)
+    """The command: 0; it exits with 2 after a mistake, told in one line, and with 130 when interrupted."""
+    parser = parser_of()
     args = parser.parse_args(argv)
-    try:
+    with in_one_line(parser, kept="the same command goes on with the finished shards"):
         check(args)
         return run(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluation.run: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nevaluation.run: stopped; the same command goes on with the finished shards", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

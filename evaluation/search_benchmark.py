@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_line, result, table, write_result
+from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 
 BUDGETS = (1, 2, 4, 8)
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict:
     if not scales.exists():
         made = by_scale(pipeline, requests, reward, weaker=noisy, batch_size=options.batch_size)
         write_text(scales, json.dumps(made))
-    command = command_line("python -m evaluation.search_benchmark", vars(options), vars(parser_of().parse_args([])))
+    command = command_of(parser_of(), options)
     content = result(found, command=command, n=len(requests), seeds=options.seed, settings=settings)
     return {**content, "prompts": len(prompts), "reward_by_scale": json.loads(scales.read_text()), "paper": PAPER}
 

@@ -24,6 +24,13 @@ def words(folder: Path, work: Path, *more: str) -> list[str]:
     return [*chosen, "--device", "cpu", "--bootstrap", "3", "--work", str(work), "--out", f"{work}.json", *more]
 
 
+def ended(arguments: list[str]) -> int:
+    """The exit code of a command that does not come to its end."""
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    return stop.value.code
+
+
 def measured(work: Path) -> dict:
     return json.loads(Path(f"{work}.json").read_text())
 
@@ -86,12 +93,12 @@ def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeyp
         make_shard(self, number, sink)
 
     monkeypatch.setattr(run.Generation, "make_shard", dying)
-    assert run.main(words(class_folder, work)) == 130
+    assert ended(words(class_folder, work)) == 130
     assert "goes on with the finished shards" in capsys.readouterr().err and len(shard_paths(work)) == 2
     assert run.main(words(class_folder, work)) == 0
     assert drawn == [0, 1, 2, 2, 3]
     assert measured(work)["rows"] == measured(alone)["rows"]
-    assert run.main(words(class_folder, work, "--temperature", "0.5")) == 2
+    assert ended(words(class_folder, work, "--temperature", "0.5")) == 2
     assert "sampling" in capsys.readouterr().err
 
 
@@ -108,16 +115,16 @@ def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeyp
 )
 def test_mistakes_are_one_line(class_folder, tmp_path, more, said, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert run.main(words(class_folder, tmp_path / "w", *more)) == 2
+    assert ended(words(class_folder, tmp_path / "w", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0]
 
 
 def test_text_models_and_other_sizes_are_refused(text_folder, class_folder, tmp_path, capsys, monkeypatch):
-    assert run.main(words(text_folder, tmp_path / "w")) == 2
+    assert ended(words(text_folder, tmp_path / "w")) == 2
     assert "needs a class model" in capsys.readouterr().err
     monkeypatch.setitem(run.SUITES, "classes", run.Suite(5, 2, 16))
-    assert run.main(words(class_folder, tmp_path / "w")) == 2
+    assert ended(words(class_folder, tmp_path / "w")) == 2
     assert "is of 16x16 images" in capsys.readouterr().err
 
 
@@ -196,7 +203,7 @@ def test_runs_without_a_common_image_are_not_compared(alone, class_folder, tmp_p
 
 def test_settings_that_cannot_be_leave_nothing_behind(class_folder, tmp_path, capsys):
     work, npz = tmp_path / "work", tmp_path / "images.npz"
-    assert run.main(words(class_folder, work, "--npz", str(npz), "--top-p", "7")) == 2
+    assert ended(words(class_folder, work, "--npz", str(npz), "--top-p", "7")) == 2
     assert "top_p" in capsys.readouterr().err and not work.exists() and not list(tmp_path.glob("images*"))
 
 
@@ -233,18 +240,18 @@ def test_a_reference_serves_the_network_it_is_of(tmp_path):
 def test_images_kept_by_another_job_are_not_taken_for_these(alone, class_folder, tmp_path, capsys):
     npz = tmp_path / "x.npz"
     npz.write_bytes(Path(f"{alone}.npz").read_bytes())
-    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2  # nobody knows whose it is
+    assert ended(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2  # nobody knows whose it is
     assert f"{npz} is there, and no {npz}.json says what made it: choose another --npz" in capsys.readouterr().err
     npz.unlink()
     (tmp_path / "x.npz.parts").mkdir()
-    assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2
+    assert ended(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 2
     (tmp_path / "x.npz.parts").rmdir()
     assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 0
     assert run.main(words(class_folder, tmp_path / "w", "--npz", str(npz))) == 0  # the same: goes on
     capsys.readouterr()
     made = npz.read_bytes()
     other = words(class_folder, tmp_path / "other", "--npz", str(npz), "--temperature", "0.3")
-    assert run.main(other) == 2 and npz.read_bytes() == made
+    assert ended(other) == 2 and npz.read_bytes() == made
     assert f"{npz}.json is of images with sampling" in capsys.readouterr().err
 
 
