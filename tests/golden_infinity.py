@@ -77,15 +77,18 @@ def infinity_outputs(golden: Golden) -> Tensors:
 
 
 def load_infinity(golden: Golden) -> NextScaleTransformer:
-    config, constructor = golden.config, golden.config["constructor"]
+    config = golden.config
+    constructor = config.get("fixed_constructor_args", {}) | config["constructor"]
     template = TEMPLATES[nearest_template(constructor.get("h_div_w", 1.0))]
     once = constructor.get("add_lvl_embeding_only_first_block", 1)
+    chunks = constructor.get("block_chunks", 1)
+    every = 1 if chunks == 1 else constructor["depth"] // chunks  # without chunks, the official loop asks at each block
     flags = {
         "schedule": _sides(constructor["scale_schedule"]),
         "rope_grid": config.get("rope_reference_hw") or template.latent_hw,
         "heads": constructor["num_heads"],
         "norm_eps": constructor.get("norm_eps", 1e-6),
-        "level_every": 0 if once else constructor["depth"] // constructor["block_chunks"],
+        "level_every": 0 if once else every,
     }
     return adapters.build(adapters.INFINITY, normalized(golden.weights), **flags).float()
 

@@ -32,6 +32,7 @@ from var.scalekv import observation_window
 from var.transformer import NextScaleTransformer
 
 Tensors = dict[str, torch.Tensor]
+LAST_SCALE = 12  # of Infinity's 13, which the released ScaleKV treats as the one before
 
 
 @dataclass(frozen=True)
@@ -349,16 +350,31 @@ def scalekv_case(golden: Golden, case: dict) -> Tensors:
         keys, values = (torch.cat([old, io[f"{step}.{n}_new"]], dim=2) for old, n in ((keys, "k"), (values, "v")))
         places = torch.cat([places, torch.arange(given, given + tokens).expand(*heads, -1)], dim=2)
         given, S = given + tokens, keys.shape[2]
-        capacity = golden.config["cache_sizes"][k + 2][case["layer_idx"]]
+        capacity = scalekv_capacity(golden.config["cache_sizes"], k, case)
         begun = begun or case["base_capacity"] < S
         chosen = torch.arange(S).expand(*heads, -1)
         if begun and capacity < S:
             chosen, scored = scalekv_choice(golden, case, step, keys, tokens, capacity)
             outputs |= scored
+        begun = begun and k != LAST_SCALE
         keys, values, places = take(keys, chosen), take(values, chosen), places.gather(2, chosen)
         outputs |= {f"{step}.kept_k": keys, f"{step}.kept_v": values}
         outputs |= {f"{step}.kept_idx_in_cat": chosen, f"{step}.kept_global_pos": places}
     return outputs
+
+
+def scalekv_capacity(sizes: list[list[int]], k: int, case: dict) -> int:
+    """Tokens a layer keeps after scale k: the last scale takes the row of the one before, absent layers the base."""
+    row = sizes[min(k + 2 - (k == LAST_SCALE), len(sizes) - 1)]
+    return row[case["layer_idx"]] if case["layer_idx"] < len(row) else case["base_capacity"]
+
+
+def scalekv_window(tokens: int, size: int, S: int) -> torch.Tensor:
+    """Positions of the window among S keys: a square grid over the scale's tokens or, if none fits, the last."""
+    side, grid = isqrt(tokens), isqrt(size)
+    if side**2 != tokens or grid**2 != size or grid > side:
+        return torch.arange(S - min(size, S), S)
+    return torch.tensor(observation_window(side, side, grid)) + S - tokens
 
 
 def scalekv_choice(
@@ -366,12 +382,13 @@ def scalekv_choice(
 ) -> tuple[torch.Tensor, Tensors]:
     """Which tokens stay, and the scores; where the last kept ties with the first dropped, the recorded choice holds if
     its scores are as good."""
-    side, grid = isqrt(tokens), isqrt(case["window_size"])
-    cells = torch.tensor(observation_window(side, side, grid))
-    window, query = cells + keys_BHSd.shape[2] - tokens, golden.io[f"{step}.q"][:, :, cells]
+    S = keys_BHSd.shape[2]
+    window = scalekv_window(tokens, case["window_size"], S)
+    query, capacity = golden.io[f"{step}.q"][:, :, (window - S + tokens).clamp(min=0)], max(capacity, len(window))
     options = {"kernel": case["kernel_size"], "pooling": case["pooling"].removesuffix("pool"), "softmax": False}
     scores = window_scores(query, keys_BHSd, window, scale=query.shape[-1] ** -0.5, **options)
     chosen, free = best_and_window(scores, window, capacity), capacity - len(window)
+    chosen = chosen.clamp(max=S - 1)  # pooling by an even kernel makes one score more
     if free == 0:
         return chosen, {}
     ranked = scores.sort(dim=-1, descending=True).values

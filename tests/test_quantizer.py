@@ -1,5 +1,7 @@
 """The multi-scale residual quantiser: its four verbs agree with each other and with the published rules."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +30,9 @@ def make(schedule, *, vocab_size=32, channels=6, **options):
         (4, 7, [0, 0, 1, 2, 2, 3, 3]),
         (1, 5, [0, 0, 0, 0, 0]),
         (4, 1, [0]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (5, 3, [0, 2, 4]),
+        (5, 7, [0, 0, 1, 2, 3, 4, 4]),
     ],
 )
 def test_the_official_choice_of_phi(num_phis, num_scales, chosen):
@@ -48,6 +53,25 @@ def test_the_verbs_rebuild_what_training_sees(schedule, num_phis, cosine):
     assert inputs.shape == (3, schedule.total - schedule.lengths[0], 6)
     stepwise = [quantizer.next_input(sums[k], k + 1, schedule) for k in range(len(schedule) - 1)]
     assert torch.equal(torch.cat(stepwise, 1), inputs)
+
+
+def test_one_convolution_a_scale_serves_other_schedules():
+    """By the same rule as shared ones: a third scale of three is the last of five."""
+    own, other = ScaleSchedule.of("1,2,3,4,5"), ScaleSchedule.of("2,4,5")
+    quantizer, f = make(own, num_phis=0)
+    for phi in quantizer.phis[1:4:2]:  # which are not asked
+        phi.weight.data.fill_(torch.nan)
+    sums = quantizer.partial_sums(quantizer.encode(f, other), other)
+    assert len(sums) == 3 and sums[-1].isfinite().all()
+    sized, f = make(own, normalize_scales=True)
+    with pytest.raises(ValueError, match="at most 5 scales"):
+        sized.encode(f, ScaleSchedule.of("1,2,3,4,5,5"))
+
+
+def test_arithmetic_stays_float32_whatever_the_weights_are():
+    quantizer, f = make(SQUARE)
+    wanted = copy.deepcopy(quantizer).bfloat16().float().encode(f, SQUARE)
+    assert all(torch.equal(a, b) for a, b in zip(quantizer.bfloat16().encode(f, SQUARE), wanted))
 
 
 def no_noise(schedule, batch=3, channels=6):

@@ -179,12 +179,50 @@ def test_cache_accounting_is_exact():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"width": 30, "heads": 4}, {"conditioning": "sound"}, {"positions": "none"}, {"mask": "full"}]
+    "wrong",
+    [
+        {"width": 30, "heads": 4},
+        {"conditioning": "sound"},
+        {"positions": "none"},
+        {"mask": "full"},
+        {"rope_grid": [4]},
+        {"vocab_size": 1},
+        {"level_every": -1},
+    ],
+    ids=str,
 )
 def test_wrong_sizes_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        model = make(**wrong)
-        model(inputs_for(model), model.condition(prompt_for(model)))
+        make(**wrong)
+
+
+@torch.no_grad()
+def test_a_bridge_may_be_longer_than_the_scales_at_hand():
+    model = make()
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)[:, :4]
+    assert torch.equal(model(x, cond, scales=range(2), layers=[0], bridge=2), model(x, cond, scales=range(2)))
+
+
+@torch.no_grad()
+def test_fewer_scales_of_a_model_keep_its_grid():
+    model = make(positions="rope", rope_grid=[8, 8])
+    cond, x = model.condition(prompt_for(model)), inputs_for(model)
+    own = ScaleSchedule.of(model.config.schedule)
+    assert torch.equal(model(x, cond, schedule=own), model(x, cond))
+    assert torch.equal(model(x[:, :4], cond, schedule=ScaleSchedule.of("1,2")), model(x[:, :4], cond, scales=range(2)))
+
+
+@torch.no_grad()
+def test_the_whole_model_can_be_compiled():
+    torch._dynamo.reset()
+    model = make()
+    cond, x = model.condition(prompt_for(model)), inputs_for(model).split(model.schedule.lengths[1:], dim=1)
+    compiled = torch.compile(model, backend="eager")
+    seen = []
+    for run in (model, compiled):
+        cache = model.new_cache()
+        seen.append([run((None, *x)[k], cond, scales=range(k, k + 1), cache=cache) for k in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
 def test_stochastic_depth_keeps_the_mean_and_drops_whole_branches():

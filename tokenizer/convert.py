@@ -74,6 +74,7 @@ def read_config(
         "latent_channels": latent_channels,
         "vocab_size": vocab_size,
         "schedule": schedule,
+        "quant_conv_kernel": shapes["quant_conv.weight"][-1],
         "phi_ratio": phi_ratio if count else 0.0,
         "num_phis": num_phis,
         "cosine": cosine,

@@ -58,6 +58,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         latent_channels: C, also the width of a code.
         vocab_size: codes in the codebook.
         schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
+        quant_conv_kernel: width of the convolutions before and after the quantiser (VAR's `quant_conv_ks`).
         phi_ratio, num_phis, cosine, beta, normalize_scales: see `MultiScaleQuantizer`.
         norm_groups: groups of every GroupNorm.
         patch: pixels folded into channels before the encoder and unfolded after the decoder (1: none); saves the
@@ -82,6 +83,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         latent_channels: int = 32,
         vocab_size: int = 4096,
         schedule: list[list[int]] | str = "var256",
+        quant_conv_kernel: int = 3,
         phi_ratio: float = 0.5,
         num_phis: int = 4,
         cosine: bool = False,
@@ -95,6 +97,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         entropy: float = 0.0,
     ):
         super().__init__()
+        if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
+            raise ValueError(f"quant_conv_kernel must be odd, got {quant_conv_kernel}")
         if token_patch != 1 and not bitwise:
             raise ValueError(f"token_patch is for bitwise tokens, got token_patch {token_patch} without bitwise")
         vocab_size = 2 if bitwise else vocab_size
@@ -135,8 +139,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
                 channels=latent_channels, patch=token_patch, entropy=entropy, beta=beta
             )
             return
-        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1)
+        same = {"kernel_size": quant_conv_kernel, "padding": quant_conv_kernel // 2}
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, **same)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, **same)
         self.quantizer = MultiScaleQuantizer(
             vocab_size=vocab_size,
             channels=latent_channels,
@@ -205,5 +210,12 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def tokens_to_image(self, ids: list[torch.Tensor], schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """Tokens of all scales to images (B, 3, h, w), clamped to [-1, 1]."""
-        return self.decode(self.quantizer.partial_sums(ids, schedule or self.schedule)[-1]).clamp(-1, 1)
+        """Tokens of all scales to images (B, 3, h, w), clamped to [-1, 1].
+
+        Raises:
+            ValueError: unless there are tokens of every scale.
+        """
+        schedule = schedule or self.schedule
+        if len(ids) != len(schedule):
+            raise ValueError(f"ids must be of the {len(schedule)} scales of {schedule.text}, got {len(ids)} tensors")
+        return self.decode(self.quantizer.partial_sums(ids, schedule)[-1]).clamp(-1, 1)

@@ -46,7 +46,8 @@ class QuantizerOutput:
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
     """Which of `num_phis` shared convolutions serves scale `k`.
 
-    The official rule: the tick nearest to k / (num_scales - 1), ticks spread over [0, 1]. Exact midpoints exist
+    The official rule: the tick nearest to k / (num_scales - 1), ticks spread over [0, 1]. With one convolution
+    per scale that is the scale's own, and for a schedule of fewer or more scales still an answer. Exact midpoints exist
     (10 scales with 4 convolutions), and float64 rounding of this very expression decides them.
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
@@ -79,8 +80,9 @@ class Phi(nn.Conv2d):
         self.ratio = abs(ratio)
 
     def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        return torch.lerp(h_BCHW, super().forward(h_BCHW), self.ratio)
+        """(B, C, H, W) float32 to the same, in whatever dtype the weights are."""
+        convolved = F.conv2d(h_BCHW, self.weight.float(), self.bias.float(), padding=1)
+        return torch.lerp(h_BCHW, convolved, self.ratio)
 
 
 class PyramidQuantizer(nn.Module):
@@ -150,7 +152,6 @@ class MultiScaleQuantizer(PyramidQuantizer):
         if vocab_size < 2:
             raise ValueError(f"vocab_size must be 2 or more, got {vocab_size}")
         self.vocab_size, self.channels, self.cosine, self.beta = vocab_size, channels, cosine, beta
-        self.num_phis = num_phis
         self.normalize_scales = normalize_scales
         if normalize_scales:
             self.register_buffer("scale_rms_K", torch.ones(num_scales))
@@ -254,8 +255,16 @@ class MultiScaleQuantizer(PyramidQuantizer):
         return QuantizerOutput(straight_through, loss / len(schedule), ids, residuals)
 
     def gain(self, k: int) -> torch.Tensor | float:
-        """What the codes of scale k are multiplied by: 1 unless `normalize_scales`."""
-        return self.scale_rms_K[k] if self.normalize_scales else 1.0
+        """What the codes of scale k are multiplied by: 1 unless `normalize_scales`.
+
+        Raises:
+            ValueError: with `normalize_scales`, for a scale beyond those of the model's own schedule.
+        """
+        if not self.normalize_scales:
+            return 1.0
+        if k >= len(self.scale_rms_K):
+            raise ValueError(f"schedule must have at most {len(self.scale_rms_K)} scales, whose sizes were measured")
+        return self.scale_rms_K[k]
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
@@ -281,5 +290,4 @@ class MultiScaleQuantizer(PyramidQuantizer):
             code_BChw = enlarge(code_BChw, schedule.latent_hw)
         if not self.phis:
             return code_BChw
-        phi = self.phis[phi_index(len(self.phis), k, len(schedule))] if self.num_phis else self.phis[k]
-        return phi(code_BChw)
+        return self.phis[phi_index(len(self.phis), k, len(schedule))](code_BChw)

@@ -112,11 +112,7 @@ class ClassConditioner(nn.Module):
         return ClassPrompt(torch.full_like(prompt.classes_B, self.num_classes))
 
     def forward(self, prompt: ClassPrompt) -> tuple[torch.Tensor, None, None]:
-        """The condition (B, D); classes have no memory.
-
-        Raises:
-            ValueError: if a class is not in [0, num_classes].
-        """
+        """The condition (B, D) of classes in [0, num_classes]; classes have no memory."""
         return self.embedding(prompt.classes_B), None, None
 
 
@@ -146,12 +142,13 @@ class TextConditioner(nn.Module):
         text_width: width of the text encoder's states, E.
         max_length: text tokens the null text is learned for.
         pool_heads: heads of the attentive pooling.
+        norm_eps: of the text's norm; the null text is so short that it matters.
     """
 
-    def __init__(self, text_width: int, width: int, *, max_length: int, pool_heads: int):
+    def __init__(self, text_width: int, width: int, *, max_length: int, pool_heads: int, norm_eps: float = 1e-6):
         super().__init__()
         self.null_text_TE = nn.Parameter(torch.empty(max_length, text_width))
-        self.norm = nn.RMSNorm(text_width, eps=1e-6)
+        self.norm = nn.RMSNorm(text_width, eps=norm_eps)
         self.pool = TextPool(text_width, width, pool_heads)
         self.memory = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
 

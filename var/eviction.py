@@ -151,7 +151,7 @@ class SnapKVCache(EvictingCache):
 
     def __init__(self, budgets: Budgets, schedule: ScaleSchedule, *, window: int = 16, kernel: int = 5):
         super().__init__(budgets, schedule)
-        self.window, self.kernel = window, kernel
+        self.window, self.kernel = window, check_kernel(kernel)
 
     def keep(
         self, layer: int, k: int, q_BHld: torch.Tensor, keys_BHSd: torch.Tensor, budget: int, scale: float
@@ -162,6 +162,17 @@ class SnapKVCache(EvictingCache):
         window = torch.arange(S - size, S, device=keys_BHSd.device)
         scores = window_scores(q_BHld[:, :, -size:], keys_BHSd, window, scale=scale, kernel=self.kernel)
         return best_and_window(scores, window, budget)
+
+
+def check_kernel(kernel: int) -> int:
+    """The width of a pooling that has a middle.
+
+    Raises:
+        ValueError: if it is even, or below 1.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, so that every token has a score; got {kernel}")
+    return kernel
 
 
 def window_scores(

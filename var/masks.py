@@ -46,6 +46,7 @@ class Groups:
 Mask: TypeAlias = "torch.Tensor | BlockMask | Groups"
 
 
+@torch.compiler.disable  # scales are numbers here, not symbols; a mask is made once and kept
 def attention_mask(
     schedule: ScaleSchedule,
     scales: range,

@@ -14,7 +14,7 @@ import torch
 
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache, Pair
-from var.eviction import Budgets, EvictingCache, best_and_window, history_share, window_scores
+from var.eviction import Budgets, EvictingCache, best_and_window, check_kernel, history_share, window_scores
 
 Index = Sequence[Sequence[float]]
 
@@ -150,7 +150,7 @@ class ScaleKVCache(EvictingCache):
         super().__init__(budgets, schedule)
         smallest = smallest_budget(budgets, schedule)
         fitting = [side for side in (4, 3, 2) if 2 * side**2 <= smallest]
-        self.window, self.kernel = window or next(iter(fitting), 1), kernel
+        self.window, self.kernel = window or next(iter(fitting), 1), check_kernel(kernel)
         if self.window**2 > smallest:
             raise ValueError(
                 f"cache keeps {smallest} tokens in some layer, fewer than its window of {self.window}x{self.window}"

@@ -22,7 +22,7 @@ from var.cache import KVCache
 from var.conditioning import ClassConditioner, Conditioning, Prompt, TextConditioner
 from var.heads import BitwiseHead, CategoricalHead
 from var.layers import AdaLinear, Block, rope_table
-from var.masks import attention_mask
+from var.masks import PREDICATES, Mask, attention_mask
 
 
 class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -47,7 +47,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_heads: heads of the text's attentive pooling; `heads` when None.
         cross_gate: first value of a learned gate on cross-attention; None for no gate.
         rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
-        norm_eps: of the layer norms of blocks and head.
+        norm_eps: of the layer norms of blocks and head, and of the text's.
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
     """
 
@@ -89,6 +89,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if depth < 1 or width < 1 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
             given = f"{depth}, {width}, {mlp_ratio} and {drop_path}"
             raise ValueError(f"depth and width must be 1 or more, mlp_ratio above 0, drop_path in [0, 1): got {given}")
+        if vocab_size < 2 or level_every < 0:
+            raise ValueError(f"vocab_size must be 2 or more, level_every 0 or more: got {vocab_size} and {level_every}")
+        if rope_grid is not None and (len(rope_grid) != 2 or min(rope_grid) < 1):
+            raise ValueError(f"rope_grid must be (height, width) of 1 or more, got {rope_grid}")
+        if mask not in PREDICATES:
+            raise ValueError(f"mask must be one of {', '.join(PREDICATES)}, got {mask!r}")
         _check_sizes(width, heads, pool_heads or heads, conditioning=conditioning, positions=positions)
         vocab_size = 2 if bitwise else vocab_size
         given = ScaleSchedule.of(schedule)
@@ -101,7 +107,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.conditioner = ClassConditioner(num_classes, width)
         else:
             self.conditioner = TextConditioner(
-                text_width, width, max_length=text_length, pool_heads=pool_heads or heads
+                text_width, width, max_length=text_length, pool_heads=pool_heads or heads, norm_eps=norm_eps
             )
 
         first = self.schedule.lengths[0]
@@ -186,7 +192,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope = self._rope(schedule, scales, h.device)
         if not 0 <= bridge < len(schedule) or (bridge and scales.start > 0):
             raise ValueError(f"bridge must be in [0, {len(schedule)}), and 0 unless scales begin at 0; got {bridge}")
-        begin, short = schedule.begins[scales.start], schedule.begins[bridge]
+        bridge = min(bridge, scales.stop)
+        begin, short = schedule.begins[scales.start], schedule.ends[bridge - 1] if bridge else 0
         if short:
             short_mask = attention_mask(
                 schedule, range(bridge), h.device, kind=self.config.mask, backend=attention_backend
@@ -196,22 +203,35 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for i, block in enumerate(self.blocks):
             if every and i and i % every == 0:
                 h = h + self._levels(schedule, scales)
-            skipped = layers is not None and i not in layers
-            if short or not skipped:
-                memory = cond.memory[i] if cond.memory else None
-                where = (short_mask, short_rope) if skipped else (mask, rope)
-                fed = h[:, :short] if skipped else h
-                arguments = (fed, cond.blocks[i], memory, cond.memory_mask_B11T, *where, cache, i, begin)
-                arguments += (block.draw_kept(fed),)
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    out = self._gradient_checkpointing_func(block, *arguments)
-                else:
-                    out = block(*arguments)
-                out = out.to(h.dtype)  # of a half stream: a gate in float32 would end it
-                h = torch.cat([out, h[:, short:]], dim=1) if skipped else out
+            if layers is None or i in layers:
+                h = self._run(block, h, cond, i, mask, rope, cache, begin)
+            elif short:
+                first = self._run(block, h[:, :short], cond, i, short_mask, short_rope, cache, begin)
+                h = torch.cat([first, h[:, short:]], dim=1)
             if after and i in after:  # of skipped blocks as well: guidance does not go with a subnet
                 h = after[i](h)
         return h
+
+    def _run(
+        self,
+        block: Block,
+        h_BlD: torch.Tensor,
+        cond: Conditioning,
+        layer: int,
+        mask: Mask | None,
+        rope: torch.Tensor | None,
+        cache: KVCache | None,
+        begin: int,
+    ) -> torch.Tensor:
+        """One block: (B, l, D) to the same, its inner states thrown away and computed again if that is asked for."""
+        memory = cond.memory[layer] if cond.memory else None
+        arguments = (h_BlD, cond.blocks[layer], memory, cond.memory_mask_B11T, mask, rope, cache, layer, begin)
+        arguments += (block.draw_kept(h_BlD),)
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            out_BlD = self._gradient_checkpointing_func(block, *arguments)
+        else:
+            out_BlD = block(*arguments)
+        return out_BlD.to(h_BlD.dtype)  # of a half stream: a gate in float32 would end it
 
     def logits(self, hidden_BlD: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Logits (B, l, V) or, bitwise, (B, l, n, 2); float32."""
@@ -224,12 +244,17 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def check_schedule(self, schedule: ScaleSchedule | None) -> ScaleSchedule:
         """`schedule` if this model can work on it, its own when None.
 
+        One without a grid keeps the model's where it is the model's own scales, or fewer of them; else its last scale
+        is the grid.
+
         Raises:
             ValueError: if positions are learned for one schedule or measured on another grid, the first scales differ
                 in tokens, or there are more scales than levels.
         """
         if schedule is None or schedule == self.schedule:
             return self.schedule
+        if schedule.grid is None and schedule.sides == self.schedule.sides[: len(schedule)]:
+            schedule = replace(schedule, grid=self.schedule.grid)  # fewer of its own scales, which have their places
         if self.position_1LD is not None:
             raise ValueError(f"schedule {schedule.text} needs rotary positions; this model learned those of its own")
         if self.schedule.grid is None and schedule.grid not in (None, self.schedule.latent_hw):
