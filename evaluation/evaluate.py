@@ -34,7 +34,7 @@ from sample.images import (
     write_png,
     write_text,
 )
-from sample.load import load_pipeline, model_digest, model_folder
+from sample.load import load_pipeline, made_by, model_folder
 from sample.plans_cli import call_settings, how_options
 from sample.processes import process_group
 
@@ -183,14 +183,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     if pipeline.by_class:
         raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
     call = call_settings(args)
-    settings = {
-        "model_digest": model_digest(model),
-        **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        **({"fast": args.fast} if args.fast == "off" else {}),
-        **(pipeline.config.sampling or {}),
-        **call,
-    }
+    settings = made_by(pipeline, model, refiner, **call) | ({"fast": args.fast} if args.fast == "off" else {})
     per_prompt = args.n or (4 if args.suite == "geneval" else 1)
     metadatas = suite_prompts(args)
     prompts = [metadata["prompt"] for metadata in metadatas]

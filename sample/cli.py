@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     prompts, metadata = read_prompts(args)
-    check_out(args.out)
+    check_out(args.out, npz=True)
     to_npz = args.out.suffix == ".npz"
     if to_npz and args.show_scales:
         raise ValueError("--show-scales needs a folder to write to, and --out is an npz file")
@@ -125,24 +125,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--show-scales goes with no --search, and --show-search with neither --prompts nor npz files")
     per_prompt = images_of_each(args)
 
-    from diffusers.utils.logging import disable_progress_bar
-
     from sample.accounting import Ledger
-    from sample.fast import keep_freed_memory
     from sample.images import check_place, image_stream, make_requests, process_share
-    from sample.load import load_pipeline, model_folder
-    from sample.processes import process_group
 
     check_place("--out", args.out, folder=not to_npz)
-    process_group(args.device)
-    folder = model_folder(args.model)  # once: a training run may export a newer one while we work
-    refiner = how_options(args).get("refiner")
-    places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    pipeline = load_pipeline(folder, **places, refiner=refiner, fast=args.fast, offload=args.offload)
-    if pipeline.accelerated is not None:
-        keep_freed_memory()
-    pipeline.set_progress_bar_config(disable=True)
-    disable_progress_bar()
+    folder, pipeline = open_model(args)
     if prompts is None:
         prompts = read_classes(args.classes, pipeline)
     if args.model == "scenes":
@@ -180,10 +167,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_out(out: Path) -> None:
+def open_model(args: argparse.Namespace) -> tuple[Path, NextScalePipeline]:
+    """The folder of the options' model, and its pipeline, where and as they say.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is none.
+    """
+    from sample.fast import keep_freed_memory
+    from sample.load import load_pipeline, model_folder
+    from sample.processes import process_group
+
+    process_group(args.device)
+    folder = model_folder(args.model)  # once: a training run may export a newer one while we work
+    places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
+    places |= {"fast": args.fast, "offload": args.offload}
+    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"))
+    if pipeline.accelerated is not None:
+        keep_freed_memory()
+    pipeline.set_progress_bar_config(disable=True)
+    return folder, pipeline
+
+
+def check_out(out: Path, *, npz: bool) -> None:
     """Raise ValueError if --out looks like a file that is not made: it would become a folder of that name."""
-    if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".npz") and out.suffix != ".npz" and not out.is_dir():
-        raise ValueError(f"--out must be a folder, or FILE.npz, got {out}")
+    is_file = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".npz") and not out.is_dir()
+    if is_file and not (npz and out.suffix == ".npz"):
+        raise ValueError(f"--out must be a folder{', or FILE.npz' if npz else ''}, got {out}")
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[str, Any]] | None]:
@@ -203,14 +212,11 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
     piped = str(args.prompts) == "-" or args.prompts.is_fifo()
     if piped and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"--prompts {args.prompts} can be read by one process only: give a file to several")
-    if str(args.prompts) == "-":
-        text = sys.stdin.read()
-    elif args.prompts.exists() and not args.prompts.is_dir():  # a pipe will do
-        from sample.images import read_text
-
-        text = read_text("--prompts", args.prompts)
-    else:
+    if str(args.prompts) != "-" and (not args.prompts.exists() or args.prompts.is_dir()):  # a pipe will do
         raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
+    from sample.images import read_text
+
+    text = read_text("--prompts", args.prompts)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
@@ -298,20 +304,11 @@ def make_sink(
 ) -> tuple[Sink, Job]:
     """Where the images go, and what must not change between the runs of one job."""
     from sample.images import GenEvalTree, Job, NpzFile, PngFolder, metadata_digest, requests_digest
-    from sample.load import model_digest
+    from sample.load import made_by
 
-    own = pipeline.config.sampling or {}
-    settings = {
-        "model": str(args.model),
-        "model_digest": model_digest(folder),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        **own,
-        **call_options(args),
-        **search_settings(args),
-    }
     refiner = how_options(args).get("refiner")
-    if refiner is not None:
-        settings["refiner_digest"] = model_digest(refiner)
+    settings = {"model": str(args.model), **made_by(pipeline, folder, refiner, **call_options(args))}
+    settings |= search_settings(args)
     informal = ("model",)  # a folder may have moved
     if args.out.suffix == ".npz":
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}

@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
-from sample.pixels import to_eight_bits, to_rgb
+from sample.pixels import CorruptImage, to_eight_bits, to_rgb
 from sample.state import GenerationState, Hook
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
@@ -157,6 +157,11 @@ class Canvas:
         repaint_1hw = torch.tensor(self.repaint_hw[top:bottom, left:right])[None]
         return F.adaptive_max_pool2d(repaint_1hw, latent_hw)[0] < 0.5
 
+    def repaint(self, model_hw: tuple[int, int]) -> torch.Tensor:
+        """How far each pixel that the model draws is repainted, (1, h, w) in [0, 1]."""
+        left, top, right, bottom = self.window
+        return _resize(torch.tensor(self.repaint_hw[top:bottom, left:right])[None], model_hw).clamp(0, 1)
+
     def paste(self, made_3hw: torch.Tensor) -> np.ndarray:
         """The picture with the window of `made_3hw`, in [0, 1], where it is repainted: (h, w, 3) float32 in [0, 1].
 
@@ -222,7 +227,13 @@ def _read_image(image: Picture) -> np.ndarray:
 
 
 def grey(mask: Image.Image) -> Image.Image:
-    """A mask in 8 bits; one of 16 is scaled, unless its levels are those of 8."""
+    """A mask in 8 bits; one of 16 is scaled, unless its levels are those of 8.
+
+    Raises:
+        ValueError: for float levels, whose range no file states.
+    """
+    if mask.mode == "F":
+        raise CorruptImage("float levels have no stated range; save the mask as 8 or 16 bits")
     if mask.mode.startswith("I") and np.asarray(mask).max() > 255:
         mask = to_eight_bits(mask)
     return mask.convert("L")

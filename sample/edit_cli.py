@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sample.cli import add_sampling, call_options, check_out, of_all_processes, plan_of_call, read_classes, write_trees
+from sample.cli import (
+    add_sampling,
+    call_options,
+    check_out,
+    of_all_processes,
+    open_model,
+    plan_of_call,
+    read_classes,
+    write_all,
+    write_trees,
+)
 from sample.plans_cli import how_options
 from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sample.images import Job, PngFolder, Request
-    from sample.pipeline import NextScaleOutput, NextScalePipeline
+    from sample.images import PngFolder, Request
+    from sample.pipeline import NextScalePipeline
 
 EXAMPLES = """examples:
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --n 4 --out edits/
@@ -72,60 +84,42 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
-    check_out(args.out)
+    check_out(args.out, npz=False)
     image, mask = read_pictures(args)
     count = images_of_each(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
     from sample.accounting import Ledger
-    from sample.fast import keep_freed_memory
-    from sample.images import Job, PngFolder, check_place, make_requests, process_share
-    from sample.load import load_pipeline, model_digest, model_folder
-    from sample.processes import process_group
+    from sample.images import Job, PngFolder, check_place, image_stream, make_requests, process_share
+    from sample.load import made_by
 
     check_place("--out", args.out, folder=True)
-    process_group(args.device)
-    folder = model_folder(args.model)
-    places = {"dtype": args.dtype, "device": args.device, "text_device": args.text_device}
-    places |= {"fast": args.fast, "offload": args.offload}
-    pipeline = load_pipeline(folder, **places, refiner=how_options(args).get("refiner"))
-    if pipeline.accelerated is not None:
-        keep_freed_memory()
-    pipeline.set_progress_bar_config(disable=True)
+    folder, pipeline = open_model(args)
     prompt = read_prompt(args, pipeline)
     call = call_options(args)
     plan = plan_of_call(args, pipeline, call)
-    settings = {
-        "model": str(args.model),
-        "model_digest": model_digest(folder),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "image": digest(image),
-        "mask": digest(mask),
-        "mask_rule": args.mask_rule,
-        **(pipeline.config.sampling or {}),
-        **call,
-        **search_settings(args),
-    }
-    refiner = how_options(args).get("refiner")
-    if refiner is not None:
-        settings["refiner_digest"] = model_digest(refiner)
+    settings = {"image": digest(image), "mask": digest(mask), "mask_rule": args.mask_rule, **search_settings(args)}
+    settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     informal = ("model",)  # a folder may have moved
     sink = PngFolder(args.out, settings, informal=informal, trees=args.show_search)
     job = Job(args.out / "settings.json", settings, informal)
     job.check()
-    todo = sink.missing(process_share(requests))
+    mine = process_share(requests)
+    todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
     search, ledger = make_search(args, pipeline, [prompt], plan), Ledger()
     call |= {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search}
-    call |= {"hooks": () if search is None else (ledger,)}
+    call |= {"hooks": () if search is None else (ledger,), "on_output": lambda *made: write_trees(args, sink, *made)}
+    stream = image_stream(pipeline, todo, batch_size=args.batch_size, **call)
     try:
-        draw_all(args, pipeline, todo, sink, job, call)
+        write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
     except KeyboardInterrupt:
         done = len(requests) - len(sink.missing(requests))
         print(
-            f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command goes on", file=sys.stderr
+            f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command continues",
+            file=sys.stderr,
         )
         return 130
     code = finish(sink, requests, image, mask, done=there)
@@ -169,7 +163,7 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
     if sum(given) != 1:
         how = "--mask FILE, or --box X0,Y0,X1,Y1, or --extend LEFT,TOP,RIGHT,BOTTOM"
         raise ValueError(f"say where to repaint{', in one way only' if any(given) else ''}: {how}")
-    image = to_rgb(open_picture(args.image, "image"))
+    image = in_eight_bits(to_rgb, args.image, "image")
     if args.extend is not None:
         from sample.edit import extend
 
@@ -178,12 +172,22 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
     elif args.mask is not None:
         from sample.edit import grey
 
-        mask = grey(open_picture(args.mask, "--mask"))
+        mask = in_eight_bits(grey, args.mask, "--mask")
         mask = mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
     else:
         mask = box_mask(image.size, [four_numbers("--box", box) for box in args.box])
     mask = ImageOps.invert(mask) if args.invert else mask
     return image, feathered(mask, args.feather)
+
+
+def in_eight_bits(convert: Callable[[Image.Image], Image.Image], path: Path, name: str) -> Image.Image:
+    """A picture file as `convert` makes it; raises ValueError, naming it, for levels of no stated range."""
+    from sample.pixels import CorruptImage
+
+    try:
+        return convert(open_picture(path, name))
+    except CorruptImage as error:
+        raise ValueError(f"{name} {path}: {error}") from None
 
 
 def open_picture(path: Path, name: str) -> Image.Image:
@@ -199,8 +203,9 @@ def open_picture(path: Path, name: str) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} {path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # Pillow's plug-ins raise what they like
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{name} {path} cannot be read as a picture: {reason[0]}") from None
 
 
 def four_numbers(name: str, text: str) -> tuple[int, int, int, int]:
@@ -234,14 +239,14 @@ def feathered(mask: Image.Image, pixels: float) -> Image.Image:
     """The mask with a soft edge that reaches `pixels` into the kept part; all that was white stays white.
 
     Raises:
-        ValueError: if `pixels` is negative.
+        ValueError: if `pixels` is negative or infinite.
     """
     import numpy as np
     from PIL import Image
     from scipy.ndimage import distance_transform_edt
 
-    if not pixels >= 0:
-        raise ValueError(f"--feather must be 0 or more pixels, got {pixels:g}")
+    if not 0 <= pixels < math.inf:
+        raise ValueError(f"--feather must be a number of pixels, 0 or more, got {pixels:g}")
     levels = np.asarray(mask)
     if pixels == 0 or not (levels >= 128).any():
         return mask
@@ -252,28 +257,6 @@ def feathered(mask: Image.Image, pixels: float) -> Image.Image:
 def digest(picture: Image.Image) -> str:
     """Twelve hexadecimal digits that change with any pixel."""
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
-
-
-def draw_all(
-    args: argparse.Namespace,
-    pipeline: NextScalePipeline,
-    requests: list[Request],
-    sink: PngFolder,
-    job: Job,
-    call: dict[str, Any],
-) -> None:
-    """Make and write the edits, under a progress bar. The job's settings go first."""
-    from tqdm import tqdm
-
-    from sample.images import image_stream
-
-    def made(batch: list[Request], output: NextScaleOutput) -> None:
-        job.save()
-        write_trees(args, sink, batch, output)
-
-    stream = image_stream(pipeline, requests, batch_size=args.batch_size, on_output=made, **call)
-    for request, picture in tqdm(stream, total=len(requests), unit="image", disable=None):
-        sink.write(request, picture)
 
 
 def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> int:

@@ -41,6 +41,9 @@ class Guidance:
             if not 0 <= weight <= LARGEST:
                 raise ValueError(f"guidance must be in [0, {LARGEST}], 0 being none, got {weight}")
 
+        if not all(isinstance(block, int) for block in self.blocks):
+            raise TypeError(f"guidance blocks must be whole numbers, -1 being the last block, got {self.blocks!r}")
+
     def weight(self, k: int, num_scales: int) -> float:
         """t of scale k."""
         if isinstance(self.scale, Sequence):

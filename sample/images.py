@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from sample.draw import check_seeds
 from sample.state import GenerationState, Hook
 
 if TYPE_CHECKING:
@@ -58,7 +61,12 @@ def make_requests(
     seed: int = 0,
     metadata: Sequence[dict[str, Any]] | None = None,
 ) -> list[Request]:
-    """`per_prompt` images of each prompt; image i of them all gets seed + i, as in one call of the pipeline."""
+    """`per_prompt` images of each prompt; image i of them all gets seed + i, as in one call of the pipeline.
+
+    Raises:
+        ValueError: if a seed is not in [0, 2**63).
+    """
+    check_seeds([seed, seed + max(0, len(prompts) * per_prompt - 1)])
     return [
         Request(prompt, seed + group * per_prompt + place, group, place, metadata[group] if metadata else None)
         for group, prompt in enumerate(prompts)
@@ -107,12 +115,11 @@ def image_stream(
         )
         if on_output is not None:
             on_output(list(batch), output)
-        if history is None:
-            check_finite(batch, output.images)
-            yield from zip(batch, to_uint8(output.images))
-        else:
-            scales = [to_uint8(pipeline.decode(f_hat, "np")) for f_hat in history.f_hats]
-            yield from zip(batch, np.stack(scales, axis=1))
+        scales = [output.images] if history is None else [pipeline.decode(f_hat, "np") for f_hat in history.f_hats]
+        for images in scales:
+            check_finite(batch, images)
+        pictures = np.stack([to_uint8(images) for images in scales], axis=1)
+        yield from zip(batch, pictures if every_scale else pictures[:, 0])
 
 
 def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:
@@ -433,7 +440,7 @@ def check_place(name: str, path: str | Path, *, folder: bool) -> None:
     """Whether argument `name` can become a folder, or a file: before long work, not after it.
 
     Raises:
-        ValueError: if a file stands where a folder must be, or the other way round.
+        ValueError: if a file stands where a folder must be, or the other way round; or nothing can be written there.
     """
     path = Path(path)
     if not folder and path.is_dir():
@@ -443,16 +450,20 @@ def check_place(name: str, path: str | Path, *, folder: bool) -> None:
     if not there.is_dir():
         where = "a folder" if there == path else "in a folder"
         raise ValueError(f"{name} must be {where}, got {path}: {there} is a file")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{name} must be where files can be made, got {path}: {there}: {error.strerror}") from None
 
 
 def read_text(name: str, path: Path) -> str:
-    """A text file in UTF-8, with or without the mark some programs begin it with.
+    """A text file in UTF-8, with or without the mark some programs begin it with; "-" is the standard input.
 
     Raises:
         ValueError: if it is none, naming it after `name`, what it is to the user.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} {path} must be text in UTF-8: byte {error.start} is none of it") from None
 

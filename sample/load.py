@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 
 from sample.fast import FAST, accelerate, native_bfloat16, supported
 from sample.offload import OFFLOADS, keep_on_cpu
@@ -61,8 +64,7 @@ def load_pipeline(
     precision = resolve_dtype(dtype, place, fastest=fast == "on")
     folder = model_folder(model)
     with silent_loading():
-        whole = (folder / "model_index.json").is_file()
-        pipeline = NextScalePipeline.from_pretrained(folder) if whole else assemble(folder)
+        pipeline = open_folder(folder)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             check_whole(component.eval(), model)
@@ -75,6 +77,30 @@ def load_pipeline(
         return pipeline
     possible = supported(place, precision)
     return accelerate(pipeline, possible if fast == "on" else replace(possible, graphs=False))
+
+
+def open_folder(folder: Path) -> NextScalePipeline:
+    """The pipeline in a folder, float32 and on the CPU.
+
+    Raises:
+        FileNotFoundError: if a part is missing.
+        ValueError: if a file is damaged or does not fit the others.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return assemble(folder)
+    try:
+        named = json.loads(index.read_text(encoding="utf-8")).items()
+        parts = [name for name, kind in named if isinstance(kind, list) and kind[0] is not None]
+    except (ValueError, AttributeError):
+        raise ValueError(f"{index} is no list of a pipeline's parts") from None
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"model folder {str(folder)!r} has no {part}/, which its model_index.json names")
+    try:
+        return NextScalePipeline.from_pretrained(folder)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"model folder {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def check_whole(component: torch.nn.Module, model: str | Path) -> None:
@@ -198,6 +224,18 @@ def model_digest(model: str | Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def made_by(pipeline: NextScalePipeline, folder: Path, refiner: str | Path | None, **call: Any) -> dict[str, Any]:
+    """What decides the images of a model's folder beside prompts and seeds: its digest, dtype and settings.
+
+    Args:
+        refiner: the model that makes the last scales, if it is another one.
+        call: settings of the pipeline's call, over the model's own.
+    """
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    settings = {"model_digest": model_digest(folder), "dtype": dtype, **(pipeline.config.sampling or {}), **call}
+    return settings if refiner is None else {**settings, "refiner_digest": model_digest(refiner)}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

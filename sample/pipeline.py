@@ -26,9 +26,9 @@ from sample.graphs import GraphedSampler
 from sample.guidance import Guidance
 from sample.official import Flags, load_official
 from sample.offload import keep_on_cpu
-from sample.plan import Plan
-from sample.plan_text import PlanConfig, scale_filters
-from sample.search import Found, Search, search_images
+from sample.plan import Plan, scale_filters
+from sample.plan_text import PlanConfig
+from sample.search import Found, Search, Show, search_images
 from sample.state import GenerationState, Hook
 from sample.text import encode_prompts
 from tokenizer.aspects import SIZES, aspect_schedule
@@ -235,7 +235,8 @@ class NextScalePipeline(DiffusionPipeline):
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
-        plan = self.make_plan(plan, **{name: value for name, value in settings.items() if value is not None})
+        plan = self.make_plan(plan, **{name: _listed(value) for name, value in settings.items() if value is not None})
+        num_images_per_prompt = _listed(num_images_per_prompt)
         if image is not None and self.by_class and class_labels is None:
             class_labels = self.transformer.config.num_classes
         condition = self._prompt(prompt, class_labels, num_images_per_prompt)
@@ -246,7 +247,7 @@ class NextScalePipeline(DiffusionPipeline):
         canvases = self._canvases(image, mask_image, len(condition), num_images_per_prompt, plan)
         edit = [self._edit(canvases, plan, mask_rule)] if canvases else []
 
-        seeds = image_seeds(len(condition), seed=seed, generator=generator)
+        seeds = image_seeds(len(condition), seed=_listed(seed), generator=generator)
         with self.progress_bar(total=len(plan.schedule)) as bar:
             call = {"negative": negative, "hooks": (*hooks, *edit, *callback, ProgressHook(bar))}
             if search is None:
@@ -256,6 +257,7 @@ class NextScalePipeline(DiffusionPipeline):
             else:
                 names = condition.classes_B.tolist() if self.by_class else _texts(prompt, num_images_per_prompt)
                 call |= {"search": search, "prompts": names, "decode": self.vqvae.decode}
+                call |= {"show": self._shown(canvases, plan) if canvases else None}
                 made = search_images(plan, self.vqvae.quantizer, condition, seeds, **call)
         images = made.f_hat_BCHW if output_type == "latent" else self._images(made, canvases, output_type)
         self.maybe_free_model_hooks()
@@ -292,6 +294,18 @@ class NextScalePipeline(DiffusionPipeline):
         seen = torch.stack([canvas.seen(self._image_hw(plan)) for canvas in canvases]).to(device)
         keep = torch.stack([canvas.keep(schedule.latent_hw) for canvas in canvases])
         return edit_hook(self.vqvae, seen, keep, schedule, rule)
+
+    def _shown(self, canvases: Sequence[Canvas], plan: Plan) -> Show:
+        """What a search sees of the decoded images: their windows as they will be pasted, of the model's own size."""
+        hw = self._image_hw(plan)
+        seen_B3hw = torch.stack([canvas.seen(hw) for canvas in canvases])
+        repaint_B1hw = torch.stack([canvas.repaint(hw) for canvas in canvases])
+
+        def show(decoded_B3hw: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+            below, share = (x[list(rows)].to(decoded_B3hw) for x in (seen_B3hw, repaint_B1hw))
+            return below.lerp(decoded_B3hw, share)
+
+        return show
 
     def _images(self, made: GenerationState | Found, canvases: Sequence[Canvas], output_type: str) -> Images:
         """The images of a result: pasted into their pictures, as a search saw them, or decoded."""
@@ -405,6 +419,8 @@ class NextScalePipeline(DiffusionPipeline):
             return None
         if self.by_class:
             raise ValueError("negative_prompt is for text models; this model knows classes")
+        if not isinstance(negative, Sequence | TextPrompt):
+            raise TypeError(f"negative_prompt must be a text or a list of texts, got {negative!r}")
         texts = [negative] if isinstance(negative, str) else negative
         if len(texts) not in (1, batch // copies):
             raise ValueError(
@@ -435,15 +451,13 @@ class CallbackHook(Hook):
     """diffusers' `callback_on_step_end` as a hook; a returned f_hat is what the image goes on from.
 
     Raises:
-        ValueError: if it asks for a tensor that does not exist, or returns an f_hat of another shape.
+        ValueError: if it asks for a tensor that does not exist, or returns what is no f_hat of the same shape.
     """
 
     def __init__(self, pipeline: NextScalePipeline, callback: StepCallback, names: Sequence[str]):
-        unknown = [name for name in names if name not in CALLBACK_TENSORS]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be of {', '.join(CALLBACK_TENSORS)}, got {', '.join(unknown)}"
-            )
+        known = ", ".join(CALLBACK_TENSORS)
+        if isinstance(names, str) or not set(names) <= set(CALLBACK_TENSORS):
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of {known}, got {names!r}")
         self.pipeline, self.callback, self.names = pipeline, callback, names
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:
@@ -452,13 +466,16 @@ class CallbackHook(Hook):
         tensors = {"f_hat": state.f_hat_BCHW, "tokens": state.tokens[k]}
         shown = {name: tensors[name] for name in self.names}
         returned = self.callback(self.pipeline, k, schedule.sides[k][0], shown) or {}
-        f_hat = returned.get("f_hat", state.f_hat_BCHW)
-        if f_hat is state.f_hat_BCHW:
+        if not isinstance(returned, dict) or not set(returned) <= set(CALLBACK_TENSORS):
+            given = sorted(returned) if isinstance(returned, dict) else type(returned).__name__
+            raise ValueError(f'callback_on_step_end must return {{"f_hat": tensor}} or nothing, got {given}')
+        if "f_hat" not in returned:
             return
-        if f_hat.shape != state.f_hat_BCHW.shape:
-            expected = tuple(state.f_hat_BCHW.shape)
-            raise ValueError(f"callback_on_step_end must return f_hat of shape {expected}, got {tuple(f_hat.shape)}")
-        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)
+        f_hat, expected = returned["f_hat"], tuple(state.f_hat_BCHW.shape)
+        if not isinstance(f_hat, torch.Tensor) or tuple(f_hat.shape) != expected:
+            given = tuple(f_hat.shape) if isinstance(f_hat, torch.Tensor) else type(f_hat).__name__
+            raise ValueError(f"callback_on_step_end must return f_hat as a tensor of shape {expected}, got {given}")
+        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)  # also one that was changed in place
         if k + 1 < len(schedule):
             state.inputs[-1] = state.quantizer.next_input(state.f_hat_BCHW, k + 1, schedule)
 
@@ -541,6 +558,11 @@ def _texts(prompt: str | Sequence[str] | TextPrompt, copies: int) -> list[str]:
     if isinstance(prompt, TextPrompt):
         raise ValueError("search needs the texts, which its reward reads: give them as prompt, not encoded")
     return [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(copies)]
+
+
+def _listed(value: Any) -> Any:
+    """Arrays, tensors and their scalars as the lists and numbers they hold; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
 
 
 def _repeat(count: int, copies: int) -> torch.Tensor:

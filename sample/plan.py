@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sample.draw import Filter
 from sample.guidance import Guidance
@@ -107,24 +108,20 @@ def plain(
     model: NextScaleTransformer,
     *,
     guidance: float | Sequence[float] | Guidance = 1.5,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 1.0,
     layers: Collection[int] | None = None,
     schedule: ScaleSchedule | None = None,
 ) -> Plan:
-    """One model for all scales: VAR as published; `temperature` may be one a scale, as Infinity's tau."""
+    """One model for all scales: VAR as published; what may be drawn may be given scale by scale, as Infinity's tau."""
     steps = range(len(schedule or model.schedule))
-    per_scale = isinstance(temperature, Sequence)
-    if per_scale and len(temperature) != len(steps):
-        raise ValueError(f"temperature needs one value a scale, {len(steps)}, got {len(temperature)}")
-    filters = [Filter(top_k=top_k, top_p=top_p, temperature=t) for t in (temperature if per_scale else [temperature])]
     stage = Stage(
         model,
         steps,
         layers=layers,
         guidance=guidance if isinstance(guidance, Guidance) else Guidance(guidance),
-        filters=filters if per_scale else filters[0],
+        filters=scale_filters(len(steps), top_k=top_k, top_p=top_p, temperature=temperature),
         schedule=schedule,
     )
     return Plan((stage,))
@@ -154,6 +151,37 @@ def collaborative(
             Stage(refiner, range(handover, K), guidance=shared, filters=refiner_filters or Filter()),
         )
     )
+
+
+def scale_filters(
+    num_scales: int,
+    *,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    temperature_last: bool = False,
+) -> Filter | list[Filter]:
+    """The filter of all scales, or one a scale where any setting is given by scale.
+
+    Raises:
+        ValueError: if a setting has another number of values than there are scales.
+    """
+    given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    lists = {name: value for name, value in given.items() if isinstance(value, Sequence)}
+    if not lists:
+        return Filter(**given, temperature_last=temperature_last)
+    for name, values in lists.items():
+        check_count(name, len(values), num_scales)
+    return [
+        Filter(**{**given, **{name: values[k] for name, values in lists.items()}}, temperature_last=temperature_last)
+        for k in range(num_scales)
+    ]
+
+
+def check_count(name: str, got: int, wanted: int) -> None:
+    """Raise ValueError unless there are as many values as scales."""
+    if got != wanted:
+        raise ValueError(f"{name} must be one for all scales or one for each of {wanted}, got {got}")
 
 
 def _check_stage(stage: Stage, first: Stage) -> None:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sample.draw import Filter
 from sample.guidance import Guidance
-from sample.plan import Plan, Stage
+from sample.plan import Plan, Stage, check_count
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
@@ -97,7 +96,7 @@ class PlanConfig:
         def stage(model: NextScaleTransformer, scales: range, depth: int | None, recompute: bool) -> Stage:
             of_stage = filters or Filter()
             if not isinstance(of_stage, Filter):
-                _check_count("filters", len(of_stage), K)
+                check_count("filters", len(of_stage), K)
                 of_stage = of_stage[scales.start : scales.stop]
             layers = None if depth is None else equidistant(len(model.blocks), depth)
             common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)], "schedule": schedule}
@@ -116,7 +115,7 @@ class PlanConfig:
             return [(range(scales), None)]
         if len(self.depths) == 1:
             return [(range(scales), self.depths[0])]
-        _check_count("depth", len(self.depths), scales)
+        check_count("depth", len(self.depths), scales)
         return runs_of_depth(self.depths)
 
 
@@ -186,33 +185,3 @@ def cache_factory(
 
     make()  # a window beyond the budget is refused here
     return make
-
-
-def scale_filters(
-    num_scales: int,
-    *,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    temperature: float | Sequence[float] = 1.0,
-    temperature_last: bool = False,
-) -> Filter | list[Filter]:
-    """The filter of all scales, or one a scale where any setting is given by scale.
-
-    Raises:
-        ValueError: if a setting has another number of values than there are scales.
-    """
-    given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
-    lists = {name: value for name, value in given.items() if isinstance(value, Sequence)}
-    if not lists:
-        return Filter(**given, temperature_last=temperature_last)
-    for name, values in lists.items():
-        _check_count(name, len(values), num_scales)
-    return [
-        Filter(**{**given, **{name: values[k] for name, values in lists.items()}}, temperature_last=temperature_last)
-        for k in range(num_scales)
-    ]
-
-
-def _check_count(name: str, got: int, wanted: int) -> None:
-    if got != wanted:
-        raise ValueError(f"{name} must be one for all scales or one for each of {wanted}, got {got}")

@@ -123,7 +123,10 @@ class Callback:
     def __call__(self, images_BCHW: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """uint8 (B, 3, h, w) and B prompts to (B,)."""
         images = rearrange(images_BCHW.cpu(), "b c h w -> b h w c").numpy()
-        given = self.function(images, list(prompts))
+        try:
+            given = self.function(images, list(prompts))
+        except Exception as error:
+            raise ValueError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
         try:
             return torch.as_tensor(np.asarray(given), dtype=torch.float32)
         except (TypeError, ValueError):

@@ -82,6 +82,9 @@ DRAWS = {"multinomial": multinomial, "systematic": systematic}
 # --- the settings ----------------------------------------------------------------------------------------------------
 
 
+Show = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """What is searched, and how; see `sample.methods.make_steps` for the published methods.
@@ -132,7 +135,9 @@ class Search:
         if self.decode_batch < 1:
             raise ValueError(f"decode_batch must be 1 or more, got {self.decode_batch}")
         if self.rounds < 1 or (self.rounds > 1 and self.enough is None):
-            raise ValueError(f"rounds must be 1, or more with a score that is `enough`; got {self.rounds}, enough None")
+            raise ValueError(
+                f"rounds must be 1, or more with a score that is `enough`; got {self.rounds}, {self.enough}"
+            )
         needy = [step.how for step in self.steps if step.how in ("resample", "best")]
         if self.reward is None and ((needy and self.candidates > 1) or self.enough is not None):
             for_what = f"choose by {needy[0]}" if needy else "stop early"
@@ -252,6 +257,7 @@ class SearchHook(Hook):
         prompts: of each image.
         decode: latents (rows, C, H, W) to about [-1, 1], (rows, 3, h, w).
         ledger: counts what it calls.
+        show: (decoded (rows, 3, h, w), the number of each row's image) to what is judged of it; all of it when None.
 
     Attributes:
         choices: decisions of each image, in order.
@@ -265,8 +271,9 @@ class SearchHook(Hook):
         prompts: Prompts,
         decode: Callable[[torch.Tensor], torch.Tensor],
         ledger: Ledger,
+        show: Show | None = None,
     ):
-        self.search, self.prompts, self.decode, self.ledger = search, prompts, decode, ledger
+        self.search, self.prompts, self.decode, self.ledger, self.show = search, prompts, decode, ledger, show
         self.choices: list[list[Choice]] = [[] for _ in prompts]
         self.decoded_BCHW: torch.Tensor | None = None
         self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
@@ -291,7 +298,7 @@ class SearchHook(Hook):
         pictured = self.search.pictures and step is not None
         if scored or pictured or (clustered and self.search.features is not None):
             decoded = self.ledger.call("decoder", self._decode, state.f_hat_BCHW)
-            images = to_images(decoded)
+            images = to_images(decoded if self.show is None else self.show(decoded, state.origins))
         if scored:
             self.history.append(self._score(state, images))
         if final and contested and all_alike(state):
@@ -390,6 +397,7 @@ def search_images(
     search: Search,
     prompts: Prompts,
     decode: Callable[[torch.Tensor], torch.Tensor],
+    show: Show | None = None,
     negative: Prompt | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Found:
@@ -399,6 +407,8 @@ def search_images(
         search: what to do; with one candidate this is plain generation, token for token.
         prompts: the text or class of each image, for the reward.
         decode: latents (rows, C, H, W) to images of about [-1, 1], (rows, 3, h, w).
+        show: (such images, the number of each row's image in the request) to what the reward and the features see of
+            them, as images pasted into the pictures that are edited; the images themselves when None.
         hooks: further ones; later rounds take them `of_images` that remain. A `Ledger` among them counts what the
             search costs.
 
@@ -415,7 +425,7 @@ def search_images(
         for attempt in range(search.rounds):
             rows = torch.tensor(todo, device=next(plan.stages[0].model.parameters()).device)
             keys = [derive_seed(seeds[i], attempt, ROUNDS) if attempt else seeds[i] for i in todo]
-            hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger)
+            hook = SearchHook(search, [prompts[i] for i in todo], decode, ledger, show and _renumbered(show, todo))
             unwanted = negative.select(rows) if negative is not None else None
             plugged = [*(other.of_images(todo) for other in hooks), hook]
             state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=plugged)
@@ -429,6 +439,12 @@ def search_images(
     ledger.images = images  # and not once a round
     attempts = [search.rounds if i in todo else row[2] + 1 for i, row in enumerate(best)]
     return _gather(best, ledger, list(seeds), attempts)
+
+
+def _renumbered(show: Show, numbers: Sequence[int]) -> Show:
+    """`show` for some images of a request, counted anew."""
+    numbers = list(numbers)
+    return lambda decoded_BCHW, rows: show(decoded_BCHW, [numbers[row] for row in rows])
 
 
 def _gather(best: list[tuple], ledger: Ledger, seeds: list[int], attempts: list[int]) -> Found:

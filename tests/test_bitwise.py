@@ -188,7 +188,7 @@ def test_schedules_a_model_cannot_work_on_are_refused(model: NextScaleTransforme
         plain(model, schedule=ScaleSchedule.of("2,4"))
     with pytest.raises(ValueError, match=r"guidance blocks must be in -4\.\.3"):
         plain(model, guidance=Guidance(1.0, blocks=(-5,)))
-    with pytest.raises(ValueError, match="temperature needs one value a scale, 3, got 2"):
+    with pytest.raises(ValueError, match="temperature must be one for all scales or one for each of 3, got 2"):
         plain(model, temperature=[1.0, 0.5])
 
 

@@ -1,6 +1,7 @@
 """The `nextscale` command: what it writes, what it keeps, how it fails."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -102,6 +103,27 @@ def test_coarse_to_fine(sample, tmp_path):
     assert Image.open(tmp_path / "two-rings_scales.png").size == (576, 386)
 
 
+@pytest.mark.parametrize("more", [[], ["--show-scales"]])
+def test_pictures_that_are_not_numbers_are_not_written(class_pipeline, tmp_path, capsys, more):
+    broken = copy.deepcopy(class_pipeline)
+    broken.vqvae.decoder.conv_out.weight.data[0, 0, 0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    words = [
+        "sample",
+        "--class",
+        "1",
+        "--device",
+        "cpu",
+        "--model",
+        tmp_path / "model",
+        "--out",
+        tmp_path / "out",
+        *more,
+    ]
+    assert nextscale.main([*map(str, words)]) == 2
+    assert "the image of 1, seed 0, is not finite" in capsys.readouterr().err and not list(tmp_path.glob("out/*.png"))
+
+
 def test_geneval_tree(sample, tmp_path):
     lines = [{"tag": "colors", "include": [], "prompt": prompt} for prompt in PROMPTS]
     prompts = tmp_path / "prompts.jsonl"
@@ -190,6 +212,12 @@ def test_interrupted(sample, tmp_path, monkeypatch):
         (["a star", "--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["a star", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["a star", "--seed", "-5"], "seed must be in [0, 2**63), got -5"),
+        (["a star", "--seed", str(2**63 - 1), "--n", "2"], "seed must be in [0, 2**63), got 9223372036854775808"),
+        (["a star", "--out", "/proc/x"], "--out must be where files can be made, got /proc/x: /proc: "),
+        (
+            ["a star", "--search", "best", "--reward", "json:loads"],
+            "reward json:loads raised TypeError: loads() takes 1",
+        ),
         (["a star", "--dtype", "int4"], "dtype must be one of auto, float32"),
         (["a star", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is not a file"),
@@ -248,7 +276,9 @@ def test_a_wrong_value_is_told_before_that_the_folder_is_of_others(sample, tmp_p
 
 
 def test_prompts_may_be_piped(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("a star\n\na ring\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\n")))
+    assert "--prompts - must be text in UTF-8: byte 2" in sample("--prompts", "-", "--out", tmp_path / "a")[2]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a star\n\na ring\n")))
     assert sample("--prompts", "-", "--out", tmp_path / "a")[0] == 0
     assert len(list((tmp_path / "a").rglob("samples/0000.png"))) == 2
     os.mkfifo(tmp_path / "pipe")

@@ -18,6 +18,7 @@ import nextscale
 from sample.edit import RULES, Canvas, EditHook, edit_hook, extend, kept_tokens
 from sample.methods import Step
 from sample.plan import Plan, Stage, collaborative, plain
+from sample.rewards import Callback
 from sample.search import Search
 from sample.state import Hook
 from tokenizer.schedule import ScaleSchedule
@@ -183,6 +184,24 @@ def test_edits_follow_their_image_when_a_search_moves_it(class_pipeline, at):
         assert np.array_equal(np.asarray(moved.images[row]), np.asarray(wanted.images[origin]))
     copy, kept = np.asarray(moved.images[2]), np.asarray(masks[1]) == 0
     assert np.array_equal(copy[kept], np.asarray(images[1])[kept])
+
+
+def test_a_search_judges_the_pasted_picture(class_pipeline):
+    """Of candidates that differ where the picture stays, the reward sees nothing."""
+    image, mask, seen = picture(1), box_mask(0, 0, 4, 8), []
+
+    def judge(images, prompts):
+        seen.append(images)
+        return images[:, :, :4].mean(axis=(1, 2, 3))
+
+    search = Search(candidates=4, steps=(Step(2, 1, "best"),), reward=Callback(judge), rounds=2, enough=1e5)
+    made = class_pipeline(class_labels=[0, 1], image=image, mask_image=mask, seed=5, search=search)
+    assert [len(images) for images in seen] == [8, 8]
+    kept = np.asarray(mask) == 0
+    for images in seen:
+        assert (images[:, kept] == np.asarray(image)[kept]).all() and len(np.unique(images, axis=0)) > 2
+    for picked, score in zip(made.images, made.search.scores):
+        assert np.asarray(picked)[:, :4].mean() == pytest.approx(score, abs=0.6)  # bytes are cut there, rounded here
 
 
 def test_every_round_of_a_search_edits_the_right_picture(class_pipeline):
@@ -517,7 +536,16 @@ def test_feathering_reaches_into_the_kept_part():
         (["a star", "--box", "4,1,4,4"], "--box 4,1,4,4 must have x0 < x1 and y0 < y1 inside 8x8 pixels"),
         (["a star", "--extend", "0,0,0,0"], "borders must be 0 or more pixels"),
         (["a star", "--mask", "none.png"], "--mask none.png is not a file"),
-        (["a star", "--box", "1,1,4,4", "--feather", "-1"], "--feather must be 0 or more pixels, got -1"),
+        (["a star", "--box", "1,1,4,4", "--feather", "-1"], "--feather must be a number of pixels, 0 or more, got -1"),
+        (
+            ["a star", "--box", "1,1,4,4", "--feather", "inf"],
+            "--feather must be a number of pixels, 0 or more, got inf",
+        ),
+        (["a star", "--box", "1,1,4,4", "--out", "e.npz"], "--out must be a folder, got e.npz"),
+        (
+            ["a star", "--box", "1,1,4,4", "--seed", 2**63 - 1, "--n", 2],
+            "seed must be in [0, 2**63), got 9223372036854775808",
+        ),
         (["a star", "--box", "1,1,4,4", "--n", "0"], "--n must be 1 or more, got 0"),
         (["a star", "--box", "1,1,4,4", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["a star", "--box", "1,1,4,4", "--reward", "scenes"], "--reward needs --search"),
@@ -541,6 +569,11 @@ def test_more_mistakes_on_the_command_line(edit, tmp_path):
     )
     (tmp_path / "broken.png").write_bytes((tmp_path / "in.png").read_bytes()[:50])
     assert "cannot be read as a picture" in edit("a star", "--box", "1,1,4,4", image=tmp_path / "broken.png")[2]
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    assert "cannot be read as a picture" in edit("a star", "--box", "1,1,4,4", image=tmp_path / "bomb.png")[2]
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "mask.tif")
+    message = f"--mask {tmp_path / 'mask.tif'}: float levels have no stated range"
+    assert message in edit("a star", "--mask", tmp_path / "mask.tif")[2] and not (tmp_path / "out").exists()
 
 
 def documented():

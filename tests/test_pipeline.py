@@ -154,6 +154,39 @@ def test_callbacks_see_every_scale_and_may_change_the_image(class_pipeline):
     assert not torch.equal(plain_run.tokens[2], changed.tokens[2])  # later scales read the changed reconstruction
     assert (changed.images - plain_run.images).mean() > 1
 
+    def reset_in_place(pipeline, k, side, tensors):
+        return {"f_hat": tensors["f_hat"].add_(5.0)} if k == 0 else {}
+
+    same = class_pipeline(class_labels=1, seed=3, output_type="latent", callback_on_step_end=reset_in_place)
+    assert all(torch.equal(a, b) for a, b in zip(same.tokens, changed.tokens))
+
+
+def test_numbers_may_come_in_arrays(class_pipeline):
+    listed = {"guidance_scale": [1.0, 2.0, 3.0], "top_k": [5, 4, 3], "seed": [4, 5], "num_images_per_prompt": 2}
+    arrays = {name: np.array(value) for name, value in listed.items()}
+    wanted, found = (class_pipeline(class_labels=1, output_type="pt", **call) for call in (listed, arrays))
+    assert torch.equal(wanted.images, found.images) and wanted.seeds == found.seeds == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "tokenizer"), "has no tokenizer/, which its model_index.json names"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json is no list of a pipeline's parts"),
+        (lambda f: (f / "model_index.json").write_text("{}"), "cannot be loaded: KeyError: '_class_name'"),
+        (lambda f: cut(f / "text_encoder" / "model.safetensors"), "cannot be loaded: SafetensorError"),
+    ],
+)
+def test_damaged_folders_are_named(text_folder, tmp_path, spoil, message):
+    folder = shutil.copytree(text_folder, tmp_path / "model")
+    spoil(folder)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        load_pipeline(folder, device="cpu")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
 
 def test_save_and_load_round_trip(class_pipeline, text_pipeline, class_folder, text_folder):
     for pipeline, folder, what in (
@@ -263,7 +296,20 @@ def test_both_ways_of_loading_bfloat16_agree(text_folder):
     ("options", "message"),
     [
         ({"class_labels": 1, "guidance_scale": "3"}, r"guidance must be a number, .* got '3' \(str\)"),
-        ({"class_labels": 1, "guidance_scale": np.ones(3)}, r"guidance must be a number, .* \(ndarray\)"),
+        ({"class_labels": 1, "guidance_blocks": [1.5]}, r"guidance blocks must be whole numbers, .* got \(1.5,\)"),
+        ({"class_labels": 1, "callback_on_step_end": lambda *_: 3}, "must return .* or nothing, got int"),
+        (
+            {"class_labels": 1, "callback_on_step_end": lambda *_: {"f_hat": 3}},
+            r"must return f_hat as a tensor of shape \(1, 4, 4, 4\), got int",
+        ),
+        (
+            {"class_labels": 1, "callback_on_step_end": lambda *_: {"latents": 3}},
+            r"must return .* or nothing, got \['latents'\]",
+        ),
+        (
+            {"class_labels": 1, "callback_on_step_end": print, "callback_on_step_end_tensor_inputs": "f_hat"},
+            "must be a list of f_hat, tokens, got 'f_hat'",
+        ),
         ({"class_labels": 1, "generator": 5}, "generator must be a torch.Generator, or one an image, got int: 5"),
         ({"class_labels": 1, "guidance_blocks": -1}, "guidance_blocks must be a list of one block or more"),
     ],
@@ -295,7 +341,7 @@ def test_what_is_of_a_wrong_type_is_named(class_pipeline, options, message):
         ({"class_labels": 1, "negative_prompt": "a"}, "negative_prompt is for text models"),
         (
             {"class_labels": 1, "callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latents"]},
-            "callback_on_step_end_tensor_inputs must be of f_hat, tokens, got latents",
+            "callback_on_step_end_tensor_inputs must be a list of f_hat, tokens, got ['latents']",
         ),
     ],
 )

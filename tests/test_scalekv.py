@@ -130,6 +130,15 @@ def keep_of(cache, k, S, budget):
     return cache.keep(0, k, torch.randn(B, H, SCHEDULE.lengths[k], D, generator=generator), keys, budget, 1.0), keys
 
 
+def test_windows_and_poolings_that_cannot_be_are_named():
+    budgets = [[9] * len(SCHEDULE)]
+    with pytest.raises(ValueError, match="window must be 1 or more cells a side, got 0"):
+        ScaleKVCache(budgets, SCHEDULE, window=0)
+    for make in (ScaleKVCache, SnapKVCache):
+        with pytest.raises(ValueError, match=r"kernel must be odd, .* got 4"):
+            make(budgets, SCHEDULE, kernel=4)
+
+
 def test_what_each_policy_keeps():
     k, S, budget = 5, 60, 20  # scale 5 is 6x6: the last 36 of the 60
     assert keep_of(POLICIES["window"](0.3), k, S, budget)[0].tolist() == list(range(40, 60))

@@ -143,13 +143,15 @@ class ScaleKVCache(EvictingCache):
         kernel: width of the pooling over neighbours.
 
     Raises:
-        ValueError: if the window has more cells than a layer may keep.
+        ValueError: if the window is empty, or has more cells than a layer may keep.
     """
 
     def __init__(self, budgets: Budgets, schedule: ScaleSchedule, *, window: int | None = None, kernel: int = 5):
         super().__init__(budgets, schedule)
         smallest = smallest_budget(budgets, schedule)
         fitting = [side for side in (4, 3, 2) if 2 * side**2 <= smallest]
+        if window is not None and window < 1:
+            raise ValueError(f"window must be 1 or more cells a side, got {window}")
         self.window, self.kernel = window or next(iter(fitting), 1), check_kernel(kernel)
         if self.window**2 > smallest:
             raise ValueError(
