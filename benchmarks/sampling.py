@@ -251,10 +251,11 @@ def whole_numbers(name: str, text: str) -> list[int]:
 
 
 def picture(content: dict, path: Path) -> None:
-    """Seconds an image, by stage."""
+    """Time an image, by stage."""
     from benchmarks.speed_picture import draw_sampling
 
-    draw_sampling(content["rows"], path)
+    of, machine = content["settings"], content["hardware"]
+    draw_sampling(content["rows"], path, f"{of['size']}, {of['schedule']}: {machine['cpu']}, {of['threads']} threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -169,13 +169,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def picture(content: dict, path: Path) -> None:
-    """Milliseconds an image."""
-    from benchmarks.speed_picture import draw_sampling_gpu
+    """Time an image, by stage."""
+    from benchmarks.speed_picture import draw_sampling
 
     row, settings = content["rows"][0], content["settings"]
-    draw_sampling_gpu(
-        content["rows"], path, f"{row['size']}, {row['schedule']}: {settings['device']}, {settings['dtype']}"
-    )
+    draw_sampling(content["rows"], path, f"{row['size']}, {row['schedule']}: {settings['device']}, {settings['dtype']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,50 +39,35 @@ def together(batch: int) -> str:
     return f"{batch} images at once" if batch > 1 else "one image"
 
 
-def draw_sampling(rows: Sequence[dict], path: Path) -> None:
-    """Seconds an image by variant and batch, split into stages."""
-    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_s") and name != "images_per_s")
-    stages = [name for name in names if name != "gflop_per_s"]
-    batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(8 * len(batches), 4), layout="constrained")
-    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
-        chosen = [row for row in rows if row["batch"] == batch][::-1]
-        lefts = [0.0] * len(chosen)
-        for stage, colour in zip(stages, COLOURS):
-            widths = [max(0.0, row.get(stage, 0.0)) / batch for row in chosen]
-            axes.barh([CALLED[row["variant"]] for row in chosen], widths, left=lefts, color=colour, label=stage[:-2])
-            lefts = [left + width for left, width in zip(lefts, widths)]
-        for row, left in zip(chosen, lefts):
-            note = ", disturbed" if row["disturbed"] else ""
-            axes.text(
-                left, CALLED[row["variant"]], f" {row['images_per_s']:.3g} images/s{note}", va="center", fontsize=8
-            )
-        axes.set(title=together(batch), xlabel="seconds an image", xlim=(0, 1.5 * max(lefts)))
-    axes.legend(fontsize=8, loc="lower right")
-    save(figure, path)
+STAGES = ("condition_s", "blocks_s", "head_s", "draw_s", "quantiser_s", "decoder_s")
 
 
-def draw_sampling_gpu(rows: Sequence[dict], path: Path, title: str) -> None:
-    """Milliseconds an image by variant and batch, with the ratio to the official code; "kernels" split into stages."""
-    stages = ("blocks_s", "head_s", "draw_s", "quantiser_s", "decoder_s")
+def draw_sampling(rows: Sequence[dict], path: Path, title: str) -> None:
+    """Time an image by variant and batch, split into stages where they were timed; with the ratio to the official code.
+
+    A stage is timed in calls of its own, so where stages add up to more than the whole they are drawn to its scale.
+    """
     batches = list(dict.fromkeys(row["batch"] for row in rows))
-    figure = Figure(figsize=(8.5 * len(batches), 3.6), layout="constrained")
+    figure = Figure(figsize=(8.5 * len(batches), 3.8), layout="constrained")
     figure.suptitle(title)
+    unit, factor = ("s", 1.0) if max(row["seconds"] / row["batch"] for row in rows) > 1 else ("ms", 1e3)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
         chosen = [row for row in rows if row["batch"] == batch][::-1]
+        longest = factor * max(row["seconds"] for row in chosen) / batch
         for row in chosen:
-            name, whole, left = CALLED[row["variant"]], 1e3 * row["seconds"] / batch, 0.0
+            name, whole, left = CALLED[row["variant"]], factor * row["seconds"] / batch, 0.0
             axes.barh(name, whole, color="lightgrey", label="not split" if row is chosen[0] else None)
-            for stage, colour in zip(stages, COLOURS):
-                if stage in row:
-                    width = 1e3 * row[stage] / batch
-                    axes.barh(name, width, left=left, color=colour, label=stage[:-2])
-                    left += width
-            times = f", {row['times_official']:.1f} times official" if "times_official" in row else ""
-            note = f" {whole:.3g} ms: {row['images_per_s']:.3g} images/s{times}"
-            axes.text(max(whole, left), name, note, va="center", fontsize=8)
-        longest = max(1e3 * row["seconds"] / batch for row in chosen)
-        axes.set(title=together(batch), xlabel="milliseconds an image", xlim=(0, 1.9 * longest))
+            parts = [max(0.0, row.get(stage, 0.0)) for stage in STAGES]
+            scale = whole / max(sum(parts), row["seconds"])
+            for stage, part, colour in zip(STAGES, parts, COLOURS):
+                axes.barh(name, scale * part, left=left, color=colour, label=stage[:-2] if row is chosen[0] else None)
+                left += scale * part
+            ratio = row.get("times_official", row.get("times_official_float32"))
+            times = f", {ratio:.2g} times official" if ratio and not row["variant"].startswith("official") else ""
+            times += ", disturbed" if row.get("disturbed") else ""
+            note = f" {whole:.3g} {unit}: {row['images_per_s']:.3g} images/s{times}"
+            axes.text(whole, name, note, va="center", fontsize=8)
+        axes.set(title=together(batch), xlabel=f"{unit} an image", xlim=(0, 1.9 * longest))
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   accelerate launch -m nextscale evaluate --model scenes --suite scenes      the same images, by several processes
 
 FID, IS and KID use Inception features; distances on the scenes network are called fd-scenes and is-scenes.
-The same command again goes on where it stopped; finished images are kept."""
+The same command again continues where it stopped; finished images are kept."""
 
 METRICS = ("fid", "sfid", "is", "kid", "prdc", "fd-dinov2", "cmmd", "clip-score", "fd-scenes", "is-scenes")
 TOKENIZER_METRICS = ("fid", "fd-scenes", "fd-dinov2", "lpips")  # of reconstructions against their originals
@@ -33,9 +33,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     take_negative_lists(parser)
     what = parser.add_argument_group("what to measure (one of)")
     what.add_argument("--model", help="make images: scenes (bundled), a model folder, a training run, or a Hub id")
-    what.add_argument("--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), or an .npz")
+    what.add_argument(
+        "--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), an npz or parquet"
+    )
     what.add_argument("--geneval-results", type=Path, metavar="FILE", help="the JSON lines GenEval's detector writes")
-    what.add_argument("--tokenizer", type=Path, metavar="PATH", help="reconstruct scenes: scenes (bundled) or a folder")
+    what.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="reconstruct scenes or --reference: scenes, a folder",
+    )
 
     how = parser.add_argument_group("how")
     how.add_argument(

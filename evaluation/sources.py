@@ -248,7 +248,9 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not one JSON object: {error}") from None
         if not isinstance(metadata, dict) or not {"tag", "include", "prompt"} <= metadata.keys():
-            raise ValueError(f"{file} must hold GenEval's fields tag, include and prompt")
+            raise ValueError(
+                f"{file} must hold GenEval's fields tag, include and prompt (trees of plain --prompts do not)"
+            )
         there = (file.parent / "samples").glob("[!.]*")  # hidden: what a killed process was writing
         samples = sorted(p for p in there if p.suffix.lower() in EXTENSIONS)
         if not samples:

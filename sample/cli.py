@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,12 @@ EXAMPLES = """examples:
   nextscale sample "two green rings" --n 2 --show-scales
   nextscale sample --prompts prompts.txt --n 4 --out geneval/      a line is a prompt, or one JSON object of GenEval's
   nextscale sample --model runs/cifar10 --class all --n 100 --out samples.npz
-  nextscale sample "a red star" --plan supernet:4 --depth 4 --cache 20%     fast: fewer layers, a smaller cache
+  nextscale sample "a red star" --cache 20%                                 a fifth of the key/value cache
+  nextscale sample --class 3 --model runs/supernet --plan supernet:4 --depth 4      fewer layers from scale 4 on
   nextscale sample "two green rings" --search tts --n 2 --show-search       several candidates, the best goes on
   accelerate launch -m nextscale sample --prompts prompts.txt --out geneval/    the same images, by several processes
 
-The same command again goes on where it stopped; finished images are kept."""
+The same command again continues where it stopped; finished images are kept."""
 
 GRID_LIMIT = 64  # pictures in the overview
 
@@ -60,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, help="the name of the first image; image i gets seed + i (0)")
     what.add_argument("--negative", metavar="TEXT", help="what to steer away from")
 
-    where = add_sampling(parser, out="a folder, or FILE.npz for ADM's format (pictures)")
+    where = add_sampling(parser, out="a folder, or FILE.npz for ADM's format")
     where.add_argument("--show-scales", action="store_true", help="also show each image from coarse to fine")
     add_search_options(parser)
 
@@ -80,7 +82,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     where.add_argument(
         "--model", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
     )
-    where.add_argument("--out", type=Path, default=Path("pictures"), help=out)
+    where.add_argument("--out", type=Path, help=f"{out}; without it pictures, or the next of pictures-2, ... that fits")
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     where.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA, or on a CPU with --fast on"
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """
     prompts, metadata = read_prompts(args)
     check_out(args.out, npz=True)
-    to_npz = args.out.suffix == ".npz"
+    to_npz = args.out is not None and args.out.suffix == ".npz"
     if to_npz and args.show_scales:
         raise ValueError("--show-scales needs a folder to write to, and --out is an npz file")
     if args.search is not None and (args.show_scales or (args.show_search and (to_npz or args.prompts is not None))):
@@ -128,17 +130,18 @@ def run(args: argparse.Namespace) -> int:
     from sample.accounting import Ledger
     from sample.images import check_place, image_stream, make_requests, process_share
 
-    check_place("--out", args.out, folder=not to_npz)
+    if args.out is not None:
+        check_place("--out", args.out, folder=not to_npz)
     folder, pipeline = open_model(args)
     if prompts is None:
         prompts = read_classes(args.classes, pipeline)
-    if args.model == "scenes":
-        tell_unread(prompts)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     call, ledger = call_options(args), Ledger()
     plan = plan_of_call(args, pipeline, call)
-    sink, job = make_sink(args, folder, pipeline, requests)
-    job.check()
+    if args.model == "scenes":
+        tell_unread(prompts)
+        tell_untrained(plan)
+    sink, job = settle(args, lambda: make_sink(args, folder, pipeline, requests))
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
@@ -188,11 +191,31 @@ def open_model(args: argparse.Namespace) -> tuple[Path, NextScalePipeline]:
     return folder, pipeline
 
 
-def check_out(out: Path, *, npz: bool) -> None:
+def check_out(out: Path | None, *, npz: bool) -> None:
     """Raise ValueError if --out looks like a file that is not made: it would become a folder of that name."""
-    is_file = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".npz") and not out.is_dir()
-    if is_file and not (npz and out.suffix == ".npz"):
+    pictures = (".png", ".jpg", ".jpeg", ".webp", ".npz")
+    if out is not None and out.suffix.lower() in pictures and not out.is_dir() and not (npz and out.suffix == ".npz"):
         raise ValueError(f"--out must be a folder{', or FILE.npz' if npz else ''}, got {out}")
+
+
+def settle(args: argparse.Namespace, make: Callable[[], tuple[Any, Job]]) -> tuple[Any, Job]:
+    """The sink and the job that `make` gives for --out; without one that becomes the first default folder that fits.
+
+    Raises:
+        ValueError: if what is in the named folder was made otherwise.
+    """
+    if args.out is not None:
+        sink, job = make()
+        job.check()
+        return sink, job
+    for number in count(1):
+        args.out = Path("pictures" if number == 1 else f"pictures-{number}")
+        sink, job = make()
+        try:
+            job.check()
+        except ValueError:
+            continue
+        return sink, job
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[str, Any]] | None]:
@@ -278,6 +301,19 @@ def tell_unread(prompts: Sequence[str]) -> None:
         print(
             "nextscale: caution: the bundled model draws one to four plain shapes from captions like 'a red star left "
             f"of a ring' or 'three circles'; {unread[0]!r}{more} it does not understand",
+            file=sys.stderr,
+        )
+
+
+def tell_untrained(plan: Plan) -> None:
+    """A line on stderr if the bundled model, which was not trained for it, is to run fewer layers."""
+    from accelerate import PartialState
+
+    fewer = any(len(stage.active) < len(stage.model.blocks) for stage in plan.stages)
+    if fewer and PartialState().is_main_process:
+        print(
+            "nextscale: caution: the bundled model was not trained to run fewer layers, and draws noise then; models "
+            "of supernet training do well (docs/elastic.md)",
             file=sys.stderr,
         )
 

@@ -18,6 +18,7 @@ from sample.cli import (
     open_model,
     plan_of_call,
     read_classes,
+    settle,
     write_all,
     write_trees,
 )
@@ -38,7 +39,7 @@ EXAMPLES = """examples:
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --search best --n 8      the best of 8 edits
 
 White in a mask is repainted, black stays bit by bit, grey is blended. A text says what the whole picture is to show.
-The same command again goes on where it stopped; finished images are kept."""
+The same command again continues where it stopped; finished images are kept."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="corrected",
         help="which tokens are kept, see docs/editing.md (corrected)",
     )
-    add_sampling(parser, out="a folder (pictures)")
+    add_sampling(parser, out="a folder")
     add_search_options(parser)
 
 
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from sample.images import Job, PngFolder, check_place, image_stream, make_requests, process_share
     from sample.load import made_by
 
-    check_place("--out", args.out, folder=True)
+    if args.out is not None:
+        check_place("--out", args.out, folder=True)
     folder, pipeline = open_model(args)
     prompt = read_prompt(args, pipeline)
     call = call_options(args)
@@ -103,9 +105,12 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     informal = ("model",)  # a folder may have moved
-    sink = PngFolder(args.out, settings, informal=informal, trees=args.show_search)
-    job = Job(args.out / "settings.json", settings, informal)
-    job.check()
+
+    def make_sink() -> tuple[PngFolder, Job]:
+        sink = PngFolder(args.out, settings, informal=informal, trees=args.show_search)
+        return sink, Job(args.out / "settings.json", settings, informal)
+
+    sink, job = settle(args, make_sink)
     mine = process_share(requests)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))

@@ -11,13 +11,13 @@ from sample.draw import check_seeds, derive_seed, draw, image_uniforms, smooth_w
 from sample.guidance import mix
 from sample.plan import Plan
 from sample.state import GenerationState, Hook
-from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.quantizer import PyramidQuantizer
 from var.conditioning import Prompt
 
 
 def start(
     plan: Plan,
-    quantizer: MultiScaleQuantizer,
+    quantizer: PyramidQuantizer,
     prompt: Prompt,
     seeds: Sequence[int],
     *,
@@ -48,7 +48,7 @@ def start(
 @torch.no_grad()
 def generate(
     plan: Plan,
-    quantizer: MultiScaleQuantizer,
+    quantizer: PyramidQuantizer,
     prompt: Prompt,
     seeds: Sequence[int],
     *,

@@ -88,7 +88,10 @@ def prompts(pipeline: NextScalePipeline) -> str:
 def sampling(pipeline: NextScalePipeline) -> str:
     """The model's own settings; others are those of a call."""
     own = {name: value for name, value in (pipeline.config.sampling or {}).items() if value is not None}
-    return ", ".join(f"{name} {value}" for name, value in own.items()) or "none of its own"
+    return (
+        ", ".join(f"{name} {value}" for name, value in own.items())
+        or "none of its own (guidance 1.5, growing; all tokens)"
+    )
 
 
 def millions(module: torch.nn.Module) -> str:

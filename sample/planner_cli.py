@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ EXAMPLES = """examples:
   nextscale plan --model scenes --latency 200ms "a red star left of a blue heart"
   nextscale plan --model runs/my-var --memory 6GiB --latency 80ms --device cuda --class all --out plan.png
 
-Without measured quality, a plan is worth the share of the whole model's work that it keeps."""
+Without measured quality, a plan is worth the share of the whole model's work that it keeps. Whether a model was trained
+for fewer layers is not known here."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     runs = [measured_run(pipeline, choice, prompts, args.repeats) for choice in shown]
     print(table(shown, runs))
     print(f"chosen: {words_of(chosen)} --batch-size {chosen.batch}")
+    if chosen.words.depth is not None:
+        print(
+            "caution: a model that was not trained for fewer layers draws noise so (docs/elastic.md)", file=sys.stderr
+        )
     if args.out is not None:
         draw(args.out, choices, front, shown, runs)
         print(f"written: {args.out}")

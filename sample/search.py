@@ -25,7 +25,7 @@ from sample.methods import Step, check_steps
 from sample.plan import Plan
 from sample.rewards import Features, Prompts, Reward, check_scores, to_images
 from sample.state import GenerationState, Hook
-from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.quantizer import PyramidQuantizer
 from var.conditioning import Prompt
 
 CHOICES, ROUNDS = 0x5EA2C4, 0x40D2D5  # apart in the keys of random streams
@@ -390,7 +390,7 @@ class Found:
 
 def search_images(
     plan: Plan,
-    quantizer: MultiScaleQuantizer,
+    quantizer: PyramidQuantizer,
     prompt: Prompt,
     seeds: Sequence[int],
     *,

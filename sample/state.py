@@ -13,7 +13,7 @@ import torch
 
 from sample.draw import derive_seed, image_uniforms
 from sample.plan import Plan, Stage
-from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.quantizer import PyramidQuantizer
 from var.cache import KVCache
 from var.conditioning import Conditioning, Prompt
 
@@ -39,7 +39,7 @@ class GenerationState:
     """
 
     plan: Plan
-    quantizer: MultiScaleQuantizer
+    quantizer: PyramidQuantizer
     prompt: Prompt
     negative: Prompt | None
     seeds: list[int]

@@ -18,8 +18,9 @@ from training_toys import in_processes
 
 import nextscale
 from sample import images
-from sample.cli import tell_unread
+from sample.cli import tell_unread, tell_untrained
 from sample.images import NpzFile, file_stem, grid, make_requests, write_png
+from sample.plan_text import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red star", "a blue heart above a cross", "two rings"]
@@ -148,6 +149,23 @@ def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
     assert capsys.readouterr().err == ""
     tell_unread(["a dog on a sofa", "a star", ""])
     assert "'a dog on a sofa' and 1 more it does not understand" in capsys.readouterr().err
+
+
+def test_fewer_layers_of_the_bundled_model_are_cautioned(tiny_text_model, capsys):
+    tell_untrained(PlanConfig(cache="window:50%").build(tiny_text_model))
+    assert capsys.readouterr().err == ""
+    tell_untrained(PlanConfig(plan="supernet:1", depth=1).build(tiny_text_model))
+    assert "was not trained to run fewer layers" in capsys.readouterr().err
+
+
+def test_without_out_other_settings_have_folders_of_their_own(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for guidance, folder in ((1, "pictures"), (2, "pictures-2"), (1, "pictures"), (3, "pictures-3"), (2, "pictures-2")):
+        code, out, _ = sample("a star", "--guidance", guidance)
+        assert code == 0 and out.startswith(f"{folder}:")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures-2", "pictures-3"]
+    assert "(1 were there already)" in sample("a star", "--guidance", 2)[1]
+    assert "choose another --out" in sample("a star", "--guidance", 2, "--out", "pictures")[2]
 
 
 def test_classes_to_npz(sample, class_pipeline, tmp_path):

@@ -114,7 +114,7 @@ def test_every_token_is_the_nearest_code_of_the_remaining_residual():
         z = rest if k == 3 else F.adaptive_avg_pool2d(rest, SQUARE.sides[k])
         distances = torch.cdist(z.flatten(2).transpose(1, 2), quantizer.codebook.weight[None])
         assert torch.equal(distances.argmin(-1), ids_Bl)
-        rest = rest - quantizer._spread(quantizer.lookup(ids_Bl, k, SQUARE), k, SQUARE)
+        rest = rest - quantizer.spread(quantizer.lookup(ids_Bl, k, SQUARE), k, SQUARE)
 
 
 def test_the_gradient_reaches_encoder_codebook_and_phi():

@@ -206,7 +206,7 @@ def test_rows_of_sampling(tmp_path):
     rows = sampling.rows_of(timed, 2, 1e9, {"float32": 10.0, "bfloat16": 20.0})
     assert rows[1]["times_official_float32"] == 2 and rows[1]["images_per_s"] == 2
     assert rows[1]["share_of_ceiling"] == pytest.approx(2 / 20) and rows[1]["rest_s"] == pytest.approx(0.8)
-    draw_sampling(rows, tmp_path / "speed.png")
+    draw_sampling(rows, tmp_path / "speed.png", "d16")
     assert (tmp_path / "speed.png").stat().st_size
 
 

@@ -392,6 +392,11 @@ def test_tokenizer_stage(tokenizer_run):
     assert list((tokenizer_run / "images").glob("*.png"))
 
 
+def test_a_finished_run_says_so(tokenizer_run, capfd):
+    assert stage("train_tokenizer", *TOKENIZER, f"--run.run_dir={tokenizer_run}", "--loss.adversary=0.5") == 0
+    assert f"{tokenizer_run} has all its 16 images: nothing to train" in capfd.readouterr().err
+
+
 def test_saved_configuration_runs_again(tokenizer_run, tmp_path):
     arguments = [f"--config={tokenizer_run}/config.yaml", f"--run.run_dir={tmp_path}"]
     assert stage("train_tokenizer", *arguments) == 0

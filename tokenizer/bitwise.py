@@ -66,13 +66,6 @@ class BinarySphericalQuantizer(PyramidQuantizer):
         off, on = weights_Bln2.float().unbind(dim=-1)
         return self._to_map((on - off) / sqrt(self.bits), k, schedule)
 
-    def accumulate(
-        self, f_hat_BCHW: torch.Tensor, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule
-    ) -> torch.Tensor:
-        """The running reconstruction (B, C, H, W) with scale k's code map added."""
-        with torch.autocast(f_hat_BCHW.device.type, enabled=False):
-            return f_hat_BCHW + self._spread(code_BChw, k, schedule)
-
     def next_input(self, f_hat_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """What the transformer reads before predicting scale k >= 1: (B, l, n) float32.
 
@@ -130,7 +123,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
                 z_BChw = F.normalize(self._shrink(rest, k, schedule), dim=1)
                 bits_Bln = self._to_tokens((z_BChw.detach() > 0).long())
                 code = self.lookup(bits_Bln, k, schedule)
-                step = self._spread(z_BChw + (code - z_BChw).detach(), k, schedule)
+                step = self.spread(z_BChw + (code - z_BChw).detach(), k, schedule)
                 rest, f_hat = rest - step.detach(), f_hat + step
                 ids.append(bits_Bln)
                 sums.append(f_hat)
@@ -159,7 +152,8 @@ class BinarySphericalQuantizer(PyramidQuantizer):
             return x_BCHW
         return F.interpolate(x_BCHW, size=self.cells(schedule.sides[k]), mode="area")
 
-    def _spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+    def spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """Enlarged: (B, C, p*h, p*w) to (B, C, H, W)."""
         if k == len(schedule) - 1:
             return code_BChw
         return F.interpolate(code_BChw, size=self.cells(schedule.latent_hw), mode="bilinear")

@@ -3,13 +3,14 @@
 Shapes: B images, C latent channels, H W the latent grid, h w the grid of one scale, l = h*w its tokens,
 L all tokens, V codes, N vectors in a row.
 
-A quantiser is four verbs, and the generation loop knows no others: `encode` (latents to tokens), `lookup` (tokens of
-a scale to a code map), `accumulate` (add a code map to the running reconstruction), `next_input` (what the
-transformer sees before predicting a scale). All arithmetic is float32.
+A quantiser is an empty reconstruction and four verbs: `encode` (latents to tokens), `lookup` (tokens of a scale to a
+code map), `accumulate` (add a code map to the running reconstruction), `next_input` (what the transformer sees before
+predicting a scale). Editing and soft tokens ask for `choose` and `blend` besides. All arithmetic is float32.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -85,8 +86,8 @@ class Phi(nn.Conv2d):
         return torch.lerp(h_BCHW, convolved, self.ratio)
 
 
-class PyramidQuantizer(nn.Module):
-    """What every quantiser has that keeps the four verbs.
+class PyramidQuantizer(nn.Module, ABC):
+    """What the generation loop knows of a quantiser, whatever a token is to it.
 
     Attributes:
         vocab_size: values of a token or, bitwise, of each bit.
@@ -99,6 +100,41 @@ class PyramidQuantizer(nn.Module):
     channels: int
     draws_per_token = 1
     has_codebook = True
+
+    @abstractmethod
+    def start(self, batch: int, schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
+        """The empty reconstruction: zeros (batch, C, H, W), float32."""
+
+    @abstractmethod
+    def encode(self, f_BCHW: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:
+        """Latents (B, C, H, W) to tokens: one int64 tensor per scale, (B, l) or, of n draws a token, (B, l, n)."""
+
+    @abstractmethod
+    def choose(self, rest_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """The tokens of scale k for what is still missing of the latents, (B, C, H, W) float32."""
+
+    @abstractmethod
+    def lookup(self, ids_Bl: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """Tokens of scale k to their code map (B, C, h, w), float32."""
+
+    @abstractmethod
+    def blend(self, weights_BlV: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """The code map (B, C, h, w) of tokens that are mixed with these weights."""
+
+    @abstractmethod
+    def next_input(self, f_hat_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """What the transformer reads before predicting scale k >= 1: (B, l, channels) float32."""
+
+    @abstractmethod
+    def spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """What the code map of scale k adds to the reconstruction: (B, C, H, W)."""
+
+    def accumulate(
+        self, f_hat_BCHW: torch.Tensor, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule
+    ) -> torch.Tensor:
+        """The running reconstruction (B, C, H, W) with scale k's code map added (algorithm 2, lines 5-7)."""
+        with torch.autocast(f_hat_BCHW.device.type, enabled=False):
+            return f_hat_BCHW + self.spread(code_BChw, k, schedule)
 
     @torch.no_grad()
     def teacher_inputs(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> torch.Tensor:
@@ -168,7 +204,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
             rest, ids = f_BCHW.float(), []
             for k in range(len(schedule)):
                 ids.append(self.choose(rest, k, schedule))
-                rest = rest - self._spread(self.lookup(ids[k], k, schedule), k, schedule)
+                rest = rest - self.spread(self.lookup(ids[k], k, schedule), k, schedule)
         return ids
 
     @torch.no_grad()
@@ -186,13 +222,6 @@ class MultiScaleQuantizer(PyramidQuantizer):
         h, w = schedule.sides[k]
         mixed = rearrange(weights_BlV.float() @ self.codebook.weight.float(), "b (h w) c -> b c h w", h=h, w=w)
         return mixed * self.gain(k)
-
-    def accumulate(
-        self, f_hat_BCHW: torch.Tensor, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule
-    ) -> torch.Tensor:
-        """The running reconstruction (B, C, H, W) with scale k's code map added (algorithm 2, lines 5-7)."""
-        with torch.autocast(f_hat_BCHW.device.type, enabled=False):
-            return f_hat_BCHW + self._spread(code_BChw, k, schedule)
 
     def next_input(self, f_hat_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """What the transformer reads before predicting scale k >= 1: f_hat shrunk to that scale, (B, l, C) float32."""
@@ -228,7 +257,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
                 z_BChw = self._shrink(rest, k, schedule) / self.gain(k)
                 labels.append(self._nearest(z_BChw))
                 shown = self._nearest(z_BChw + noise[k] * z_BChw.square().mean().sqrt())
-                step = self._spread(self.lookup(shown, k, schedule), k, schedule)
+                step = self.spread(self.lookup(shown, k, schedule), k, schedule)
                 rest, f_hat = rest - step, f_hat + step
                 if k + 1 < len(schedule):
                     inputs.append(self.next_input(f_hat, k + 1, schedule))
@@ -248,7 +277,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
                 z_BChw = self._shrink(rest, k, schedule) / self.gain(k)
                 ids.append(self._nearest(z_BChw))
                 residuals.append(rearrange(z_BChw, "b c h w -> (b h w) c"))
-                step = self._spread(self.lookup(ids[k], k, schedule), k, schedule)
+                step = self.spread(self.lookup(ids[k], k, schedule), k, schedule)
                 f_hat, rest = f_hat + step, rest - step.detach()
                 loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, target)
             straight_through = (f_hat.detach() - target) + f
@@ -285,7 +314,8 @@ class MultiScaleQuantizer(PyramidQuantizer):
             return x_BCHW
         return F.interpolate(x_BCHW, size=schedule.sides[k], mode="area")
 
-    def _spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+    def spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """Enlarged and passed through the scale's phi: (B, C, h, w) to (B, C, H, W)."""
         if k < len(schedule) - 1:
             code_BChw = enlarge(code_BChw, schedule.latent_hw)
         if not self.phis:

@@ -55,30 +55,58 @@ MANY_CLASSES = 30_000  # labels above are taken only where images are many, too,
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What to train on. Raises ValueError naming the field that is wrong."""
+    """What to train on.
+
+    Args:
+        source: where images come from: scenes (drawn), folder, parquet, datasets or webdataset, see docs/data.md.
+        path: folder; parquet or tar file(s), folder or glob; Hub name or folder.
+        val_path: the same for validation; the source's own split, or a hash split, when None.
+        subset: configuration of a Hub data set.
+        train_split: name of the training split or sub-folder.
+        val_split: name of the validation one; validation, val, valid or dev if there is one when None.
+        val_fraction: share of the images hashed into validation where no validation data is given.
+        size: pixels: square side, or (h, w).
+        resize_factor: the short side is resized to resize_factor * size before the crop.
+        flip: mirror half of the training images; not with captions that say left or right.
+        image_column: image, jpg, jpeg, png, webp or img, the first there is, when None.
+        label_column: label, cls, json.label or json.cls if there when None; without one every label is 0.
+        caption_column: text, caption, txt, json.text or json.caption when None; else the class name.
+        num_classes: number of labels; one more than the largest, which a stream cannot know, when None.
+        streaming: read forwards without a local copy (parquet, datasets, webdataset).
+        shuffle_buffer: streaming: records shuffled together, per worker.
+        stream_val_images: streaming: validation images read at the start and held in memory.
+        limit: only the first so many images.
+        num_scenes: scenes: images in an epoch (validation: num_scenes * val_fraction).
+        scene_tags: scenes: how often each tag is trained on (others: 1); alike when None.
+        max_pixels: larger images count as corrupt.
+        cache_dir: where `datasets` keeps its Arrow copies; its default when None.
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
 
     source: Literal["scenes", "folder", "parquet", "datasets", "webdataset"] = "scenes"
-    path: str | list[str] | None = None  # folder; parquet or tar file(s), folder or glob; Hub name or folder
-    val_path: str | list[str] | None = None  # the same for validation; None: the source's own split, or a hash split
-    subset: str | None = None  # configuration of a Hub data set
-    train_split: str = "train"  # name of the training split or sub-folder
-    val_split: str | None = None  # name of the validation one; None: validation, val, valid or dev if there is one
-    val_fraction: float = 0.02  # share of the images hashed into validation where no validation data is given
-    size: int | tuple[int, int] = 256  # pixels: square side, or (h, w)
-    resize_factor: float = 1.125  # the short side is resized to resize_factor * size before the crop
-    flip: bool = False  # mirror half of the training images; not with captions that say left or right
-    image_column: str | None = None  # None: image, jpg, jpeg, png, webp or img, the first there is
-    label_column: str | None = None  # None: label, cls, json.label or json.cls if there; without one every label is 0
-    caption_column: str | None = None  # None: text, caption, txt, json.text or json.caption; else the class name
-    num_classes: int | None = None  # number of labels; None: one more than the largest, which a stream cannot know
-    streaming: bool = False  # read forwards without a local copy (parquet, datasets, webdataset)
-    shuffle_buffer: int = 1000  # streaming: records shuffled together, per worker
-    stream_val_images: int = 256  # streaming: validation images read at the start and held in memory
-    limit: int | None = None  # only the first so many images
-    num_scenes: int = 100_000  # scenes: images in an epoch (validation: num_scenes * val_fraction)
-    scene_tags: dict[str, float] | None = None  # scenes: how often each tag is trained on (others: 1); None: alike
-    max_pixels: int = MAX_PIXELS  # larger images count as corrupt
-    cache_dir: str | None = None  # where `datasets` keeps its Arrow copies; None: its default
+    path: str | list[str] | None = None
+    val_path: str | list[str] | None = None
+    subset: str | None = None
+    train_split: str = "train"
+    val_split: str | None = None
+    val_fraction: float = 0.02
+    size: int | tuple[int, int] = 256
+    resize_factor: float = 1.125
+    flip: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    num_classes: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    stream_val_images: int = 256
+    limit: int | None = None
+    num_scenes: int = 100_000
+    scene_tags: dict[str, float] | None = None
+    max_pixels: int = MAX_PIXELS
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

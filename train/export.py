@@ -40,7 +40,7 @@ class ExportConfig:
     overwrite: bool = False
     vqvae: str | None = None
     dtype: str = "bfloat16"
-    guidance_scale: float = 3.0
+    guidance_scale: float = 1.5
     top_k: int | list[int] = 0
     top_p: float | list[float] = 1.0
     temperature: float | list[float] = 1.0

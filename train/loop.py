@@ -64,6 +64,12 @@ def train(session: Session) -> dict[str, float]:
     session.looked = (session.step, time.monotonic())
     if task.record is not None and session.images < config.total_images:  # a finished run keeps what made it
         task.record()
+    elif session.accelerator.is_main_process and session.images >= config.total_images:
+        print(
+            f"{config.run_dir} has all its {session.images:,} images: nothing to train (a larger run.total_images "
+            "continues it, another run.run_dir begins anew)",
+            file=sys.stderr,
+        )
     open_tensorboard(session)
     last: dict[str, float] = {}
     with catch_signals(session), progress_bar(session) as bar:
