@@ -33,8 +33,8 @@ from sample.measure import measure_once, now
 from sample.pipeline import NextScalePipeline
 from sample.plan import Plan
 from tokenizer.model import MultiScaleVQ
+from var.presets import VAR_SAMPLING
 
-SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("row", "tokens_images_per_s", "images_per_s", "speed", "ceiling", "share_of_ceiling", "speed_with_decoder")
 COLUMNS += ("peak_cache_mib", "cache_of_full")
 
@@ -63,7 +63,7 @@ def build(options: argparse.Namespace) -> NextScalePipeline:
     with device:
         models = [random_transformer(size, options.schedule) for size in (options.size, options.refiner)]
         vqvae = MultiScaleVQ(schedule=options.schedule).eval()
-    pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=SAMPLING).to(dtype)
+    pipeline = NextScalePipeline(models[0], vqvae, refiner=models[1], sampling=VAR_SAMPLING).to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     return accelerate(pipeline, supported(device, dtype))
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import io
-import sys
 import time
 import traceback
 from collections import defaultdict
@@ -16,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.reference import check_checkout
+from benchmarks.reference import official_pair
 from benchmarks.timing import spread
 from sample import adapters
 from sample.load import resolve_device
@@ -146,20 +143,8 @@ def official_models(checkout: Path, pipeline: NextScalePipeline, device: str) ->
 
     Building them changes torch's own classes for good: build all of ours before.
     """
-    sys.path.insert(0, str(check_checkout(checkout).resolve()))
-    shape, ours = pipeline.transformer.config, (pipeline.vqvae, pipeline.transformer)
-    with contextlib.redirect_stdout(io.StringIO()), torch.device(device):
-        made = importlib.import_module("models").build_vae_var(
-            device=device,
-            patch_nums=tuple(h for h, _ in shape.schedule),
-            V=shape.vocab_size,
-            Cvae=shape.latent_channels,
-            ch=pipeline.vqvae.config.channels[0],
-            num_classes=shape.num_classes,
-            depth=shape.depth,
-            shared_aln=shape.shared_ada,
-            attn_l2_norm=shape.qk_norm,
-        )
+    ours = (pipeline.vqvae, pipeline.transformer)
+    made = official_pair(checkout, pipeline.transformer.config, pipeline.vqvae.config, device)
     for theirs, model, adapter in zip(made, ours, (adapters.VQVAE, adapters.VAR)):
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         weights = adapters.to_official(adapter, model.state_dict(), config)

@@ -32,11 +32,11 @@ from sample.offload import OFFLOADS, keep_on_cpu
 from sample.pipeline import NextScalePipeline
 from sample.plan import Plan
 from tokenizer.model import MultiScaleVQ
+from var.presets import VAR_SAMPLING
 
 MIB = 2**20
 PUBLISHED = [("d16", "var256", 64), ("d30", "var256", 64), ("d36", "var512", 8)]
 SMALL = ("d6", "var256", 32)  # size, scales, the tokenizer's width: what is measured
-SETTINGS = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
 COLUMNS = ("model", "batch", "decode_batch", "stored_cache_mib", "peak_cache_mib", "official_cache_mib")
 COLUMNS += (
     "stored_of_official",
@@ -98,21 +98,21 @@ def published(size: str, schedule: str, batch: int, decode_batch: int | None) ->
     """The row of a published size in bfloat16, without its weights."""
     with torch.device("meta"):
         model, vqvae = random_transformer(size, schedule), MultiScaleVQ(schedule=schedule)
-    plan = NextScalePipeline(model, vqvae).make_plan(**SETTINGS)
+    plan = NextScalePipeline(model, vqvae).make_plan(**VAR_SAMPLING)
     return {"model": f"{size} {schedule} bfloat16", **row_of(plan, vqvae, batch, torch.bfloat16, decode_batch)}
 
 
 def small_jobs() -> dict[str, Job]:
     """Job "draw" (batch): a call of the small model in a process of its own."""
     pipeline = random_pipeline(*SMALL[:2], width=SMALL[2])
-    plan = pipeline.make_plan(**SETTINGS)
+    plan = pipeline.make_plan(**VAR_SAMPLING)
     return {"draw": lambda batch: {"made": len(pipeline(class_labels=[0] * batch, seed=0, plan=plan).images)}}
 
 
 def measured(batch: int) -> dict[str, Any]:
     """The row of the small model in float32: formulas, live tensors, and the growth of a process."""
     pipeline = random_pipeline(*SMALL[:2], width=SMALL[2])
-    plan = pipeline.make_plan(**SETTINGS)
+    plan = pipeline.make_plan(**VAR_SAMPLING)
     row = {"model": f"{SMALL[0]} {SMALL[1]} float32", **row_of(plan, pipeline.vqvae, batch, torch.float32, None)}
     with LiveBytes() as live, torch.no_grad():
         made = pipeline(class_labels=[0] * batch, seed=0, plan=plan, output_type="latent")
@@ -165,7 +165,7 @@ def on_device(
     The fast path is called three times: plainly, recording, replaying.
     """
     pipeline = loaded(size, schedule, width, device, variant)
-    plan, calls = pipeline.make_plan(**SETTINGS), 3 if variant == "fast" else 1
+    plan, calls = pipeline.make_plan(**VAR_SAMPLING), 3 if variant == "fast" else 1
     found: dict[str, Any] = {"model": f"{size} {schedule} bfloat16", "variant": variant}
     restart(device)
     found["loaded_mib"] = peak_memory(device) / MIB
@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace) -> None:
 
     batches, device = whole_numbers("--batches", options.batches), resolve_device(options.device)
     on_cpu = device.type == "cpu"
-    settings = {"sampling": SETTINGS, "guided": True, "device": device_name(str(device))}
+    settings = {"sampling": VAR_SAMPLING, "guided": True, "device": device_name(str(device))}
     settings |= {"measured": " ".join(map(str, SMALL))} if on_cpu else {}
     out = options.out or Path(f"results/memory_{'cpu' if on_cpu else 'gpu'}.json")
     command = command_of(parser_of(), options)

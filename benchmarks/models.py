@@ -11,10 +11,8 @@ from sample.costs import plan_work
 from sample.pipeline import NextScalePipeline
 from sample.plan import plain
 from tokenizer.model import MultiScaleVQ
-from var.presets import PRESETS
+from var.presets import PRESETS, VAR_SAMPLING
 from var.transformer import NextScaleTransformer
-
-SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
 
 
 def check_size(size: str) -> str:
@@ -44,7 +42,7 @@ def random_pipeline(size: str, schedule: str, *, width: int = 160, seed: int = 0
     """
     torch.manual_seed(seed)
     vqvae = MultiScaleVQ(channels=[width * times for times in (1, 1, 2, 2, 4)], schedule=schedule).eval()
-    pipeline = NextScalePipeline(random_transformer(size, schedule), vqvae, sampling=SAMPLING)
+    pipeline = NextScalePipeline(random_transformer(size, schedule), vqvae, sampling=VAR_SAMPLING)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -35,18 +35,17 @@ def check_checkout(folder: Path) -> Path:
     return folder
 
 
-def build(checkout: Path, weights: Path, config: Mapping[str, Any], vqvae: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The official (tokenizer, transformer) in eval mode.
+def official_pair(
+    checkout: Path, config: Mapping[str, Any], vqvae: Mapping[str, Any], device: str = "cpu"
+) -> tuple[Any, Any]:
+    """The official (tokenizer, transformer) of our transformer's and tokenizer's sizes, with weights of their own.
 
-    Args:
-        weights: a folder with vae.pth and transformer.pth, as `nextscale convert --back` writes.
-        config, vqvae: of our transformer and tokenizer with these weights.
+    Building them changes torch's own classes for good: build all of ours before.
     """
-    sys.path.insert(0, str(checkout.resolve()))
-    with contextlib.redirect_stdout(io.StringIO()):
-        models = importlib.import_module("models")
-        vae, var = models.build_vae_var(
-            device="cpu",
+    sys.path.insert(0, str(check_checkout(checkout).resolve()))
+    with contextlib.redirect_stdout(io.StringIO()), torch.device(device):
+        return importlib.import_module("models").build_vae_var(
+            device=device,
             patch_nums=tuple(h for h, _ in config["schedule"]),
             V=config["vocab_size"],
             Cvae=config["latent_channels"],
@@ -56,6 +55,16 @@ def build(checkout: Path, weights: Path, config: Mapping[str, Any], vqvae: Mappi
             shared_aln=config["shared_ada"],
             attn_l2_norm=config["qk_norm"],
         )
+
+
+def build(checkout: Path, weights: Path, config: Mapping[str, Any], vqvae: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The official (tokenizer, transformer) in eval mode.
+
+    Args:
+        weights: a folder with vae.pth and transformer.pth, as `nextscale convert --back` writes.
+        config, vqvae: of our transformer and tokenizer with these weights.
+    """
+    vae, var = official_pair(checkout, config, vqvae)
     for model, name in ((vae, "vae"), (var, "transformer")):
         model.load_state_dict(torch.load(weights / f"{name}.pth", weights_only=True, mmap=True), assign=True)
         model.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
+from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
     from evaluation.distributions import Measure
@@ -51,7 +52,6 @@ class Suite:
     sampling: dict[str, float] = field(default_factory=dict)
 
 
-VAR_SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}  # VAR's README, for every published FID
 SUITES = {
     "imagenet256": Suite(1000, 50, 256, sampling=VAR_SAMPLING),
     "imagenet512": Suite(1000, 50, 512, sampling=VAR_SAMPLING),

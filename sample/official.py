@@ -19,6 +19,7 @@ from tokenizer.aspects import aspect_schedule
 from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
 from var import convert_infinity as infinity_keys
+from var.presets import VAR_SAMPLING
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Family:
 
 
 FAMILIES = {
-    "var": Family(("transformer",), {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}),
+    "var": Family(("transformer",), VAR_SAMPLING),
     "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),
     "infinity": Family(  # cfg 3 on every scale
         ("transformer",), {"guidance_scale": 2.0, "guidance_ramp": "constant", "top_p": 0.97, "temperature": 0.5}

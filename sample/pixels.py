@@ -91,7 +91,7 @@ def crop(
     """Resize so that the image just covers `resize_factor * size` (LANCZOS), then cut `size` out of it.
 
     size: (h, w) of the crop.  uniforms: two numbers in [0, 1) that place it (down, across); None is the centre.
-    Returns uint8 (3, h, w) in [0, 255].  VAR's training transform (papers 1.4) for a square size.
+    Returns uint8 (3, h, w) in [0, 255].  VAR's training transform (utils/data.py) for a square size.
     """
     height, width = size
     scale = max(round(resize_factor * height) / image.height, round(resize_factor * width) / image.width)

@@ -388,6 +388,17 @@ class Found:
         return list(range(len(self.seeds)))
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What a round made of an image: row `place` of its `state`, and how its hook came to it."""
+
+    score: float | None
+    number: int
+    state: GenerationState
+    hook: SearchHook
+    place: int
+
+
 def search_images(
     plan: Plan,
     quantizer: PyramidQuantizer,
@@ -419,7 +430,7 @@ def search_images(
     ledger = next((hook for hook in hooks if isinstance(hook, Ledger)), Ledger())
     hooks = [*(hook for hook in hooks if hook is not ledger), ledger]
     images = ledger.images + len(seeds)
-    best: list[tuple | None] = [None] * len(seeds)
+    best: list[Attempt | None] = [None] * len(seeds)
     todo = list(range(len(seeds)))
     with ledger.clock():
         for attempt in range(search.rounds):
@@ -431,14 +442,14 @@ def search_images(
             state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=plugged)
             scores = hook.scores or [None] * len(todo)
             for place, i in enumerate(todo):
-                if best[i] is None or scores[place] > best[i][0]:
-                    best[i] = scores[place], place, attempt, state, hook
-            todo = [i for i in todo if search.enough is not None and best[i][0] < search.enough]
+                if best[i] is None or scores[place] > best[i].score:
+                    best[i] = Attempt(scores[place], attempt, state, hook, place)
+            todo = [i for i in todo if search.enough is not None and best[i].score < search.enough]
             if not todo:
                 break
     ledger.images = images  # and not once a round
-    attempts = [search.rounds if i in todo else row[2] + 1 for i, row in enumerate(best)]
-    return _gather(best, ledger, list(seeds), attempts)
+    rounds = [search.rounds if i in todo else attempt.number + 1 for i, attempt in enumerate(best)]
+    return _gather(best, ledger, list(seeds), rounds)
 
 
 def _renumbered(show: Show, numbers: Sequence[int]) -> Show:
@@ -447,14 +458,12 @@ def _renumbered(show: Show, numbers: Sequence[int]) -> Show:
     return lambda decoded_BCHW, rows: show(decoded_BCHW, [numbers[row] for row in rows])
 
 
-def _gather(best: list[tuple], ledger: Ledger, seeds: list[int], attempts: list[int]) -> Found:
+def _gather(best: Sequence[Attempt], ledger: Ledger, seeds: list[int], rounds: list[int]) -> Found:
     """The best attempt of each image, in one batch."""
-    f_hat = torch.stack([state.f_hat_BCHW[place] for _, place, _, state, _ in best])
-    num_scales = len(best[0][3].tokens)
-    tokens = [torch.stack([state.tokens[k][place] for _, place, _, state, _ in best]) for k in range(num_scales)]
-    choices = [hook.choices[place] for _, place, _, _, hook in best]
-    seen = [hook.decoded_BCHW for _, _, _, _, hook in best]
+    f_hat = torch.stack([a.state.f_hat_BCHW[a.place] for a in best])
+    tokens = [torch.stack([a.state.tokens[k][a.place] for a in best]) for k in range(len(best[0].state.tokens))]
+    choices = [a.hook.choices[a.place] for a in best]
     decoded = None
-    if all(images is not None for images in seen):
-        decoded = torch.stack([images[place] for images, (_, place, _, _, _) in zip(seen, best)])
-    return Found(f_hat, tokens, seeds, [row[0] for row in best], attempts, choices, decoded, ledger)
+    if all(a.hook.decoded_BCHW is not None for a in best):
+        decoded = torch.stack([a.hook.decoded_BCHW[a.place] for a in best])
+    return Found(f_hat, tokens, seeds, [a.score for a in best], rounds, choices, decoded, ledger)

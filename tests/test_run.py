@@ -264,7 +264,8 @@ def test_torchrun_launches_it_on_cpus(alone, class_folder, tmp_path):
 
 
 def test_departures_from_a_published_suite_are_named():
-    from evaluation.run import VAR_SAMPLING, departures
+    from evaluation.run import departures
+    from var.presets import VAR_SAMPLING
 
     own = {"temperature": [1.1, 1.0], "guidance_ramp": "linear", "plan": None, "cache": "20%", "depth": None}
     assert departures(VAR_SAMPLING, {**own, **VAR_SAMPLING, "top_k": 600}) == [

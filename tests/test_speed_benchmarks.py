@@ -32,6 +32,7 @@ from benchmarks.timing import (
     without_gpus,
 )
 from evaluation.report import result
+from var.presets import VAR_SAMPLING
 
 
 def runs(*seconds, disturbed=()):
@@ -197,7 +198,7 @@ def test_memory_of_a_device(variant, decoded):
 
 def plan_and_tokenizer(size, schedule):
     pipeline = random_pipeline(size, schedule, width=32)
-    return pipeline.make_plan(**memory.SETTINGS), pipeline.vqvae
+    return pipeline.make_plan(**VAR_SAMPLING), pipeline.vqvae
 
 
 def test_rows_of_sampling(tmp_path):

@@ -23,7 +23,7 @@ def test_factor_stays_between_its_ends(progress, schedule, warmup, end):
 
 
 def test_lin0_is_the_official_schedule():
-    """VAR's `lin0`: warm-up from 0.005, flat for 5 % of the rest, then linear to `wpe` (papers: section 1.4)."""
+    """VAR's `lin0`: warm-up from 0.005, flat for 5 % of the rest, then linear to `wpe` (its lr_control.py)."""
 
     def factor(progress):
         return lr_factor(progress, schedule="lin0", warmup=0.02, end=0.1)
@@ -123,7 +123,7 @@ def test_token_weights_sum_to_one(kind):
 
 
 def test_lognorm_weights_are_the_published_ones():
-    """HMAR's weights of the ten 256-pixel scales (papers: section 4)."""
+    """HMAR's weights of the ten 256-pixel scales (section 4.1)."""
     schedule = ScaleSchedule.of("var256")
     weights = token_weights(schedule, "lognorm")
     by_scale = [part.sum().item() for part in weights.split(schedule.lengths)]

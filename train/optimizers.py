@@ -75,7 +75,7 @@ class Branch:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to vectors and scalars, biases, position or level tables (papers 1.4)."""
+    """Whether weight decay applies: not to vectors and scalars, biases, position or level tables (as VAR's trainer)."""
     return parameter.ndim > 1 and not name.endswith("bias") and not UNDECAYED.search(name)
 
 

@@ -29,3 +29,6 @@ PRESETS: dict[str, dict] = {
     "infinity-4.7b": _infinity(40, 2688, 24),
     "infinity-8b": _infinity(40, 3584, 28, bits=56),  # tokens of 2 x 2 latent cells
 }
+
+# How VAR's published figures are drawn (its README); t of guidance grows linearly over the scales.
+VAR_SAMPLING = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
