@@ -320,7 +320,7 @@ def picture(options: argparse.Namespace) -> None:
     """The same prompts and seeds, a row a model, framed green where the judge finds them right."""
     from evaluation.judge import judge
     from evaluation.sheet import verdict_sheet
-    from sample.images import write_png
+    from sample.files import write_png
 
     images, captions, correct = [], [], []
     metadatas = prompts(options.per_tag, options.seed)

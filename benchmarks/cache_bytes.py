@@ -15,7 +15,7 @@ from benchmarks.elastic import as_table
 from evaluation.command import Parser, add_out, in_one_line
 from evaluation.report import result, write_result
 from sample.costs import cache_peak
-from sample.images import write_text
+from sample.files import write_text
 from sample.plan_text import PlanConfig
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if content is None:
             return 0
         from benchmarks.tables import write_picture
-        from sample.images import write_text
+        from sample.files import write_text
 
         write_result(options.out, content)
         write_text(options.out.with_suffix(".md"), as_table(content["rows"]) + "\n")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from sample.images import atomically
+from sample.files import atomically
 
 MARKS = {"full": "*", "subnet": "s", "code": "o", "cache": "^", "composition": "D"}
 AXES = (

@@ -16,7 +16,8 @@ from evaluation.features import describe_all, load_scene_features, scene_referen
 from evaluation.frechet import frechet_distance, frechet_interval, moments
 from evaluation.judge import judge, score
 from sample.costs import weight_bytes
-from sample.images import image_stream, make_requests, write_text
+from sample.files import write_text
+from sample.images import image_stream, make_requests
 from sample.measure import measure_once
 from sample.pipeline import NextScalePipeline
 from sample.plan_text import PlanConfig

@@ -24,7 +24,7 @@ from benchmarks.models import random_transformer
 from benchmarks.tables import lines, write_picture
 from evaluation.command import Parser, check_least, in_one_line
 from evaluation.report import command_of, result, write_result
-from sample.images import write_text
+from sample.files import write_text
 from sample.load import resolve_device
 
 SIDE = "256"  # of the other curves

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
-from sample.images import atomically
+from sample.files import atomically
 from sample.load import model_digest
 
 

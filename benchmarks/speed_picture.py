@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from sample.images import atomically
+from sample.files import atomically
 
 COLOURS = matplotlib.colormaps["tab10"].colors
 

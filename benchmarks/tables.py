@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluation.command import in_one_line
 from evaluation.report import write_result
-from sample.images import write_text
+from sample.files import write_text
 
 
 def cell(row: Mapping, name: str) -> str:

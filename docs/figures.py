@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from evaluation.judge import judge
 from evaluation.scenes import render, scene_at, scene_metadata
 from evaluation.sheet import RIGHT, WRONG
-from sample.images import write_png
+from sample.files import write_png
 from sample.load import load_pipeline
 from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline

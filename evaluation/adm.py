@@ -18,7 +18,7 @@ import torch
 from evaluation.coverage import neighbourhoods
 from evaluation.features import Described
 from evaluation.frechet import Moments, frechet_distance, inception_score_in_order, moments
-from sample.images import atomically
+from sample.files import atomically
 
 PROTOCOL = "ADM: TensorFlow 1 resize to 299, pool_3, Mixed_6d[:7], IS without bias in parts of 5000, k = 3"
 

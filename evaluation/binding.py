@@ -36,7 +36,7 @@ from evaluation.scenes import (
     sample_scene,
     scene_metadata,
 )
-from sample.images import atomically
+from sample.files import atomically
 from sample.load import load_pipeline, model_digest
 from sample.pipeline import NextScalePipeline
 

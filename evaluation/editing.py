@@ -24,7 +24,7 @@ from evaluation.judge import Detection, apply_rules, detect, wilson
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
 from sample.edit import RULES
-from sample.images import write_png
+from sample.files import write_png
 from sample.load import load_pipeline
 from sample.methods import Step
 from sample.pipeline import NextScalePipeline

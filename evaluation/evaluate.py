@@ -22,6 +22,7 @@ from evaluation.sheet import verdict_sheet
 from evaluation.sources import Images, geneval_tree, open_images
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
+from sample.files import write_png, write_text
 from sample.images import (
     GenEvalTree,
     Job,
@@ -31,8 +32,6 @@ from sample.images import (
     metadata_digest,
     process_share,
     requests_digest,
-    write_png,
-    write_text,
 )
 from sample.load import load_pipeline, made_by, model_folder
 from sample.plans_cli import call_settings, how_options

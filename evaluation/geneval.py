@@ -183,7 +183,7 @@ def _read_line(path: Path, number: int, line: str) -> dict:
 
 def write_suite(folder: str | Path, metadatas: Sequence[dict]) -> None:
     """`evaluation_metadata.jsonl` and `generation_prompts.txt` in a folder, as GenEval has them."""
-    from sample.images import write_text
+    from sample.files import write_text
 
     folder = Path(folder)
     write_text(folder / "evaluation_metadata.jsonl", "".join(f"{json.dumps(m)}\n" for m in metadatas))

@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{tag:<14} {row['n']:>6} {row['right']:>8.4f} {row['mismatched']:>11} {row['false_accept']:>13.4f}")
         print(f"overall {np.mean([row['right'] for row in rows.values()]):.4f}, {options.n / seconds:.0f} images/s")
         if options.out is not None:
-            from sample.images import write_png
+            from sample.files import write_png
 
             command = command_of(parser, options)
             intervals = {tag: _rate_intervals(row) for tag, row in rows.items()}

@@ -29,7 +29,7 @@ from evaluation.tokenizer_quality import (
     to_floats,
     to_levels,
 )
-from sample.images import write_png
+from sample.files import write_png
 from tokenizer.losses import LpipsLoss
 from tokenizer.model import MultiScaleVQ
 

@@ -130,7 +130,7 @@ def result(
 
 def write_result(path: str | os.PathLike, content: Mapping) -> None:
     """Write `content` (see `result`) to PATH.json and its rows as a Markdown table to PATH.md, atomically."""
-    from sample.images import write_text
+    from sample.files import write_text
 
     path = Path(path)
     write_text(path.with_suffix(".md"), markdown(content["rows"]) + "\n")

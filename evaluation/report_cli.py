@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     sections = [section for source in args.sources for section in sections_of(source)]
     title = args.title or args.sources[0].stem.replace("_", " ")
     if args.card is None and args.push is None:
-        from sample.images import write_text
+        from sample.files import write_text
 
         write_text(out, to_html(title, sections))
         write_markdown(out.with_suffix(".md"), title, sections)
@@ -80,7 +80,7 @@ def front_matter(sources: list[Path]) -> str:
 def write_markdown(path: Path, title: str, sections: list, front: str = "") -> None:
     """The page and, in PATH_files/, its pictures."""
     from evaluation.html import to_markdown
-    from sample.images import atomically, write_text
+    from sample.files import atomically, write_text
 
     folder = path.with_name(f"{path.stem}_files")
     text, files = to_markdown(title, sections, folder.name)

@@ -59,7 +59,7 @@ def _point(row: Mapping[str, str], place: str) -> Point:
 
 def write_points(path: str | Path, points: Sequence[Point]) -> None:
     """The rows as a CSV that `read_points` reads, atomically."""
-    from sample.images import atomically
+    from sample.files import atomically
 
     names = list(dict.fromkeys(name for point in points for name in point))
 
@@ -226,7 +226,7 @@ def picture(points: Sequence[Point], path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install 'nextscale[plots]'") from None
-    from sample.images import atomically
+    from sample.files import atomically
 
     figures = [figure for figure in FIGURES if len(averaged(points, figure)[0]) >= 4]
     panels = [(_draw_size, figure) for figure in figures]

@@ -64,7 +64,8 @@ def measure(options: argparse.Namespace) -> dict:
     from evaluation.reward_accuracy import by_scale
     from evaluation.search_runs import NoisyReward, Row, cost_of, row_of, run_row, same_as_before, search_of
     from evaluation.search_whole import candidates_of, choose_whole, is_whole, make_whole, rewards_of
-    from sample.images import make_requests, write_text
+    from sample.files import write_text
+    from sample.images import make_requests
     from sample.load import load_pipeline, model_digest
     from sample.reward_names import load_reward
     from sample.scene_reward import SHIPPED

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sample.images import atomically
+from sample.files import atomically
 
 NAMES = {
     "best": "best of N",

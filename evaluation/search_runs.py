@@ -24,7 +24,8 @@ from evaluation.judge import judge, score
 from evaluation.search_whole import ORACLE
 from evaluation.verdicts import prompt_intervals, widened
 from sample.accounting import Ledger
-from sample.images import Request, atomically, to_uint8, write_text
+from sample.files import atomically, write_text
+from sample.images import Request, to_uint8
 from sample.methods import METHODS, fit_budget, make_steps
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_features

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from evaluation.judge import judge
 from sample.accounting import Ledger
-from sample.images import Request, atomically, to_uint8
+from sample.files import atomically
+from sample.images import Request, to_uint8
 from sample.pipeline import NextScalePipeline
 from sample.rewards import Reward, to_images
 from sample.search import Search, candidate_seeds, choices_of, pick

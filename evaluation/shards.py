@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from evaluation.features import Described
-from sample.images import Request, atomically
+from sample.files import atomically
+from sample.images import Request
 
 FIELDS = ("features", "log_posterior", "spatial")
 DAMAGED = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading a cut file raises

@@ -24,7 +24,7 @@ from evaluation.judge import judge_report
 from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
-from sample.images import write_png
+from sample.files import write_png
 from sample.load import BUNDLED, model_folder, resolve_device
 from tokenizer.model import MultiScaleVQ
 

@@ -117,7 +117,7 @@ def measure_selectivity(
 
 def write_selectivity(folder: Path, index: list[list[float]]) -> None:
     """Put the index into the configuration of a transformer's folder, atomically."""
-    from sample.images import write_text
+    from sample.files import write_text
 
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"selectivity": index}

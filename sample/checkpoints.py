@@ -18,6 +18,8 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sample.files import atomically
+
 State = dict[str, torch.Tensor]
 
 _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
@@ -67,7 +69,7 @@ def stream(
 
 
 def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-    """Write a state dict to one safetensors file, a tensor at a time, atomically (to `path` + ".tmp", then renamed).
+    """Write a state dict to one safetensors file, a tensor at a time, atomically.
 
     Raises:
         ValueError: if a weight is not a number.
@@ -81,14 +83,16 @@ def write_safetensors(path: str | Path, make_state: Callable[[], Mapping[str, to
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key, tensor in stream(make_state):
-            if tensor.is_floating_point() and torch.isnan(tensor).any():
-                raise ValueError(f"{key} holds NaN: the weights are of a run that had failed")
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    os.replace(temporary, path)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key, tensor in stream(make_state):
+                if tensor.is_floating_point() and torch.isnan(tensor).any():
+                    raise ValueError(f"{key} holds NaN: the weights are of a run that had failed")
+                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    atomically(path, write)
 
 
 def readable(place: Path) -> None:

@@ -128,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
     per_prompt = images_of_each(args)
 
     from sample.accounting import Ledger
-    from sample.images import check_place, image_stream, make_requests, process_share
+    from sample.files import check_place
+    from sample.images import image_stream, make_requests, process_share
 
     if args.out is not None:
         check_place("--out", args.out, folder=not to_npz)
@@ -237,7 +238,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
         raise ValueError(f"--prompts {args.prompts} can be read by one process only: give a file to several")
     if str(args.prompts) != "-" and (not args.prompts.exists() or args.prompts.is_dir()):  # a pipe will do
         raise FileNotFoundError(f"--prompts {args.prompts} is not a file")
-    from sample.images import read_text
+    from sample.files import read_text
 
     text = read_text("--prompts", args.prompts)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -401,7 +402,7 @@ def write_trees(args: argparse.Namespace, sink: Sink, batch: list[Request], outp
     if not args.show_search:
         return
     from sample.family import family_tree
-    from sample.images import write_png
+    from sample.files import write_png
 
     for request, choices in zip(batch, output.search.choices):
         write_png(sink.tree_path(request), family_tree(choices, f"{request.prompt}, seed {request.seed}"))
@@ -411,7 +412,8 @@ def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Re
     """A grid of several images, and with --show-scales the rows of scales under each other; their paths."""
     from PIL import Image
 
-    from sample.images import file_stem, grid, write_png
+    from sample.files import write_png
+    from sample.images import file_stem, grid
 
     shown = requests[:GRID_LIMIT]
     stem = file_stem(requests[0].prompt) if len({r.prompt for r in requests}) == 1 else "all"

@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
     from sample.accounting import Ledger
-    from sample.images import Job, PngFolder, check_place, image_stream, make_requests, process_share
+    from sample.files import check_place
+    from sample.images import Job, PngFolder, image_stream, make_requests, process_share
     from sample.load import made_by
 
     if args.out is not None:
@@ -269,7 +270,8 @@ def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: I
     from accelerate import PartialState
     from PIL import Image
 
-    from sample.images import file_stem, grid, write_png
+    from sample.files import write_png
+    from sample.images import file_stem, grid
 
     state = PartialState()
     state.wait_for_everyone()

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from sample.draw import check_seeds
+from sample.files import atomically, read_png_text, write_png, write_text
 from sample.state import GenerationState, Hook
 
 if TYPE_CHECKING:
@@ -415,73 +413,6 @@ def image_text(request: Request, settings: dict[str, Any]) -> dict[str, str]:
     """What a PNG says about itself: `prompt` or `class`, `seed`, and all `settings` as JSON."""
     kind = "class" if isinstance(request.prompt, int) else "prompt"
     return {kind: str(request.prompt), "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
-
-
-def write_png(path: Path, image: np.ndarray | Image.Image, text: dict[str, str] | None = None) -> None:
-    """Write a PNG with text entries, atomically; the folder is made if missing."""
-    info = PngImagePlugin.PngInfo()
-    for name, value in (text or {}).items():
-        info.add_text(name, value) if value.isascii() else info.add_itxt(name, value)
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    atomically(path, lambda partial: picture.save(partial, pnginfo=info))
-
-
-def read_png_text(path: Path) -> dict[str, str] | None:
-    """The text entries of a PNG; None if it is missing or damaged."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return dict(image.text)
-    except (OSError, SyntaxError, AttributeError):
-        return None
-
-
-def check_place(name: str, path: str | Path, *, folder: bool) -> None:
-    """Whether argument `name` can become a folder, or a file: before long work, not after it.
-
-    Raises:
-        ValueError: if a file stands where a folder must be, or the other way round; or nothing can be written there.
-    """
-    path = Path(path)
-    if not folder and path.is_dir():
-        raise ValueError(f"{name} must be a file, got {path}, which is a folder")
-    places = (path, *path.parents) if folder else path.parents
-    there = next((place for place in places if place.exists()), Path())
-    if not there.is_dir():
-        where = "a folder" if there == path else "in a folder"
-        raise ValueError(f"{name} must be {where}, got {path}: {there} is a file")
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise ValueError(f"{name} must be where files can be made, got {path}: {there}: {error.strerror}") from None
-
-
-def read_text(name: str, path: Path) -> str:
-    """A text file in UTF-8, with or without the mark some programs begin it with; "-" is the standard input.
-
-    Raises:
-        ValueError: if it is none, naming it after `name`, what it is to the user.
-    """
-    try:
-        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} {path} must be text in UTF-8: byte {error.start} is none of it") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically; the folder is made if missing."""
-    atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; the folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def grid(images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 2, least: int = 192) -> Image.Image:

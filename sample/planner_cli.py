@@ -154,7 +154,7 @@ def draw(path: Path, choices: list[Choice], front: list[Choice], shown: list[Cho
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    from sample.images import atomically
+    from sample.files import atomically
 
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(8, 5), layout="constrained")

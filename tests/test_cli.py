@@ -19,7 +19,8 @@ from training_toys import in_processes
 import nextscale
 from sample import images
 from sample.cli import tell_unread, tell_untrained
-from sample.images import NpzFile, file_stem, grid, make_requests, write_png
+from sample.files import write_png
+from sample.images import NpzFile, file_stem, grid, make_requests
 from sample.plan_text import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]

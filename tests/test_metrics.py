@@ -294,7 +294,7 @@ def test_files_sorted_by_class_are_noticed():
 
 
 def test_shared_seeds_are_noticed(tmp_path):
-    from sample.images import write_png
+    from sample.files import write_png
 
     for i, image in enumerate(pictures(4)):
         write_png(tmp_path / f"{i}.png", image, {"seed": str(i % 2)})

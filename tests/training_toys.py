@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from train.config import RunConfig
 from train.loop import run
@@ -119,6 +121,7 @@ def start_child(work: Callable, *arguments, **settings) -> multiprocessing.Proce
 
     def body() -> None:
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and a killed one may die with it
         AcceleratorState._reset_state(reset_partial_state=True)
         work(*arguments, **settings)
 

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sample.draw import derive_seed
+from sample.files import write_text
 from sample.load import load_pipeline, model_digest, model_folder
 from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline
@@ -32,7 +33,6 @@ from sample.processes import check_group, works_on_cpu
 from sample.reward_names import load_reward
 from sample.search import Search
 from train.cache_tokens import check_plan
-from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
@@ -130,7 +130,7 @@ def write_samples(
     bar.set_postfix_str(f"kept {share:.2f}")
     scores = [sample.score for sample in kept]
     facts = {"kept": share, "mean_score": float(np.mean(scores))}
-    write_atomically(folder / f"{shard:05d}.kept.json", json.dumps(facts))
+    write_text(folder / f"{shard:05d}.kept.json", json.dumps(facts), durable=True)
     ids_NL = np.stack([sample.ids for sample in kept]).astype(token_dtype(pipeline.vqvae.config.vocab_size))
     write_shard(folder, shard, ids_NL, [{"label": -1, "caption": sample.caption} for sample in kept])
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = [json.loads((folder / f"{shard:05d}.kept.json").read_text(encoding="utf-8")) for shard in shards]
         kept = len(facts) / sum(1 / fact["kept"] for fact in facts)
         shutil.copytree(validation, Path(config.folder) / "val", dirs_exist_ok=True)
-        write_atomically(folder / "manifest.json", json.dumps({**manifest, "kept": kept}, indent=1))
+        write_text(folder / "manifest.json", json.dumps({**manifest, "kept": kept}, indent=1), durable=True)
         print(f"{config.folder}: {config.images} pictures, {kept:.3f} of the captions tried", file=sys.stderr)
 
 

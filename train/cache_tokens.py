@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from sample.fast import accelerate_tokenizer, supported
-from sample.images import check_place
+from sample.files import check_place, write_text
 from sample.processes import check_group, works_on_cpu
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
-from train.checkpoint import write_atomically
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
@@ -118,7 +117,7 @@ def encode_split(
                 done(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(folder / "manifest.json", json.dumps(manifest, indent=1), durable=True)
         if unreadable := images.corrupt.summary():
             print(unreadable, file=sys.stderr)
 
@@ -140,7 +139,7 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
                 )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_atomically(path, json.dumps(manifest, indent=1))
+        write_text(path, json.dumps(manifest, indent=1), durable=True)
 
 
 def advance(bar: tqdm, accelerator: Accelerator) -> Callable[[int], None]:

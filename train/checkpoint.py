@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sample.checkpoints import readable
+from sample.files import flush
 
 STEP = re.compile(r"step_(\d+)$")
 PARTIAL = ".tmp-"
@@ -71,7 +72,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> 
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
-    _flush(folder)
+    flush(folder)
     return final
 
 
@@ -92,23 +93,7 @@ def point_link(link: Path, target: Path) -> None:
     os.replace(fresh, link)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)

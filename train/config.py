@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from sample.images import check_place
+from sample.files import check_place
 from sample.processes import process_name, speaks
 
 
@@ -131,7 +131,7 @@ def base_parser(description: str) -> ArgumentParser:
 
 def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None:
     """Write the resolved configuration to RUN_DIR/config.yaml, on the main process; what it changes is printed."""
-    from train.checkpoint import write_atomically
+    from sample.files import write_text
 
     if os.environ.get("RANK", "0") != "0":
         return
@@ -142,7 +142,7 @@ def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None
         for name in sorted({**before, **now}):
             if before.get(name) != now.get(name):
                 print(f"{run_dir}: {name} was {before.get(name)}, is {now.get(name)}", file=sys.stderr)
-    write_atomically(path, text)
+    write_text(path, text, durable=True)
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:

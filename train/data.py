@@ -177,7 +177,7 @@ class HeldImages(Dataset):
 
 
 class SceneImages(Dataset):
-    """Drawn scenes (`evaluation.scenes`); `classes` are the six tags. Rendered at the wanted size: nothing is cropped."""
+    """Drawn scenes (`evaluation.scenes`); `classes` are the six tags. Rendered at size: nothing is cropped."""
 
     def __init__(self, n: int, *, seed: int, size: int, tags: dict[str, float] | None = None):
         from evaluation.scenes import TAGS, SceneDataset

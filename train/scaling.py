@@ -295,7 +295,7 @@ def climb(ladder: Ladder, rung: Rung) -> int:
 
     The files `done` and `evaluated` in its folder hold the commands.
     """
-    from sample.images import write_text
+    from sample.files import write_text
 
     folder = ladder.run_folder(rung)
     if not (folder / "done").exists():

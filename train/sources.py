@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sample.images import read_text
+from sample.files import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")

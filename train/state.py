@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from train.checkpoint import complete_checkpoints, drop_old, point_link, write_atomically, write_checkpoint
+from sample.files import write_text
+from train.checkpoint import complete_checkpoints, drop_old, point_link, write_checkpoint
 from train.session import Meter, Session, averaged_weights
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -208,7 +209,7 @@ def cut_metrics(path: Path, step: int) -> None:
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+    write_text(path, "".join(kept), durable=True)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

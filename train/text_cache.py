@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sample.checkpoints import readable
-from train.checkpoint import PARTIAL, write_atomically
+from sample.files import write_text
+from train.checkpoint import PARTIAL
 from train.session import Batch
 from train.text import moved, padded_length
 
@@ -84,7 +85,7 @@ def begin_cache(folder: Path, manifest: dict, encoder: PreTrainedModel, tokenize
             shutil.rmtree(leftover, ignore_errors=True)
         component.save_pretrained(folder / f"{PARTIAL}{name}")
         os.replace(folder / f"{PARTIAL}{name}", folder / name)
-    write_atomically(path, json.dumps(manifest, indent=1))
+    write_text(path, json.dumps(manifest, indent=1), durable=True)
 
 
 def check_manifest(folder: Path, wanted: dict) -> dict:

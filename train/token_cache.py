@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from sample.files import write_text
 from tokenizer.model import MultiScaleVQ
-from train.checkpoint import write_atomically
 from train.images import no_label
 
 DECODING = ("decoder.", "post_quant_conv.")  # parts of a tokenizer that do not matter to tokens
@@ -46,7 +46,7 @@ def write_shard(
     folder: Path, shard: int, ids_NL: np.ndarray, rows: list[dict], latents_NCHW: np.ndarray | None = None
 ) -> None:
     """Write one shard; the token file comes last and makes it count as done."""
-    write_atomically(folder / f"{shard:05d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / f"{shard:05d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows), durable=True)
     if latents_NCHW is not None:
         _save(folder / f"{shard:05d}.latents", latents_NCHW)
     _save(folder / f"{shard:05d}.npy", ids_NL)

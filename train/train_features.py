@@ -24,7 +24,7 @@ from tqdm import tqdm
 from evaluation.command import Parser, check_least, in_one_line
 from evaluation.features import SHIPPED, SIDE, SceneFeatures, describe_all, load_scene_features
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
-from sample.images import atomically, check_place
+from sample.files import atomically, check_place
 
 CELLS = 8  # along a side
 IGNORED = -1  # target of cells without an object

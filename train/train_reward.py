@@ -29,7 +29,7 @@ from tqdm import tqdm
 from evaluation.command import Parser, check_least, in_one_line
 from evaluation.reward_accuracy import auc
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
-from sample.images import atomically, check_place
+from sample.files import atomically, check_place
 from sample.load import resolve_device, resolve_dtype
 from sample.rewards import to_images
 from sample.scene_reward import CELLS, SAYS, SHIPPED, SIDE, SceneReward, load_scene_reward
