@@ -24,6 +24,7 @@ from tokenizer.precision import cast
 from var.transformer import NextScaleTransformer
 
 BUNDLED = "scenes"
+PARTS = ("transformer", "refiner", "vqvae", "text_encoder", "tokenizer")  # of a pipeline, each in its folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,9 +91,9 @@ def open_folder(folder: Path) -> NextScalePipeline:
     if not index.is_file():
         return assemble(folder)
     try:
-        named = json.loads(index.read_text(encoding="utf-8")).items()
-        parts = [name for name, kind in named if isinstance(kind, list) and kind[0] is not None]
-    except (ValueError, AttributeError):
+        named = json.loads(index.read_text(encoding="utf-8"))
+        parts = [name for name in PARTS if named.get(name, [None])[0] is not None]
+    except (ValueError, AttributeError, TypeError):
         raise ValueError(f"{index} is no list of a pipeline's parts") from None
     for part in parts:
         if not (folder / part).is_dir():

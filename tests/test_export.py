@@ -7,6 +7,7 @@ import json
 import torch
 
 from sample.load import load_pipeline
+from sample.pipeline import NextScalePipeline
 from train.config import exit_code
 from train.export import main
 
@@ -26,6 +27,13 @@ def test_an_export_draws_as_the_model_does(class_folder, tmp_path, capsys):
     drawn = [p(class_labels=[1, 2], output_type="pt", **chosen).images for p in (made, own)]
     assert torch.equal(*drawn)
     assert str(tmp_path) not in (out / "transformer/config.json").read_text()
+
+
+def test_a_refiner_is_exported_too(class_pipeline, tmp_path):
+    twin = NextScalePipeline(class_pipeline.transformer, class_pipeline.vqvae, refiner=class_pipeline.transformer)
+    twin.save_pretrained(tmp_path / "twin")
+    assert exit_code(main, ["--model", str(tmp_path / "twin"), "--out", str(tmp_path / "out")]) == 0
+    assert load_pipeline(tmp_path / "out", device="cpu").refiner is not None
 
 
 def test_half_the_size_and_not_over_another(class_folder, tmp_path, capsys):

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sample.load import DTYPES, load_pipeline, silent_loading
+from sample.load import DTYPES, PARTS, load_pipeline, silent_loading
 from train.config import base_parser, exit_code
-
-PARTS = ("transformer", "vqvae", "text_encoder", "tokenizer")
 
 
 @dataclass(kw_only=True)
@@ -67,7 +65,7 @@ def export(config: ExportConfig) -> float:
     sampling = {name: getattr(config, name) for name in names}
     pipeline.make_plan(**sampling)  # raises, as sampling would
     pipeline.register_to_config(sampling=sampling)
-    for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
+    for part in (pipeline.transformer, pipeline.refiner, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
             torch.nn.Module.to(part, DTYPES[config.dtype])  # loading casts back what needs float32
     partial = out.with_name(f".tmp-{out.name}")
