@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.accounting import Ledger
     from sample.files import check_place
     from sample.images import image_stream, make_requests, process_share
+    from sample.load import made_by
 
     if args.out is not None:
         check_place("--out", args.out, folder=not to_npz)
@@ -142,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model == "scenes":
         tell_unread(prompts)
         tell_untrained(plan)
-    sink, job = settle(args, lambda: make_sink(args, folder, pipeline, requests))
+    settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
+    settings |= search_settings(args)
+    sink, job = settle(args, lambda: make_sink(args, settings, requests))
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
@@ -203,14 +206,19 @@ def settle(args: argparse.Namespace, make: Callable[[], tuple[Any, Job]]) -> tup
     """The sink and the job that `make` gives for --out; without one that becomes the first default folder that fits.
 
     Raises:
-        ValueError: if what is in the named folder was made otherwise.
+        ValueError: if what is in the named folder was made otherwise, or nothing can be written here.
     """
+    from sample.files import check_place
+
     if args.out is not None:
         sink, job = make()
         job.check()
         return sink, job
+    check_place("--out", Path(), folder=True)
     for number in count(1):
         args.out = Path("pictures" if number == 1 else f"pictures-{number}")
+        if args.out.exists() and not args.out.is_dir():
+            continue
         sink, job = make()
         try:
             job.check()
@@ -336,16 +344,10 @@ def plan_of_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: di
     return plan
 
 
-def make_sink(
-    args: argparse.Namespace, folder: Path, pipeline: NextScalePipeline, requests: list[Request]
-) -> tuple[Sink, Job]:
-    """Where the images go, and what must not change between the runs of one job."""
+def make_sink(args: argparse.Namespace, settings: dict[str, Any], requests: list[Request]) -> tuple[Sink, Job]:
+    """Where the images go, and what must not change between the runs of one job: `settings`, and what is asked for."""
     from sample.images import GenEvalTree, Job, NpzFile, PngFolder, metadata_digest, requests_digest
-    from sample.load import made_by
 
-    refiner = how_options(args).get("refiner")
-    settings = {"model": str(args.model), **made_by(pipeline, folder, refiner, **call_options(args))}
-    settings |= search_settings(args)
     informal = ("model",)  # a folder may have moved
     if args.out.suffix == ".npz":
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}

@@ -166,6 +166,8 @@ def test_without_out_other_settings_have_folders_of_their_own(sample, tmp_path, 
         assert code == 0 and out.startswith(f"{folder}:")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures-2", "pictures-3"]
     assert "(1 were there already)" in sample("a star", "--guidance", 2)[1]
+    (tmp_path / "pictures-4").write_text("a file in the way")
+    assert sample("a star", "--guidance", 4)[1].startswith("pictures-5:")
     assert "choose another --out" in sample("a star", "--guidance", 2, "--out", "pictures")[2]
 
 
