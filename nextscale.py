@@ -37,7 +37,7 @@ NAMES = {
     "NextScaleOutput": "sample.pipeline",
     "load_pipeline": "sample.load",
     "Search": "sample.search",
-    "Ledger": "sample.accounting",
+    "Ledger": "sample.ledger",
     "image_stream": "sample.images",
     "EditHook": "sample.edit",
     "extend": "sample.edit",

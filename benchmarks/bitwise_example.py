@@ -157,8 +157,10 @@ def renders(n: int, seed: int) -> Iterator[tuple[np.ndarray, dict]]:
 
 def tokenizer_figures(options: argparse.Namespace, tokens: str) -> dict:
     """PSNR of reconstructions of fresh scenes, the share that the judge accepts, and what it took to train."""
-    from evaluation.judge import judge, wilson
-    from evaluation.tokenizer_quality import load_tokenizer, mean_interval, pixel_quality, to_floats, to_levels
+    from evaluation.intervals import mean_interval, wilson
+    from evaluation.judge import judge
+    from evaluation.tokenizer_quality import pixel_quality, to_floats, to_levels
+    from sample.load import load_tokenizer
 
     run = options.work / f"tokenizer-{tokens}"
     vqvae = load_tokenizer(run)
@@ -224,7 +226,7 @@ def area(detection: Detection) -> float:
 
 def parts(found: Sequence[list[Detection]], metadatas: Sequence[dict]) -> dict:
     """How often the largest object has the shape, and the colour, of its caption, with Wilson intervals."""
-    from evaluation.judge import wilson
+    from evaluation.intervals import wilson
 
     figures: dict = {}
     for name, attribute, key in (("shape_right", "shape", "class"), ("colour_right", "colour", "color")):

@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 from tqdm import tqdm
 
 from evaluation.features import describe_all, load_scene_features, scene_reference
 from evaluation.frechet import frechet_distance, frechet_interval, moments
+from evaluation.intervals import mean_interval
 from evaluation.judge import judge, score
-from sample.costs import weight_bytes
+from sample.costs import parameter_bytes
 from sample.files import write_text
 from sample.images import image_stream, make_requests
 from sample.measure import measure_once
@@ -169,11 +170,11 @@ def speed(pipeline: NextScalePipeline, row: Row, prompts: Sequence[str] | Sequen
         ("images_per_s", [len(prompts) / run.total for run in runs]),
     ):
         figures[name] = fmean(rates)
-        half = 1.96 * stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
-        figures[f"{name}_ci95"] = [fmean(rates) - half, fmean(rates) + half]
+        if repeats > 1:
+            figures[f"{name}_ci95"] = mean_interval(np.array(rates))
     figures["peak_cache_mib"] = runs[0].cache_bytes / 2**20
     models = {stage.model for stage in plan.stages}
-    weights = weight_bytes(*models, pipeline.vqvae, pipeline.text_encoder)
+    weights = parameter_bytes(*models, pipeline.vqvae, pipeline.text_encoder)
     figures["peak_memory_mib"] = (weights + max(run.peak_bytes - run.base_bytes for run in runs)) / 2**20
     return figures
 
@@ -190,8 +191,8 @@ def against_full(rows: Sequence[dict]) -> list[dict]:
         }
         if "correct" in row:
             difference = np.array([int(bit) for bit in row["correct"]]) - base
-            mean, half = float(difference.mean()), 1.96 * float(difference.std()) / len(difference) ** 0.5
             ratios["fd"] = row["fd_scenes"] / full["fd_scenes"]
-            ratios |= {"correct_minus_full": mean, "correct_minus_full_ci95": [mean - half, mean + half]}
+            ratios |= {"correct_minus_full": float(difference.mean())}
+            ratios |= {"correct_minus_full_ci95": mean_interval(difference)}
         compared.append({name: value for name, value in row.items() if name != "correct"} | ratios)
     return compared

@@ -78,9 +78,9 @@ def our_jobs(folder: Path, batch: int) -> dict[str, Job]:
     """Jobs "step" (autocast, checkpointed) and "ceilings" () of `VarObjective`."""
     import torch
 
-    from train.objectives import VarLossConfig, VarObjective
     from train.optimizers import OptimizerConfig
     from train.session import Clock
+    from train.var_objective import VarLossConfig, VarObjective
     from var.transformer import NextScaleTransformer
 
     model = NextScaleTransformer.from_pretrained(folder / "transformer").train()

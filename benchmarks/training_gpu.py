@@ -91,9 +91,9 @@ def our_steps(names: Sequence[str], transformer: torch.nn.Module, given: Mapping
     """Steps by variant, each with the optimizers it moves; plain and compiled blocks share weights and optimizer."""
     from train.config import RunConfig
     from train.loop import start
-    from train.objectives import VarLossConfig, VarObjective
     from train.optimizers import OptimizerConfig
     from train.session import Session, Task
+    from train.var_objective import VarLossConfig, VarObjective
 
     config = OptimizerConfig(clip=CLIP)
     config.lr = 0.0  # which no configuration may ask for

@@ -14,11 +14,11 @@ from evaluation.scenes import render, scene_at, scene_metadata
 from evaluation.sheet import RIGHT, WRONG
 from sample.files import write_png
 from sample.load import load_pipeline
-from sample.methods import make_steps
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_reward
 from sample.scene_reward import Caption
 from sample.search import Search
+from sample.search_steps import make_steps
 from tokenizer.model import MultiScaleVQ
 
 SIDE, GAP = 128, 6  # pixels

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
-from evaluation.judge import wilson
+from evaluation.intervals import mean_interval, wilson
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import (
     COLOURS,
@@ -95,10 +95,10 @@ def rows_of(name: str, pipeline: NextScalePipeline, *, n: int, seed: int, batch_
             right = nats(pipeline, batch, [scene.caption for scene in batch])
             gains.append(nats(pipeline, batch, wrong[begin : begin + batch_size]) - right)
         gain_NK = torch.cat(gains).double()
-        gain_N, reach = gain_NK.sum(dim=1), 1.96 * float(gain_NK.sum(dim=1).std()) / n**0.5
-        mean, wins = float(gain_N.mean()), int((gain_N > 0).sum())
+        gain_N = gain_NK.sum(dim=1)
+        wins = int((gain_N > 0).sum())
         row = {"model": name, "change": change, "n": n}
-        row |= {"nats": mean, "nats_ci95": [mean - reach, mean + reach]}
+        row |= {"nats": float(gain_N.mean()), "nats_ci95": mean_interval(gain_N.numpy())}
         row |= {"right": wins / n, "right_ci95": wilson(wins, n)}
         by_scale = zip(pipeline.vqvae.schedule.names, gain_NK.mean(dim=0).tolist(), strict=True)
         rows.append(row | {f"nats_{scale}": gain for scale, gain in by_scale})

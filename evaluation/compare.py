@@ -16,7 +16,8 @@ import torch
 from scipy import stats
 
 from evaluation.features import scene_reference
-from evaluation.frechet import Z95, Moments, frechet_distance, frechet_influence, moments
+from evaluation.frechet import Moments, frechet_distance, frechet_influence, moments
+from evaluation.intervals import Z95
 from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 from evaluation.sources import stored_moments
 

@@ -32,10 +32,11 @@ from evaluation.figures import (
     needs_images,
 )
 from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
+from evaluation.intervals import mean_interval
 from evaluation.options import METRICS
 from evaluation.scenes import TAGS, render
 from evaluation.sources import FileImages, Images, NpzImages, holds_images, image_sizes, open_images, progress
-from evaluation.tokenizer_quality import fresh_scenes, mean_interval
+from evaluation.tokenizer_quality import fresh_scenes
 from sample.load import resolve_device
 
 NETWORKS = {  # network -> metrics on it

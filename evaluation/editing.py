@@ -20,16 +20,17 @@ from tqdm import tqdm
 from evaluation.command import Parser, check_least, in_one_line
 from evaluation.editing_sheet import Column, editing_sheet
 from evaluation.evaluate import model_name
-from evaluation.judge import Detection, apply_rules, detect, wilson
+from evaluation.intervals import wilson
+from evaluation.judge import Detection, apply_rules, detect
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
 from sample.edit import RULES
 from sample.files import write_png
 from sample.load import load_pipeline
-from sample.methods import Step
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_reward
 from sample.search import Search
+from sample.search_steps import Step
 
 TASKS = ("replace", "add")
 MARGIN = 8  # pixels around the old object that are repainted, where the kept one leaves room

@@ -34,7 +34,7 @@ from sample.images import (
     requests_digest,
 )
 from sample.load import load_pipeline, made_by, model_folder
-from sample.plans_cli import call_settings, how_options
+from sample.plan_options import call_settings, how_options
 from sample.processes import process_group
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`

@@ -12,7 +12,6 @@ import torch
 from evaluation.coverage import neighbourhoods
 from evaluation.features import Described
 from evaluation.frechet import (
-    Z95,
     Moments,
     frechet_distance,
     frechet_interval,
@@ -22,6 +21,7 @@ from evaluation.frechet import (
     moments,
 )
 from evaluation.guards import order_cautions, small_part_cautions
+from evaluation.intervals import Z95
 from evaluation.sources import stored_moments
 
 PARTS = 10  # of the published inception score

@@ -7,7 +7,7 @@ Shapes: N images, D features, P classes.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-Z95 = 1.959964
+from evaluation.intervals import Z95, bootstrap_interval
+
 FEW = 2000  # below this many images a Frechet distance is mostly its own bias
 
 
@@ -73,21 +74,6 @@ def frechet_influence(features_ND: torch.Tensor, reference: Moments) -> torch.Te
     influence = 2 * centred @ (own.mean - reference.mean)
     influence += (centred.square() - centred * (centred @ transport)).sum(1)
     return influence - influence.mean()
-
-
-def bootstrap_interval(
-    statistic: Callable[[torch.Tensor], float], value: float, n: int, *, resamples: int, seed: int = 0
-) -> list[float]:
-    """95 % interval [low, high] around `value`: +-1.96 standard deviations of `statistic` over resampled images.
-
-    `statistic` maps row indices (n,), drawn with replacement, to a float. The spread is used and not the quantiles:
-    resampled sets have fewer distinct images, which pushes a Frechet distance up. The interval tells how far another
-    sample of `n` images might land, not how far `n` is from infinity.
-    """
-    rng = np.random.default_rng((seed, n))
-    drawn = [statistic(torch.from_numpy(rng.integers(n, size=n))) for _ in range(resamples)]
-    half = Z95 * float(np.std(drawn, ddof=1))
-    return [max(value - half, 0.0), value + half]
 
 
 def frechet_interval(

@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from evaluation.command import Parser, check_least, in_one_line
+from evaluation.intervals import wilson
 from evaluation.report import command_of, result, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, TAGS, Scene, coverage, relations, render, sample_scene
 from evaluation.sheet import verdict_sheet
@@ -254,16 +255,6 @@ def judge_batch(images: Iterable[np.ndarray], metadatas: Sequence[dict]) -> list
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> list[float]:
-    """Wilson's score interval [low, high] of a proportion (95 % by default); [0, 1] for n = 0."""
-    if n == 0:
-        return [0.0, 1.0]
-    share, spread = successes / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = np.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    return [float(max(min(centre - half, share), 0.0)), float(min(max(centre + half, share), 1.0))]
 
 
 def score(correct: Sequence[bool], metadatas: Sequence[dict]) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evaluation.command import check_least
 from sample.cli import take_negative_lists
-from sample.plans_cli import add_plan_options, by_scale
+from sample.plan_options import add_plan_options, by_scale
 
 EXAMPLES = """examples:
   nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json

@@ -17,19 +17,19 @@ from evaluation.features import Described, Describer, describe_all
 from evaluation.figures import frechet_figures
 from evaluation.frechet import FEW, moments
 from evaluation.guards import few_cautions
+from evaluation.intervals import mean_interval
 from evaluation.options import TOKENIZER_METRICS, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.sources import open_images, progress
 from evaluation.tokenizer_quality import (
     comparison,
-    load_tokenizer,
-    mean_interval,
     picture_path,
     pixel_quality,
     to_floats,
     to_levels,
 )
 from sample.files import write_png
+from sample.load import load_tokenizer
 from tokenizer.losses import LpipsLoss
 from tokenizer.model import MultiScaleVQ
 

@@ -23,15 +23,15 @@ from tqdm import tqdm
 from evaluation.judge import judge, score
 from evaluation.search_whole import ORACLE
 from evaluation.verdicts import prompt_intervals, widened
-from sample.accounting import Ledger
 from sample.files import atomically, write_text
 from sample.images import Request, to_uint8
-from sample.methods import METHODS, fit_budget, make_steps
+from sample.ledger import Ledger
 from sample.pipeline import NextScalePipeline
 from sample.reward_names import load_features
 from sample.rewards import Callback, Prompts, Reward
 from sample.search import Search
 from sample.search_cost import SearchCost
+from sample.search_steps import METHODS, fit_budget, make_steps
 
 MARKS: dict[str, Callable] = {
     "noise": float, "rounds": int, "enough": float, "sharpness": float, "potential": str, "draw": str, "features": str,
@@ -45,7 +45,7 @@ class Row:
     """A row's text, read.
 
     Attributes:
-        method: of `sample.methods.METHODS`, or plain, or the steps themselves.
+        method: of `sample.search_steps.METHODS`, or plain, or the steps themselves.
         budget, n: what decides the number of candidates; one of them, none for plain and steps.
         oracle: the judge is the reward.
         marks: the others.

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from evaluation.judge import judge
-from sample.accounting import Ledger
 from sample.files import atomically
 from sample.images import Request, to_uint8
+from sample.ledger import Ledger
 from sample.pipeline import NextScalePipeline
 from sample.rewards import Reward, to_images
 from sample.search import Search, candidate_seeds, choices_of, pick

@@ -20,15 +20,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.command import Parser, in_one_line
+from evaluation.intervals import mean_interval
 from evaluation.judge import judge_report
 from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, render, sample_scene
 from sample.files import write_png
-from sample.load import BUNDLED, model_folder, resolve_device
+from sample.load import load_tokenizer
 from tokenizer.model import MultiScaleVQ
-
-USED = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
+from tokenizer.quantizer import USED_SHARE
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,6 @@ class Measured:
 
     row: dict
     pairs: np.ndarray
-
-
-def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> MultiScaleVQ:
-    """A tokenizer in eval mode: of "scenes" (the bundled model), of its own folder, or of a pipeline's or run's folder.
-
-    Raises FileNotFoundError, naming the path, if there is none.
-    """
-    path = model_folder(path) if str(path) == BUNDLED else Path(path)
-    for folder in (path, path / "vqvae", path / "latest" / "vqvae"):
-        if (folder / "config.json").is_file():
-            return MultiScaleVQ.from_pretrained(folder.resolve()).eval().to(resolve_device(device))
-    raise FileNotFoundError(f"tokenizer {path} has no config.json, nor a vqvae folder with one")
 
 
 def to_floats(images_BHWC: np.ndarray) -> torch.Tensor:
@@ -95,17 +83,11 @@ def pixel_quality(originals: np.ndarray, rebuilt: np.ndarray) -> tuple[np.ndarra
     return psnr, ssim.numpy()
 
 
-def mean_interval(values: np.ndarray) -> list[float]:
-    """95 % interval [low, high] of a mean of (N,) values, by the normal approximation."""
-    half = 1.959964 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
-    return [float(values.mean() - half), float(values.mean() + half)]
-
-
 def usage(hits_KV: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
     """Shares of the codebook in use, from hit counts (K, V): per scale by VAR's threshold, and used at least once."""
     fair_K1 = hits_KV.sum(1, keepdim=True) / hits_KV.shape[1]
     shares: dict[str, float] = {}
-    for name, used_KV in (("usage", hits_KV >= USED * fair_K1), ("used_once", hits_KV > 0)):
+    for name, used_KV in (("usage", hits_KV >= USED_SHARE * fair_K1), ("used_once", hits_KV > 0)):
         for scale, used_V in zip(scales, used_KV & (hits_KV > 0)):
             shares[f"{name}_{scale}"] = used_V.float().mean().item()
         shares[f"{name}_any_scale"] = (used_KV & (hits_KV > 0)).any(0).float().mean().item()
@@ -120,7 +102,7 @@ def bit_usage(ones_Kn: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
     """
     rarer_Kn = torch.minimum(ones_Kn, 1 - ones_Kn)
     entropy_Kn = -(torch.special.xlogy(ones_Kn, ones_Kn) + torch.special.xlogy(1 - ones_Kn, 1 - ones_Kn)) / log(2)
-    shares = {f"usage_{scale}": float(row) for scale, row in zip(scales, (rarer_Kn >= USED / 2).double().mean(1))}
+    shares = {f"usage_{scale}": float(row) for scale, row in zip(scales, (rarer_Kn >= USED_SHARE / 2).double().mean(1))}
     return shares | {f"bit_entropy_{scale}": float(row) for scale, row in zip(scales, entropy_Kn.mean(1))}
 
 
@@ -211,7 +193,7 @@ def report(
     write_png(picture_path(out), comparison(measured.pairs))
     print(f"each original above its reconstruction: {picture_path(out)}")
     if out:
-        settings = {"scenes": "fresh, all compositions, tags in turn", "used_from_share_of_equal_split": USED}
+        settings = {"scenes": "fresh, all compositions, tags in turn", "used_from_share_of_equal_split": USED_SHARE}
         write_result(out, result([row], command=command, n=n, seeds=seed, settings=settings))
         print(f"written: {out}")
 

@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.plans_cli import add_plan_options, by_scale, call_settings, how_options
-from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
+from sample.plan_options import add_plan_options, by_scale, call_settings, how_options
+from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--show-scales goes with no --search, and --show-search with neither --prompts nor npz files")
     per_prompt = images_of_each(args)
 
-    from sample.accounting import Ledger
     from sample.files import check_place
     from sample.images import image_stream, make_requests, process_share
+    from sample.ledger import Ledger
     from sample.load import made_by
 
     if args.out is not None:
@@ -403,8 +403,8 @@ def write_trees(args: argparse.Namespace, sink: Sink, batch: list[Request], outp
     """With --show-search, the family tree of each image of a batch: DIR/search/<its name>.png."""
     if not args.show_search:
         return
-    from sample.family import family_tree
     from sample.files import write_png
+    from sample.search_tree import family_tree
 
     for request, choices in zip(batch, output.search.choices):
         write_png(sink.tree_path(request), family_tree(choices, f"{request.prompt}, seed {request.seed}"))

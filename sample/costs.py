@@ -138,7 +138,7 @@ def _feed(cache: object, stage: Stage, scales: range, rows: int, dtype: torch.dt
         cache.update(layer, fresh, fresh, begin=begin, q_BHld=fresh)
 
 
-def weight_bytes(*models: torch.nn.Module | None) -> int:
+def parameter_bytes(*models: torch.nn.Module | None) -> int:
     """Bytes of the parameters of some models; the same model is counted once."""
     parameters = {id(p): p for model in models if model is not None for p in model.parameters()}
     return sum(p.numel() * p.element_size() for p in parameters.values())

@@ -22,8 +22,8 @@ from sample.cli import (
     write_all,
     write_trees,
 )
-from sample.plans_cli import how_options
-from sample.search_cli import add_search_options, images_of_each, make_search, search_settings
+from sample.plan_options import how_options
+from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
 
-    from sample.accounting import Ledger
     from sample.files import check_place
     from sample.images import Job, PngFolder, image_stream, make_requests, process_share
+    from sample.ledger import Ledger
     from sample.load import made_by
 
     if args.out is not None:

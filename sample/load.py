@@ -104,6 +104,20 @@ def open_folder(folder: Path) -> NextScalePipeline:
         raise ValueError(f"model folder {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> MultiScaleVQ:
+    """A frozen tokenizer: of "scenes" (the bundled model), of its own folder, or of a pipeline's or a run's folder.
+
+    Raises:
+        FileNotFoundError: naming the path, if there is none.
+    """
+    path = model_folder(path) if str(path) == BUNDLED else Path(path)
+    for folder in (path, path / "vqvae", path / "latest" / "vqvae"):
+        if (folder / "config.json").is_file():
+            vqvae = MultiScaleVQ.from_pretrained(folder.resolve())
+            return vqvae.requires_grad_(False).eval().to(resolve_device(device))
+    raise FileNotFoundError(f"tokenizer {path} has no config.json, nor a vqvae folder with one")
+
+
 def check_whole(component: torch.nn.Module, model: str | Path) -> None:
     """Raise ValueError, naming the first, if weights that a configuration asks for were not in the files."""
     for name, parameter in component.named_parameters():

@@ -220,7 +220,7 @@ class NextScalePipeline(DiffusionPipeline):
                 "10%" (see `sample.plan_text.PlanConfig`). Or a Plan, which leaves nothing else to say.
             hooks: plugged into the loop, see `sample.state.Hook`.
             search: make several candidates of each image and give the best, see `sample.search.Search`. A
-                `sample.accounting.Ledger` among the hooks counts what it costs.
+                `sample.ledger.Ledger` among the hooks counts what it costs.
             output_type: "pil", "np", "pt" or "latent", see `NextScaleOutput`.
             return_dict: a NextScaleOutput instead of the tuple (images, seeds, tokens).
             callback_on_step_end: called as (pipeline, k, side, tensors) after scale k, `side` its height in tokens. A

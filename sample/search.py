@@ -17,13 +17,13 @@ from math import inf, isfinite
 import torch
 from einops import rearrange
 
-from sample.accounting import Ledger
 from sample.cluster import POOLINGS, representatives
 from sample.draw import derive_seed
 from sample.generate import generate
-from sample.methods import Step, check_steps
+from sample.ledger import Ledger
 from sample.plan import Plan
 from sample.rewards import Features, Prompts, Reward, check_scores, to_images
+from sample.search_steps import Step, check_steps
 from sample.state import GenerationState, Hook
 from tokenizer.quantizer import PyramidQuantizer
 from var.conditioning import Prompt
@@ -87,7 +87,7 @@ Show = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What is searched, and how; see `sample.methods.make_steps` for the published methods.
+    """What is searched, and how; see `sample.search_steps.make_steps` for the published methods.
 
     Attributes:
         candidates: of each image, at the first scale.

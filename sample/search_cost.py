@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from sample.accounting import call_flops
 from sample.costs import plan_flops
+from sample.ledger import call_flops
 from sample.plan import Plan
 from sample.rewards import Features, Reward, to_images
 from sample.search import Search

@@ -28,10 +28,10 @@ from sample.guidance import Guidance
 from sample.load import load_pipeline
 from sample.measure import Stopwatch
 from sample.memory import predict
-from sample.methods import Step
 from sample.official import Flags, load_official
 from sample.plan import plain
 from sample.search import Search
+from sample.search_steps import Step
 from sample.state import Hook
 from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, nearest_template, read_aspect, schedule_of
 from tokenizer.bitwise import BinarySphericalQuantizer, entropy_penalty

@@ -22,8 +22,9 @@ from benchmarks.bitwise_example import (
     trained,
 )
 from evaluation.judge import detect, judge
+from sample.load import load_tokenizer
 from train import train_tokenizer, train_var
-from train.train_tokenizer import begin_with, load_tokenizer
+from train.train_tokenizer import begin_with
 from var.transformer import NextScaleTransformer
 
 

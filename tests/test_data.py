@@ -28,7 +28,7 @@ from train.data import (
     permute,
 )
 from train.order import image_draws
-from train.train_var import normal_of
+from train.prepare import normal_of
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:

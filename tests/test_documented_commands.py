@@ -10,7 +10,7 @@ import pytest
 
 import nextscale
 from evaluation import options, run
-from sample import cli, search_cli
+from sample import cli, search_options
 from sample.scene_reward import Caption
 
 DOCS = Path(nextscale.__file__).parent / "docs"
@@ -44,7 +44,7 @@ def test_documented_commands_parse(words):
 def bundled_prompts() -> list[str]:
     """What pages and helps draw with the bundled model."""
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-    text = "\n".join([*(page.read_text(encoding="utf-8") for page in pages), cli.EXAMPLES, search_cli.__doc__])
+    text = "\n".join([*(page.read_text(encoding="utf-8") for page in pages), cli.EXAMPLES, search_options.__doc__])
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     asked = [line for line in lines if "--model" not in line or "--model scenes" in line]
     return sorted({prompt for line in asked for prompt in re.findall(r'nextscale sample "([^"]+)"', line)})

@@ -16,10 +16,10 @@ from PIL import Image
 
 import nextscale
 from sample.edit import RULES, Canvas, EditHook, edit_hook, extend, kept_tokens
-from sample.methods import Step
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.rewards import Callback
 from sample.search import Search
+from sample.search_steps import Step
 from sample.state import Hook
 from tokenizer.schedule import ScaleSchedule
 

@@ -21,13 +21,13 @@ from evaluation import binding, calibration, judge, options, run, search_benchma
 from evaluation.features import SHIPPED, SceneFeatures, describe_all, load_scene_features, scene_reference
 from evaluation.frechet import (
     Moments,
-    bootstrap_interval,
     frechet_distance,
     inception_score,
     kernel_distance,
     moments,
 )
 from evaluation.geneval import metadata_of
+from evaluation.intervals import bootstrap_interval
 from evaluation.report import WIDE, command_line, markdown, result, table, write_result
 from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
 from evaluation.sources import geneval_tree, open_images, stored_moments

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sample import fast, fast_cpu
-from sample.accounting import call_flops
 from sample.costs import plan_flops
 from sample.draw import Filter, keep_likeliest, keep_top_k, keep_top_p
 from sample.generate import generate
+from sample.ledger import call_flops
 from sample.load import load_pipeline, resolve_dtype
 from sample.pipeline import NextScalePipeline
 from sample.plan import plain

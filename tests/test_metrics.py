@@ -15,12 +15,12 @@ from evaluation.coverage import neighbourhoods
 from evaluation.features import Described, InceptionFeatures, describe_all, load_inception, load_scene_features
 from evaluation.figures import score_figures
 from evaluation.frechet import (
-    bootstrap_interval,
     frechet_distance,
     frechet_influence,
     inception_score_in_order,
     moments,
 )
+from evaluation.intervals import bootstrap_interval
 from evaluation.sources import open_images, stored_moments
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from sample.load import assemble, load_pipeline, model_digest, model_folder
+from sample.load import assemble, load_pipeline, load_tokenizer, model_digest, model_folder
 from sample.pipeline import NextScalePipeline, image_seeds
 from sample.plan import plain
 from sample.text import encode_prompts
@@ -48,8 +48,8 @@ def test_a_batch_is_its_images_one_by_one(class_pipeline, text_pipeline):
 
 
 def test_encoded_texts_serve_as_negatives_but_not_for_a_search(text_pipeline):
-    from sample.methods import Step
     from sample.search import Search
+    from sample.search_steps import Step
 
     encoded = text_pipeline.encode_prompt(TEXTS[1:2])
     call = {"seed": 3, "guidance_scale": 2.0}
@@ -211,6 +211,18 @@ def test_a_training_run_loads_by_its_parts(text_pipeline, text_folder, tmp_path)
     (export / "vqvae").unlink()
     with pytest.raises(FileNotFoundError, match="has no vqvae/config"):
         assemble(export)
+
+
+def test_a_tokenizer_is_found_wherever_one_would_look(class_folder, tmp_path):
+    (tmp_path / "latest").symlink_to(class_folder, target_is_directory=True)
+    wanted = load_tokenizer(class_folder / "vqvae").state_dict()
+    for place in (class_folder, str(tmp_path)):
+        found = load_tokenizer(place)
+        assert not found.training and not any(p.requires_grad for p in found.parameters())
+        assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in wanted.items())
+    assert load_tokenizer("scenes").image_hw == (64, 64)
+    with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
+        load_tokenizer("nowhere")
 
 
 def test_sampling_defaults_are_saved(tiny_class_model, tiny_vqvae, tmp_path):

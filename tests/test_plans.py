@@ -10,8 +10,8 @@ import nextscale
 from sample.draw import Filter
 from sample.generate import generate
 from sample.plan import plain, scale_filters
+from sample.plan_options import read_settings
 from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan
-from sample.plans_cli import read_settings
 from sample.state import Hook
 from tokenizer.quantizer import MultiScaleQuantizer
 from var.conditioning import ClassPrompt

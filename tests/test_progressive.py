@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenizer.schedule import ScaleSchedule
-from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock
+from train.var_objective import VarLossConfig, VarObjective
 from var.transformer import NextScaleTransformer
 
 WARMUP = 0.02

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from evaluation import judge as judging
-from evaluation.judge import Detection, apply_rules, detect, judge, judge_batch, judge_report, wilson
+from evaluation.intervals import wilson
+from evaluation.judge import Detection, apply_rules, detect, judge, judge_batch, judge_report
 from evaluation.scenes import (
     CANVAS,
     COLOURS,

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import pearsonr
 
-from sample.accounting import Ledger, counted_flops
 from sample.cluster import POOLINGS, kmeans, own_direction, representatives
 from sample.costs import plan_flops
 from sample.edit import EditHook
-from sample.family import family_tree
 from sample.generate import generate, scale_logits, start
-from sample.methods import METHODS, PAPER_SCALES, SLACK, Step, check_steps, descending, fit_budget, make_steps
+from sample.ledger import Ledger, counted_flops
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.plan_text import PlanConfig
 from sample.rewards import Callback, PixelFeatures
 from sample.search import DRAWS, POTENTIALS, Search, SearchHook, search_images, weights_of
+from sample.search_steps import METHODS, PAPER_SCALES, SLACK, Step, check_steps, descending, fit_budget, make_steps
+from sample.search_tree import family_tree
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer

@@ -12,12 +12,12 @@ from training_toys import in_processes
 from tokenizer.schedule import ScaleSchedule
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
 from train.config import exit_code
-from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock
 from train.supernet import SupernetConfig, SupernetObjective
 from train.train_var import main
+from train.var_objective import VarLossConfig, VarObjective
 from var.conditioning import ClassPrompt
 from var.supernet import equidistant, runs_of_depth
 from var.transformer import NextScaleTransformer

@@ -17,10 +17,10 @@ from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from train import cache_text, cache_tokens, train_tokenizer, train_var
 from train.buckets import AspectConfig, AspectImages
-from train.objectives import token_weights
+from train.prepare import draw_flips, preparer
 from train.text_cache import TextCache
 from train.token_cache import TokenCache
-from train.train_var import draw_flips, preparer
+from train.var_objective import token_weights
 from var.transformer import NextScaleTransformer
 
 RUN = ["--run.total_images=24", "--run.batch_size=8", "--run.workers=0", "--run.cpu=true", "--run.precision=no"]

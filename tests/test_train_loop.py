@@ -26,18 +26,13 @@ from train.loop import (
     train_step,
     validate,
 )
-from train.objectives import (
-    TokenizerLossConfig,
-    TokenizerObjective,
-    VarLossConfig,
-    VarObjective,
-    drop_prompts,
-)
 from train.optimizers import OptimizerConfig, build_optimizers
 from train.report import log_training
 from train.session import Clock, Processes, Session, Task
 from train.state import resume, save
 from train.text import TextConfig, build_text_encoder, tokenize
+from train.tokenizer_objective import TokenizerLossConfig, TokenizerObjective
+from train.var_objective import VarLossConfig, VarObjective, drop_prompts
 from var.conditioning import ClassPrompt, TextPrompt
 from var.transformer import NextScaleTransformer
 

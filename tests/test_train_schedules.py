@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokenizer.schedule import ScaleSchedule
-from train.objectives import token_weights
 from train.optimizers import Branch, OptimizerConfig, build_optimizers, is_decayed, is_hidden_matrix, set_rates
 from train.schedules import SCHEDULES, lr_factor, weight_decay_at
+from train.var_objective import token_weights
 from var.transformer import NextScaleTransformer
 
 SHARE = st.floats(0, 1)

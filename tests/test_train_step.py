@@ -14,11 +14,11 @@ from benchmarks.training import random_batch
 from benchmarks.training_gpu import our_steps
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective, distillation_scores
 from train.loop import clip_gradients
-from train.objectives import VarLossConfig, VarObjective, token_scores
 from train.optimizers import OptimizerConfig
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock, Meter, Processes
 from train.supernet import SupernetConfig, SupernetObjective
+from train.var_objective import VarLossConfig, VarObjective, token_scores
 from var.transformer import NextScaleTransformer
 
 

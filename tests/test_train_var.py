@@ -19,8 +19,8 @@ from training_toys import curve, in_child
 import nextscale
 from train import cache_text, cache_tokens, export, train_var
 from train.config import exit_code
-from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
+from train.var_objective import VarLossConfig, VarObjective
 
 TINY = ["--run.log_every=1", "--run.checkpoint_every=4", "--run.validate_every=4", "--run.workers=0", "--run.cpu=true"]
 TINY += ["--run.batch_size=4", "--run.total_images=16", "--run.validation_images=4", "--run.previews=2"]
@@ -258,12 +258,12 @@ def test_cached_texts_train_as_the_encoder_does(vqvae_folder, encoder_folder, tm
 
 
 def test_a_frozen_encoder_is_what_a_run_depends_on():
-    from train.train_var import Texts
+    from train.text_source import TextSource
 
     (one, tokenizer), (other, _) = t5(), t5()
-    told = [Texts(width=16, tokenizer=tokenizer, frozen=encoder).depends() for encoder in (one, one, other)]
+    told = [TextSource(width=16, tokenizer=tokenizer, frozen=encoder).depends() for encoder in (one, one, other)]
     assert told[0] == told[1] != told[2]
-    assert Texts(width=16, tokenizer=tokenizer, trained=one).depends() == {} == Texts(width=16).depends()
+    assert TextSource(width=16, tokenizer=tokenizer, trained=one).depends() == {} == TextSource(width=16).depends()
 
 
 def test_text_cache_goes_on_adds_and_refuses(vqvae_folder, tmp_path, capfd):

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from tokenizer.precision import product_precision
 from tokenizer.schedule import ScaleSchedule
 
+USED_SHARE = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
+
 
 @dataclass
 class QuantizerOutput:

@@ -26,17 +26,16 @@ from tqdm import tqdm
 
 from sample.draw import derive_seed
 from sample.files import write_text
-from sample.load import load_pipeline, model_digest, model_folder
-from sample.methods import make_steps
+from sample.load import load_pipeline, load_tokenizer, model_digest, model_folder
 from sample.pipeline import NextScalePipeline
 from sample.processes import check_group, works_on_cpu
 from sample.reward_names import load_reward
 from sample.search import Search
+from sample.search_steps import make_steps
 from train.cache_tokens import check_plan
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
-from train.train_tokenizer import load_tokenizer
 
 STREAM = 0x0A5E1F  # keeps the seeds of these pictures apart
 MOST_TRIES = 100  # captions tried for every picture that is to be kept

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from sample.fast import accelerate_tokenizer, supported
 from sample.files import check_place, write_text
+from sample.load import load_tokenizer
 from sample.processes import check_group, works_on_cpu
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from train.config import base_parser, exit_code
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
-from train.train_tokenizer import load_tokenizer, to_images
+from train.train_tokenizer import to_images
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class CacheConfig:
 
     Args:
         folder: of the cache; gets `train/` and `val/`.
-        tokenizer: folder of a MultiScaleVQ (`.../vqvae`).
+        tokenizer: the tokenizer: its folder, or that of a run or a pipeline it is in, or "scenes".
         passes: times the training images are encoded, each with its own crops.
         shard_size: images per file.
         batch_size: images per forward pass.

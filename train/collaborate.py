@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.schedule import ScaleSchedule
-from train.objectives import VarLossConfig, VarObjective, fast_cpu_attention, first_scales, token_weights
 from train.optimizers import OptimizerConfig
 from train.session import Batch, Clock, Metrics, brought
+from train.var_objective import VarLossConfig, VarObjective, fast_cpu_attention, first_scales, token_weights
 from var.transformer import NextScaleTransformer
 
 

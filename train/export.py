@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sample.load import DTYPES, PARTS, load_pipeline, silent_loading
+from sample.load import DTYPES, PARTS, load_pipeline, load_tokenizer, silent_loading
 from train.config import base_parser, exit_code
 
 
@@ -92,7 +92,6 @@ def same_tokens(own: torch.nn.Module, folder: str) -> torch.nn.Module:
         ValueError: if it does not.
     """
     from train.token_cache import tokenizer_hash
-    from train.train_tokenizer import load_tokenizer
 
     other = load_tokenizer(folder)
     if tokenizer_hash(other) != tokenizer_hash(own):

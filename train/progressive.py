@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.objectives import VarLossConfig, VarObjective, first_scales
 from train.optimizers import OptimizerConfig
 from train.order import uniforms
 from train.session import Batch, Clock, Metrics
+from train.var_objective import VarLossConfig, VarObjective, first_scales
 from var.transformer import NextScaleTransformer
 
 LEAST = 0.01  # weight of a scale in the step it joins

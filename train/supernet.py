@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.objectives import VarLossConfig, VarObjective
 from train.optimizers import OptimizerConfig
 from train.order import uniforms
 from train.session import Batch, Clock, Metrics
+from train.var_objective import VarLossConfig, VarObjective
 from var.supernet import equidistant
 from var.transformer import NextScaleTransformer
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
+from sample.load import load_tokenizer
 from tokenizer.model import MultiScaleVQ
 from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.loop import run
-from train.objectives import TokenizerLossConfig, TokenizerObjective
 from train.optimizers import OptimizerConfig
 from train.session import Batch, Task
 from train.state import settings_of
+from train.tokenizer_objective import TokenizerLossConfig, TokenizerObjective
 
 
 def parser():
@@ -53,17 +54,6 @@ def export_weights(folder: Path, objective: TokenizerObjective, weights: dict | 
         state = {name.removeprefix("vqvae."): w for name, w in weights.items() if name.startswith("vqvae.")}
     copy.load_state_dict(state)
     copy.save_pretrained(folder / "vqvae")
-
-
-def load_tokenizer(path: str) -> MultiScaleVQ:
-    """The frozen tokenizer in a folder that `save_pretrained` wrote.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    if not (Path(path) / "config.json").exists():
-        raise FileNotFoundError(f"tokenizer {path!r} has no config.json: give the vqvae folder of a trained tokenizer")
-    return MultiScaleVQ.from_pretrained(path).requires_grad_(False).eval()
 
 
 def begin_with(vqvae: MultiScaleVQ, folder: str) -> None:

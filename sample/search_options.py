@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sample.methods import METHODS
+from sample.search_steps import METHODS
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
@@ -101,10 +101,10 @@ def make_search(
     """
     if args.search is None:
         return None
-    from sample.methods import fit_budget, make_steps
     from sample.reward_names import load_features, load_reward
     from sample.search import Search
     from sample.search_cost import SearchCost
+    from sample.search_steps import fit_budget, make_steps
 
     device = pipeline.transformer.device
     name = args.reward or ("scenes" if str(args.model) == "scenes" else None)

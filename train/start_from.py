@@ -1,0 +1,105 @@
+"""The transformer that a training begins with: a new one for the tokenizer's tokens, or `start_from`'s, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from sample.load import load_tokenizer
+from tokenizer.aspects import schedule_of
+from tokenizer.model import MultiScaleVQ
+from train.token_cache import DECODING
+from var.transformer import NextScaleTransformer
+
+
+def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width: int) -> NextScaleTransformer:
+    """A new transformer for the tokenizer's tokens, or the one of `start_from`; a rotary one takes any schedule.
+
+    Raises:
+        ValueError: if the transformer to start from is for other tokens or prompts.
+    """
+    conditioning = config.transformer.conditioning
+    tokens = {
+        "vocab_size": vqvae.config.vocab_size,
+        "latent_channels": vqvae.quantizer.channels,
+        "schedule": vqvae.schedule.spec,
+        "bitwise": vqvae.config.bitwise,
+        "conditioning": conditioning,
+        **({"text_width": text_width} if conditioning == "text" else {}),
+    }
+    if config.start_from is None:
+        sizes = {**vars(config.transformer), "num_classes": num_classes, "text_width": text_width, **tokens}
+        if config.aspects.folder is not None and sizes["rope_grid"] is None:  # positions mean the same at all shapes
+            sizes["rope_grid"] = list(schedule_of(*vqvae.schedule.latent_hw).grid_hw)
+        model = NextScaleTransformer(**sizes)
+        model.init_weights(gate_gain=config.gate_gain, ada_gain=config.ada_gain)
+        return model
+    rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
+    changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
+    given = given_sizes(config.transformer)
+    if "drop_path" in given:
+        changed["drop_path"] = given.pop("drop_path")
+    model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
+    for name, wanted in given.items():
+        if listed(getattr(model.config, name)) != listed(wanted):
+            raise ValueError(
+                f"transformer.{name} {wanted} is not that of start_from {config.start_from!r}, which has "
+                f"{getattr(model.config, name)}: leave it out"
+            )
+    for name, wanted in tokens.items():
+        if getattr(model.config, name) != wanted:
+            raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
+    if conditioning == "class" and model.config.num_classes < num_classes:
+        raise ValueError(f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes")
+    return model
+
+
+def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | None) -> None:
+    """Whether what lies beside a transformer to start from, its tokenizer and its classes' names, is what it gets now.
+
+    Raises:
+        ValueError: if not; only what is there is looked at, and tokens of another schedule are another matter.
+    """
+    folder = Path(start_from).parent
+    own = folder / "vqvae"
+    if (own / "config.json").is_file() and not same_tokenizer(load_tokenizer(str(own)), vqvae):
+        raise ValueError(
+            f"start_from {start_from!r} was trained on the tokens of {own}, and tokens.tokenizer makes others"
+        )
+    if classes is not None and (folder / "model_index.json").is_file():
+        names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names")
+        if names is not None and names != list(classes):
+            raise ValueError(
+                f"start_from {start_from!r} knows the classes {', '.join(names)[:200]}, and the data has "
+                f"{', '.join(classes)[:200]}: labels would change their meaning"
+            )
+
+
+def same_tokenizer(a: MultiScaleVQ, b: MultiScaleVQ) -> bool:
+    """Whether what makes tokens is the same in both, but for what an export rounds to bfloat16.
+
+    What differs in shape belongs to a scale each, of another schedule.
+    """
+    one, two = (
+        {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if not name.startswith(DECODING)}
+        for model in (a, b)
+    )
+    alike = [name for name in one.keys() & two.keys() if one[name].shape == two[name].shape]
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in alike)
+
+
+def given_sizes(transformer: Namespace) -> dict[str, Any]:
+    """The options of a transformer that are not their defaults."""
+    defaults = signature(NextScaleTransformer.__init__).parameters
+    return {name: value for name, value in vars(transformer).items() if listed(value) != listed(defaults[name].default)}
+
+
+def listed(value: Any) -> Any:
+    """Tuples as the lists that a file keeps of them."""
+    return [listed(part) for part in value] if isinstance(value, (list, tuple)) else value
