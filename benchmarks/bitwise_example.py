@@ -238,8 +238,9 @@ def parts(found: Sequence[list[Detection]], metadatas: Sequence[dict]) -> dict:
 
 def distribution(images: Sequence[np.ndarray], options: argparse.Namespace) -> dict:
     """FD-scenes to `REFERENCE` fresh scenes of one object, and what as many renders have."""
-    from evaluation.features import describe_all, load_scene_features
+    from evaluation.features import describe_all
     from evaluation.frechet import frechet_distance, frechet_interval, moments
+    from evaluation.scene_features import load_scene_features
 
     real, fresh = (moments(rendered(n, options.seed + k)) for k, n in ((3, REFERENCE), (4, len(images))))
     features = describe_all(load_scene_features(), list(images)).features
@@ -252,7 +253,8 @@ def distribution(images: Sequence[np.ndarray], options: argparse.Namespace) -> d
 @cache
 def rendered(n: int, seed: int) -> torch.Tensor:
     """Scene features (n, D) of fresh renders."""
-    from evaluation.features import describe_all, load_scene_features
+    from evaluation.features import describe_all
+    from evaluation.scene_features import load_scene_features
 
     return describe_all(load_scene_features(), [image for image, _ in renders(n, seed)]).features
 
@@ -310,7 +312,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 def sources() -> dict:
     """The figures that FD-scenes rests on."""
-    from evaluation.features import load_scene_features
+    from evaluation.scene_features import load_scene_features
 
     return {
         "extractors": {"scenes": load_scene_features().digest},

@@ -12,10 +12,11 @@ from statistics import fmean
 import numpy as np
 from tqdm import tqdm
 
-from evaluation.features import describe_all, load_scene_features, scene_reference
+from evaluation.features import describe_all
 from evaluation.frechet import frechet_distance, frechet_interval, moments
 from evaluation.intervals import mean_interval
 from evaluation.judge import judge, score
+from evaluation.scene_features import load_scene_features, scene_reference
 from sample.costs import parameter_bytes
 from sample.files import write_text
 from sample.images import image_stream, make_requests

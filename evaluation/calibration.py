@@ -13,7 +13,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
-from evaluation.features import SceneFeatures, describe_all, load_scene_features, scene_reference
+from evaluation.features import describe_all
 from evaluation.frechet import (
     frechet_distance,
     frechet_interval,
@@ -23,8 +23,8 @@ from evaluation.frechet import (
 )
 from evaluation.judge import judge_report
 from evaluation.report import command_of, result, table, write_result
-from evaluation.scenes import TAGS, render
-from evaluation.tokenizer_quality import fresh_scenes
+from evaluation.scene_features import SceneFeatures, load_scene_features, scene_reference
+from evaluation.scenes import TAGS, fresh_scenes, render
 
 RESAMPLES = 200
 LEAST = 120  # images in a set

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from evaluation.features import scene_reference
 from evaluation.frechet import Moments, frechet_distance, frechet_influence, moments
 from evaluation.intervals import Z95
+from evaluation.scene_features import scene_reference
 from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 from evaluation.sources import stored_moments
 

@@ -13,14 +13,7 @@ import torch
 
 from evaluation import guards
 from evaluation.extractors import ClipFeatures, DinoFeatures, clip_scores, cmmd
-from evaluation.features import (
-    Described,
-    Describer,
-    InceptionFeatures,
-    describe_all,
-    load_scene_features,
-    scene_reference,
-)
+from evaluation.features import Described, Describer, describe_all
 from evaluation.figures import (
     INCEPTION,
     NEED_REFERENCE,
@@ -32,11 +25,12 @@ from evaluation.figures import (
     needs_images,
 )
 from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
+from evaluation.inception import InceptionFeatures
 from evaluation.intervals import mean_interval
 from evaluation.options import METRICS
-from evaluation.scenes import TAGS, render
+from evaluation.scene_features import load_scene_features, scene_reference
+from evaluation.scenes import TAGS, fresh_scenes, render
 from evaluation.sources import FileImages, Images, NpzImages, holds_images, image_sizes, open_images, progress
-from evaluation.tokenizer_quality import fresh_scenes
 from sample.load import resolve_device
 
 NETWORKS = {  # network -> metrics on it

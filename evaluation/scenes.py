@@ -320,6 +320,12 @@ def scene_at(index: int, seed: int, split: str = "train", tags: tuple[float, ...
     return sample_scene(rng, tag=None if tags is None else TAGS[rng.choice(len(TAGS), p=tags)], split=split)
 
 
+def fresh_scenes(n: int, seed: int) -> list[Scene]:
+    """`n` scenes over all compositions, the six tags in turn."""
+    rng = np.random.default_rng((seed, 7))
+    return [sample_scene(rng, tag=TAGS[i % len(TAGS)], split="all") for i in range(n)]
+
+
 def tag_shares(weights: dict[str, float] | None) -> tuple[float, ...] | None:
     """Weights of some `TAGS` (1 for those not named) as shares for `scene_at`; None for None.
 

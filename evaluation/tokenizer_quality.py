@@ -24,7 +24,7 @@ from evaluation.intervals import mean_interval
 from evaluation.judge import judge_report
 from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
-from evaluation.scenes import TAGS, Scene, render, sample_scene
+from evaluation.scenes import TAGS, Scene, fresh_scenes, render
 from sample.files import write_png
 from sample.load import load_tokenizer
 from tokenizer.model import MultiScaleVQ
@@ -50,12 +50,6 @@ def to_levels(image_BCHW: torch.Tensor) -> np.ndarray:
         raise ValueError("a reconstruction is not finite: the tokenizer's weights are damaged")
     levels = image_BCHW.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return rearrange(levels, "b c h w -> b h w c").cpu().numpy()
-
-
-def fresh_scenes(n: int, seed: int) -> list[Scene]:
-    """`n` scenes over all compositions, the six tags in turn."""
-    rng = np.random.default_rng((seed, 7))
-    return [sample_scene(rng, tag=TAGS[i % len(TAGS)], split="all") for i in range(n)]
 
 
 def reconstructions(

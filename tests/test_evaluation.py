@@ -18,7 +18,7 @@ from scipy import ndimage
 
 import nextscale
 from evaluation import binding, calibration, judge, options, run, search_benchmark, tokenizer_quality
-from evaluation.features import SHIPPED, SceneFeatures, describe_all, load_scene_features, scene_reference
+from evaluation.features import describe_all
 from evaluation.frechet import (
     Moments,
     frechet_distance,
@@ -29,9 +29,10 @@ from evaluation.frechet import (
 from evaluation.geneval import metadata_of
 from evaluation.intervals import bootstrap_interval
 from evaluation.report import WIDE, command_line, markdown, result, table, write_result
-from evaluation.scenes import COLOURS, SHAPES, TAGS, render, sample_scene
+from evaluation.scene_features import SHIPPED, SceneFeatures, load_scene_features, scene_reference
+from evaluation.scenes import COLOURS, SHAPES, TAGS, fresh_scenes, render, sample_scene
 from evaluation.sources import geneval_tree, open_images, stored_moments
-from evaluation.tokenizer_quality import bit_usage, comparison, fresh_scenes, measure, usage
+from evaluation.tokenizer_quality import bit_usage, comparison, measure, usage
 from evaluation.verdicts import Judged, prompt_intervals
 from train.train_features import IGNORED, loss_of, save, targets, train
 

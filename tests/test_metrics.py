@@ -12,7 +12,7 @@ from evaluation import guards
 from evaluation.adm import adm_figures, shuffled_order, write_reference, write_samples
 from evaluation.compare import compare_frechet, compare_means, frechet_infinity, over_seeds
 from evaluation.coverage import neighbourhoods
-from evaluation.features import Described, InceptionFeatures, describe_all, load_inception, load_scene_features
+from evaluation.features import Described, describe_all
 from evaluation.figures import score_figures
 from evaluation.frechet import (
     frechet_distance,
@@ -20,7 +20,9 @@ from evaluation.frechet import (
     inception_score_in_order,
     moments,
 )
+from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.intervals import bootstrap_interval
+from evaluation.scene_features import load_scene_features
 from evaluation.sources import open_images, stored_moments
 
 

@@ -221,7 +221,7 @@ def test_a_tokenizer_is_found_wherever_one_would_look(class_folder, tmp_path):
         assert not found.training and not any(p.requires_grad for p in found.parameters())
         assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in wanted.items())
     assert load_tokenizer("scenes").image_hw == (64, 64)
-    with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json"):
         load_tokenizer("nowhere")
 
 

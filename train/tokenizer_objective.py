@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from evaluation.features import load_scene_features
+from evaluation.scene_features import load_scene_features
 from tokenizer.losses import (
     LpipsLoss,
     PatchDiscriminator,

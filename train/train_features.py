@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
-from evaluation.features import SHIPPED, SIDE, SceneFeatures, describe_all, load_scene_features
+from evaluation.features import describe_all
+from evaluation.scene_features import SHIPPED, SIDE, SceneFeatures, load_scene_features
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, render, sample_scene
 from sample.files import atomically, check_place
 
