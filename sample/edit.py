@@ -60,17 +60,22 @@ class EditHook(Hook):
         if self.latent_BCHW is not None:
             state.extras["latent"] = self.latent_BCHW[origins].to(state.f_hat_BCHW)
 
+    def on_scale_begin(self, state: GenerationState, k: int) -> None:
+        """Bring the given tokens of scale k up to date: what earlier, drawn tokens still lack of the image."""
+        schedule, given_BL = state.plan.schedule, state.extras["given"]
+        if self.latent_BCHW is None or not k:
+            return
+        before, given_Bl, after = given_BL.tensor_split((schedule.begins[k], schedule.ends[k]), dim=1)
+        missing_Bl = state.quantizer.choose(state.extras["latent"] - state.f_hat_BCHW, k, schedule)
+        drawn_B = (before < 0).flatten(1).any(dim=1).view(-1, *[1] * (given_Bl.ndim - 1))
+        given_Bl = torch.where(drawn_B & (given_Bl >= 0), missing_Bl, given_Bl)
+        state.extras["given"] = torch.cat([before, given_Bl, after], dim=1)
+
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
     ) -> torch.Tensor:
         """The image's own tokens where they are given, the drawn ones elsewhere."""
-        schedule, given_BL = state.plan.schedule, state.extras["given"]
-        before, given_Bl, after = given_BL.tensor_split((schedule.begins[k], schedule.ends[k]), dim=1)
-        if self.latent_BCHW is not None and k:
-            missing_Bl = state.quantizer.choose(state.extras["latent"] - state.f_hat_BCHW, k, schedule)
-            drawn_B = (before < 0).flatten(1).any(dim=1).view(-1, *[1] * (given_Bl.ndim - 1))
-            given_Bl = torch.where(drawn_B & (given_Bl >= 0), missing_Bl, given_Bl)
-            state.extras["given"] = torch.cat([before, given_Bl, after], dim=1)
+        given_Bl = state.given(k)
         return torch.where(given_Bl >= 0, given_Bl, tokens_Bl)
 
 

@@ -1,4 +1,7 @@
-"""The one generation loop. Every method of the field is a plan, a cache or a hook given to it."""
+"""The one generation loop. Every method of the field is a plan, a cache or a hook given to it.
+
+Shapes: B images, R rows (B, or 2B with guidance), l tokens of one scale, D width, V codes, n bits of a token.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +83,9 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
     for stage in state.plan.stages:
         state.enter(stage)
         for k in stage.scales:
-            logits = scale_logits(state, k)
-            tokens = draw(logits, state.uniforms(k))
+            for hook in hooks:
+                hook.on_scale_begin(state, k)
+            logits, tokens = draw_in_turn(state, k) if stage.in_turn(k) else draw_at_once(state, k)
             for hook in hooks:
                 tokens = hook.on_tokens(state, k, logits, tokens)
             state.advance(k, tokens, smooth_code(state, k, logits) if smooth else None)
@@ -91,10 +95,42 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
     return state
 
 
+def draw_at_once(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and tokens of scale k, all tokens drawn independently of one another."""
+    logits = scale_logits(state, k)
+    return logits, draw(logits, state.uniforms(k))
+
+
+def draw_in_turn(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and tokens of scale k, each token drawn after those before it were (`var.sequential`).
+
+    A token that is given stands for what would be drawn there, so that those after it agree with it.
+    """
+    stage, features_RlD, uniforms_Bl = state.stage, scale_features(state, k), state.uniforms(k)
+    parallel_BlV = stage.model.head.project(guided(state, k, features_RlD))
+    given_Bl, before_R1, past, logits, tokens = state.given(k), None, None, [], []
+    for here in (slice(i, i + 1) for i in range(features_RlD.shape[1])):
+        correction_R1V, past = stage.model.sequential.step(features_RlD[:, here], before_R1, past)
+        logits_B1V = stage.filter(k)(parallel_BlV[:, here] + guided(state, k, correction_R1V.float()))
+        tokens_B1 = draw(logits_B1V, uniforms_Bl[:, here])
+        if given_Bl is not None:
+            tokens_B1 = torch.where(given_Bl[:, here] >= 0, given_Bl[:, here], tokens_B1)
+        before_R1 = torch.cat([tokens_B1, tokens_B1]) if state.doubled else tokens_B1
+        logits.append(logits_B1V)
+        tokens.append(tokens_B1)
+    return torch.cat(logits, dim=1), torch.cat(tokens, dim=1)
+
+
 def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
     """Guided, filtered logits of scale k, (B, l, V) or, bitwise, (B, l, n, 2); the cache takes its keys."""
+    features_BlD = guided(state, k, scale_features(state, k))
+    return state.stage.filter(k)(state.stage.model.head.project(features_BlD))
+
+
+def scale_features(state: GenerationState, k: int) -> torch.Tensor:
+    """What the head of scale k projects, (R, l, D) float32, of B rows, or 2B when guided; the cache takes its keys."""
     stage, model, schedule = state.stage, state.stage.model, state.plan.schedule
-    guidance, K = stage.guidance, len(schedule)
+    inside = stage.guidance.inside(k, len(schedule), len(model.blocks)) if state.doubled else None
     hidden = model(
         state.input(k),
         state.cond,
@@ -102,12 +138,17 @@ def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
         cache=state.cache,
         layers=stage.layers,
         schedule=schedule,
-        after=guidance.inside(k, K, len(model.blocks)) if state.doubled else None,
+        after=inside,
     )
-    features = model.head.features(hidden, state.cond.head_B2D)
-    if state.doubled:
-        features = mix(features, guidance.weight(k, K) if guidance.on_logits else 0.0)
-    return stage.filter(k)(model.head.project(features))
+    return model.head.features(hidden, state.cond.head_B2D)
+
+
+def guided(state: GenerationState, k: int, doubled: torch.Tensor) -> torch.Tensor:
+    """Rows [conditional; unconditional] mixed by the guidance of scale k; the rows themselves where there is none."""
+    guidance = state.stage.guidance
+    if not state.doubled:
+        return doubled
+    return mix(doubled, guidance.weight(k, len(state.plan.schedule)) if guidance.on_logits else 0.0)
 
 
 def smooth_code(state: GenerationState, k: int, logits_BlV: torch.Tensor) -> torch.Tensor:
@@ -117,9 +158,9 @@ def smooth_code(state: GenerationState, k: int, logits_BlV: torch.Tensor) -> tor
     generators = [torch.Generator().manual_seed(derive_seed(seed, k)) for seed in state.seeds]
     weights = [smooth_weights(row[None], ratio, g) for row, g in zip(logits_BlV, generators)]
     code_BChw = state.quantizer.blend(torch.cat(weights), k, schedule)
-    if "given" not in state.extras:
+    given = state.given(k)
+    if given is None:
         return code_BChw
-    given = state.extras["given"][:, schedule.begins[k] : schedule.ends[k]]
     (h, w), (height, width) = schedule.sides[k], code_BChw.shape[2:]
     is_given = (given >= 0).reshape(len(given), h, w, -1)[..., 0]
     is_given = repeat(is_given, "b h w -> b 1 (h p) (w q)", p=height // h, q=width // w)

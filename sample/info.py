@@ -57,6 +57,8 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     yield "scales", f"sides {sides}: {schedule.total:,} tokens {tokens}, a cell of {vqvae.stride} pixels"
     shape = f"{len(model.blocks)} layers of width {config.width}, {config.heads} heads, {config.positions} positions"
     yield "transformer", f"{millions(model)}; {shape}"
+    if model.sequential is not None:
+        yield "head", f"{millions(model.sequential)}; draws the first {config.sequential_scales} scales token by token"
     if pipeline.refiner is not None:
         border = pipeline.config.handover
         takes = "takes over where a plan says" if border is None else f"takes over after {border} scales"

@@ -44,7 +44,8 @@ CALLBACK_TENSORS = ("f_hat", "tokens")
 SHORT_TEXT = 128  # tokens up to which all texts are padded alike in half precision
 PLAN_WORDS = ("plan", "depth", "cache")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
-SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", *PLAN_WORDS)
+SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", "sequential")
+SAMPLING += PLAN_WORDS
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 StepCallback = Callable[["NextScalePipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -181,6 +182,7 @@ class NextScalePipeline(DiffusionPipeline):
         guidance_blocks: Sequence[int] | None = None,
         aspect: str | float | None = None,
         size: str | None = None,
+        sequential: int | None = None,
         smooth: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -213,6 +215,8 @@ class NextScalePipeline(DiffusionPipeline):
                 it scale by scale. The model's own defaults when None.
             aspect, size: "16:9", width to height, and 0.06M, 0.25M, 0.60M or 1M: scales of Infinity's templates for a
                 model with rotary positions; its own scales when both are None (see `tokenizer.aspects`).
+            sequential: draw the first so many scales token by token, with a model that has a head for that
+                (`var.sequential`); 0 draws every scale at once, None as many as the head was trained for.
             smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
             generator: names the images by drawing a seed from it for each; or one generator an image.
             seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
@@ -235,6 +239,7 @@ class NextScalePipeline(DiffusionPipeline):
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
+        settings |= {"sequential": sequential}
         plan = self.make_plan(plan, **{name: _listed(value) for name, value in settings.items() if value is not None})
         num_images_per_prompt = _listed(num_images_per_prompt)
         if image is not None and self.by_class and class_labels is None:
@@ -378,8 +383,9 @@ class NextScalePipeline(DiffusionPipeline):
             plan = PlanConfig(**words, **({} if plan is None else {"plan": plan}))
         elif words:
             raise ValueError(f"plan is a PlanConfig, which says {' and '.join(words)} too")
+        sequential = settings.pop("sequential", None)
         filters = scale_filters(len(schedule or self.transformer.schedule), **settings)
-        made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule}
+        made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule, "sequential": sequential}
         return plan.build(self.transformer, refiner=self.refiner, **made)
 
     def _schedule(self, aspect: str | float | None, size: str | None) -> ScaleSchedule | None:

@@ -30,6 +30,8 @@ class Stage:
         attention_backend: "sdpa", "flex" or "grouped", for a prefill.
         schedule: the scales, where they are not the model's own (another aspect ratio).
         recompute: prefill in any case: these layers read what they themselves make of the earlier scales.
+        sequential: the first so many scales are drawn token by token, by a model with a head for that; as many as it
+            was trained for when None, 0 for none.
     """
 
     model: NextScaleTransformer
@@ -41,6 +43,7 @@ class Stage:
     attention_backend: str = "grouped"
     schedule: ScaleSchedule | None = None
     recompute: bool = False
+    sequential: int | None = None
 
     @property
     def pyramid(self) -> ScaleSchedule:
@@ -56,6 +59,12 @@ class Stage:
         """Whether this stage goes on with the cache of `before`."""
         same = self.model is before.model and self.new_cache is before.new_cache
         return same and not self.recompute and before.active >= self.active
+
+    def in_turn(self, k: int) -> bool:
+        """Whether the tokens of scale k are drawn one after the other: only where all blocks run, as in training."""
+        if self.model.sequential is None or len(self.active) < len(self.model.blocks):
+            return False
+        return k < (self.model.config.sequential_scales if self.sequential is None else self.sequential)
 
     def filter(self, k: int) -> Filter:
         """The filter of scale k."""
@@ -198,6 +207,9 @@ def _check_stage(stage: Stage, first: Stage) -> None:
         unknown = sorted(set(stage.layers) - set(range(depth)))
         if unknown or not stage.layers:
             raise ValueError(f"layers must be some of 0..{depth - 1}, got {sorted(stage.layers)}")
+    trained, asked = stage.model.config.sequential_scales, stage.sequential
+    if asked is not None and (asked < 0 or stage.scales.start < asked > trained):
+        raise ValueError(f"sequential must be in 0..{trained} scales of this model, got {asked}")
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale

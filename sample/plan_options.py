@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
-SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size")
+SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size", "sequential")
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
@@ -23,6 +23,9 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
     parser.add_argument("--aspect", metavar="W:H", help="16:9, 2:3, ... from 3:1 to 1:3 (models with rotary positions)")
     parser.add_argument("--size", help="with or without --aspect: 0.06M, 0.25M, 0.60M or 1M pixels")
+    parser.add_argument(
+        "--sequential", type=int, metavar="N", help="draw the first N scales token by token (as the model was trained)"
+    )
     parser.add_argument("--guidance-ramp", choices=["linear", "constant"], help="guidance over the scales")
     parser.add_argument(
         "--guidance-blocks", type=block_list, metavar="LIST", help="guide hidden states after these blocks: -2 or -5,-1"
@@ -71,6 +74,7 @@ KINDS: dict[str, Callable[[str], Any]] = {  # what settings of a file are read a
     "temperature": by_scale(float),
     "temperature_last": yes_or_no,
     "guidance_blocks": block_list,
+    "sequential": int,
     "aspect": number_or_text,
 }
 

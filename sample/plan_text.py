@@ -74,12 +74,14 @@ class PlanConfig:
         guidance: float | Sequence[float] | Guidance = 1.5,
         filters: Filter | Sequence[Filter] | None = None,
         schedule: ScaleSchedule | None = None,
+        sequential: int | None = None,
     ) -> Plan:
         """The plan for a model, and a refiner where the plan has one.
 
         Args:
             filters: one for all scales, or one a scale.
             schedule: the scales, where they are not the model's own (another aspect ratio).
+            sequential: the first so many scales are drawn token by token, see `Stage`.
 
         Raises:
             ValueError: if the plan does not fit the models.
@@ -100,6 +102,7 @@ class PlanConfig:
                 of_stage = of_stage[scales.start : scales.stop]
             layers = None if depth is None else equidistant(len(model.blocks), depth)
             common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)], "schedule": schedule}
+            common["sequential"] = sequential
             return Stage(model, scales, layers=layers, recompute=recompute, **common)
 
         border = self.border

@@ -287,6 +287,7 @@ class SearchHook(Hook):
     def on_start(self, state: GenerationState) -> None:
         """Multiply every image to its candidates; the first goes on as if it were alone."""
         state.select([row for row in range(len(state)) for _ in range(self.search.candidates)])
+        state.narrows = tuple(step.scale for step in self.search.steps)
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:
         """Score, choose, go on with the chosen."""

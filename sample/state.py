@@ -36,6 +36,7 @@ class GenerationState:
         copies: rows made of each origin by duplication, for fresh streams.
         extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given" (B, L) int64
             are tokens that hold whatever is drawn, -1 where there is none.
+        narrows: scales after which rows will go (a search); until then the cache has room for no later ones.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class GenerationState:
     origins: list[int] = field(default_factory=list)
     copies: Counter = field(default_factory=Counter)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    narrows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.origins = self.origins or list(range(len(self.seeds)))
@@ -83,7 +85,7 @@ class GenerationState:
         else:
             self.cond = self._condition(stage)
             self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
-        self.cache.reserve(self.plan.reserved(stage))
+        self._reserve()
         if self.scale and not continues:
             self._prefill(stage)
 
@@ -91,6 +93,11 @@ class GenerationState:
         """This scale's draws: (B, l) or, with several draws a token, (B, l, n)."""
         schedule = self.plan.schedule
         return self.uniforms_BLn[:, schedule.begins[k] : schedule.ends[k]].squeeze(-1)
+
+    def given(self, k: int) -> torch.Tensor | None:
+        """This scale's given tokens, (B, l) or, bitwise, (B, l, n), -1 where there is none; None without any."""
+        schedule = self.plan.schedule
+        return self.extras["given"][:, schedule.begins[k] : schedule.ends[k]] if "given" in self.extras else None
 
     def advance(self, k: int, tokens_Bl: torch.Tensor, code_BChw: torch.Tensor | None = None) -> None:
         """Take scale k's tokens: add their codes to f_hat and prepare the next scale's input.
@@ -105,6 +112,7 @@ class GenerationState:
         self.tokens.append(tokens_Bl)
         if k + 1 < len(schedule):
             self.inputs.append(self.quantizer.next_input(self.f_hat_BCHW, k + 1, schedule))
+        self._reserve()
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> None:
         """Keep the images of `rows`, in that order; a row may be named several times.
@@ -148,6 +156,14 @@ class GenerationState:
         negative = self.negative if self.negative is not None else stage.model.null_prompt(self.prompt)
         return stage.model.condition(self.prompt.join(negative))
 
+    def _reserve(self) -> None:
+        """Room in the cache for what this stage stores; with rows to go later, for what it stores before that."""
+        room = self.plan.reserved(self.stage)
+        border = next((k for k in self.narrows if k >= self.scale), None)
+        if border is not None:
+            room = [min(tokens, self.plan.schedule.ends[border]) for tokens in room]
+        self.cache.reserve(room)
+
     def _prefill(self, stage: Stage) -> None:
         earlier = [self.input(k) for k in range(1, self.scale)]
         stage.model(
@@ -173,6 +189,9 @@ class Hook:
 
     def on_start(self, state: GenerationState) -> None:
         """Before the first scale (more rows by `state.select`, `state.extras`)."""
+
+    def on_scale_begin(self, state: GenerationState, k: int) -> None:
+        """Before scale k is drawn (tokens that are given)."""
 
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor

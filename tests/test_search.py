@@ -20,6 +20,7 @@ from sample.rewards import Callback, PixelFeatures
 from sample.search import DRAWS, POTENTIALS, Search, SearchHook, search_images, weights_of
 from sample.search_steps import METHODS, PAPER_SCALES, SLACK, Step, check_steps, descending, fit_budget, make_steps
 from sample.search_tree import family_tree
+from sample.state import Hook
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer
@@ -180,6 +181,20 @@ def test_search_goes_with_elastic_decoding(run, class_pipeline, tiny_class_model
     assert torch.equal(together, torch.cat([tokens_of(run([seed], plan=plan)) for seed in (5, 6, 7)]))
     one = run(plan=plan, candidates=1, steps=(Step(2, 1, "best"),))
     assert torch.equal(tokens_of(one), tokens_of(plainly(tiny_class_model, tiny_vqvae, plan=plan)))
+
+
+def test_candidates_that_will_go_hold_no_room_for_later_scales(run):
+    """Six candidates run the first scale, four the second, two the third: never six times the whole pyramid."""
+    sizes = []
+
+    class Watch(Hook):
+        def on_tokens(self, state, k, logits_BlV, tokens_Bl):
+            sizes.append(tuple(state.cache.keys[0].shape[::2]))  # rows, with the unconditional half, and tokens
+            return tokens_Bl
+
+    found = run(seeds=(5,), hooks=[Watch()])
+    assert sizes == [(12, 1), (8, 5), (4, 5)]
+    assert torch.equal(tokens_of(found)[0], tokens_of(run())[0])
 
 
 def test_candidates_can_be_decoded_in_parts(run):

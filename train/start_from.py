@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -14,6 +15,7 @@ from jsonargparse import Namespace
 from sample.load import load_tokenizer
 from tokenizer.aspects import schedule_of
 from tokenizer.model import MultiScaleVQ
+from train.sequential import with_head, without_head
 from train.token_cache import DECODING
 from var.transformer import NextScaleTransformer
 
@@ -46,6 +48,11 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     if "drop_path" in given:
         changed["drop_path"] = given.pop("drop_path")
     model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
+    if config.sequential.layers:
+        model = with_head(model, config.sequential, vqvae.quantizer)
+    elif model.sequential is not None:
+        print(f"start_from {config.start_from!r}: its sequential head is left out, train another", file=sys.stderr)
+        model = without_head(model)
     for name, wanted in given.items():
         if listed(getattr(model.config, name)) != listed(wanted):
             raise ValueError(

@@ -30,6 +30,7 @@ from train.loop import run
 from train.optimizers import OptimizerConfig
 from train.prepare import preparer
 from train.progressive import ProgressiveConfig, ProgressiveObjective
+from train.sequential import SequentialConfig, SequentialObjective
 from train.session import Batch, Task
 from train.start_from import build_transformer, check_origin
 from train.state import settings_of
@@ -84,6 +85,7 @@ def parser():
     made.add_class_arguments(AspectConfig, "aspects")
     made.add_class_arguments(TokensConfig, "tokens")
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
+    given |= {"sequential_layers", "sequential_scales"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
@@ -95,6 +97,7 @@ def parser():
     made.add_class_arguments(ProgressiveConfig, "progressive")
     made.add_class_arguments(SupernetConfig, "supernet")
     made.add_class_arguments(CollaborationConfig, "code")
+    made.add_class_arguments(SequentialConfig, "sequential")
     made.add_class_arguments(OptimizerConfig, "optimizer")
     return made
 
@@ -112,14 +115,15 @@ def open_tokenizer(config) -> MultiScaleVQ:
 
 
 def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
-    """The plain loss, or what `progressive`, `supernet.depths` or `code.role` ask for.
+    """The plain loss, or what `progressive`, `supernet.depths`, `code.role` or `sequential.layers` ask for.
 
     Raises:
         ValueError: if two of them are asked for, or they do not fit the model.
     """
     common = (transformer, config.loss, config.optimizer, text_encoder)
     asked = {"progressive": config.progressive.is_on, "supernet.depths": config.supernet.depths}
-    several = [name for name, value in {**asked, "code.role": config.code.role}.items() if value]
+    asked |= {"code.role": config.code.role, "sequential.layers": config.sequential.layers}
+    several = [name for name, value in asked.items() if value]
     if len(several) > 1:
         raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
     if several and several[0] != "supernet.depths" and config.aspects.folder is not None:
@@ -128,6 +132,8 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
         return ProgressiveObjective(*common, progressive=config.progressive)
     if config.supernet.depths:
         return SupernetObjective(*common, supernet=config.supernet)
+    if config.sequential.layers:
+        return SequentialObjective(*common)
     if config.code.role == "drafter":
         return DrafterObjective(*common, code=config.code)
     if config.code.role == "refiner":

@@ -23,6 +23,7 @@ from var.conditioning import ClassConditioner, Conditioning, Prompt, TextConditi
 from var.heads import BitwiseHead, CategoricalHead
 from var.layers import AdaLinear, Block, rope_table
 from var.masks import PREDICATES, Mask, attention_mask
+from var.sequential import SequentialHead
 
 
 class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -49,6 +50,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
         norm_eps: of the layer norms of blocks and head, and of the text's.
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
+        sequential_layers: layers of a head that draws the tokens of the first `sequential_scales` scales one after the
+            other (`var.sequential`); 0 for no such head.
     """
 
     _supports_gradient_checkpointing = True
@@ -84,6 +87,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope_grid: list[int] | None = None,
         norm_eps: float = 1e-6,
         selectivity: list[list[float]] | None = None,
+        sequential_layers: int = 0,
+        sequential_scales: int = 0,
     ):
         super().__init__()
         if depth < 1 or width < 1 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
@@ -135,6 +140,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         make_head, size = (BitwiseHead, latent_channels) if bitwise else (CategoricalHead, vocab_size)
         self.head = make_head(width, size, norm_eps=norm_eps)
+        self.sequential = None
+        if sequential_layers:
+            _check_sequential(sequential_layers, sequential_scales, len(self.schedule), bitwise=bitwise)
+            self.sequential = SequentialHead(
+                width, heads, round(width * mlp_ratio), vocab_size, layers=sequential_layers, norm_eps=norm_eps
+            )
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -333,6 +344,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 block.ada_offset_6D[2:].mul_(ada_gain)
         self.head.proj.weight.mul_(head_gain)
         self.head.ada[1].weight.mul_(ada_gain)
+        if self.sequential is not None:
+            self.sequential.init_weights()
 
 
 @cache  # not bounded: a recorded CUDA graph reads these again
@@ -340,6 +353,15 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     """The scale of every token, (L,) int64: made once, as a copy to a GPU stops the loop."""
     return torch.tensor(schedule.level_ids, device=device)
+
+
+def _check_sequential(layers: int, scales: int, most: int, *, bitwise: bool) -> None:
+    if layers < 0 or not 1 <= scales <= most:
+        raise ValueError(
+            f"sequential_layers must be 0 or more, and sequential_scales then in 1..{most}: got {layers} and {scales}"
+        )
+    if bitwise:
+        raise ValueError("sequential_layers must be 0 for bitwise tokens: the head draws codes")
 
 
 def _check_sizes(width: int, heads: int, pool_heads: int, *, conditioning: str, positions: str) -> None:
