@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from operator import index
 
 import numpy as np
@@ -29,7 +30,7 @@ def image_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int = 1)
     They are drawn once, before the loop, so an image does not depend on its batch, process or device.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(schedule.total, draws_per_token, generator=generator)
+    return torch.rand(schedule.total, draws_per_token, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Filter:
     temperature_last: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "top_p", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, or one for each scale, got {value!r}")
         if self.top_k < 0 or not float(self.top_k).is_integer():
             raise ValueError(f"top_k must be 0 (all) or a whole number above, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -93,6 +93,8 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
     """
     if pipeline.accelerated is not None:
         raise ValueError("pipeline was accelerated already: load the model again for other settings")
+    if any(isinstance(module, FoldedUpsample | fast_cpu.PackedUpsample) for module in pipeline.vqvae.modules()):
+        raise ValueError("parts of this pipeline belong to an accelerated one: load the model again")
     if pipeline.offloaded is not None:
         raise ValueError("pipeline is offloaded, and its weights move: load the model again with offload=none")
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
@@ -146,9 +148,14 @@ def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
         if model.dtype != torch.float32:
             fast_cuda.fuse_head(model.head)
     if settings.linears:
-        exchange(model.blocks, lambda module: isinstance(module, FeedForward), fast_cpu.FastFeedForward)
+        exchange(model.blocks, _has_no_adapter, fast_cpu.FastFeedForward)
         for part in (model.blocks, model.head):
             exchange(part, lambda module: type(module) is nn.Linear, fast_cpu.PackedLinear)
+
+
+def _has_no_adapter(module: nn.Module) -> bool:
+    """Whether a module is a feed-forward of two plain layers; those with an adapter are exchanged one by one."""
+    return isinstance(module, FeedForward) and type(module.fc1) is type(module.fc2) is nn.Linear
 
 
 def _folds(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from tokenizer.precision import SWITCHING
 from var.layers import FeedForward, attention
 from var.masks import Mask
 
@@ -237,11 +238,15 @@ def half_attention(
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """float32 matrix products whose factors are bfloat16 numbers already, so that nothing is lost by rounding them."""
+    """float32 matrix products whose factors are bfloat16 numbers already, so that nothing is lost by rounding them.
+
+    One thread at a time, as the switch is the whole process's: other threads should not multiply float32 meanwhile.
+    """
     switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    with SWITCHING:
+        before = switch.fp32_precision
+        switch.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before

@@ -85,10 +85,11 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
         for k in stage.scales:
             for hook in hooks:
                 hook.on_scale_begin(state, k)
-            logits, tokens = draw_in_turn(state, k) if stage.in_turn(k) else draw_at_once(state, k)
+            logits, drawn = draw_in_turn(state, k) if stage.in_turn(k) else draw_at_once(state, k)
+            tokens = drawn
             for hook in hooks:
                 tokens = hook.on_tokens(state, k, logits, tokens)
-            state.advance(k, tokens, smooth_code(state, k, logits) if smooth else None)
+            state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
             for hook in hooks:
                 hook.on_scale_end(state, k)
     state.cache.reset()
@@ -130,7 +131,7 @@ def scale_logits(state: GenerationState, k: int) -> torch.Tensor:
 def scale_features(state: GenerationState, k: int) -> torch.Tensor:
     """What the head of scale k projects, (R, l, D) float32, of B rows, or 2B when guided; the cache takes its keys."""
     stage, model, schedule = state.stage, state.stage.model, state.plan.schedule
-    inside = stage.guidance.inside(k, len(schedule), len(model.blocks)) if state.doubled else None
+    inside = stage.guidance.inside(range(k, k + 1), schedule, len(model.blocks)) if state.doubled else None
     hidden = model(
         state.input(k),
         state.cond,
@@ -151,17 +152,22 @@ def guided(state: GenerationState, k: int, doubled: torch.Tensor) -> torch.Tenso
     return mix(doubled, guidance.weight(k, len(state.plan.schedule)) if guidance.on_logits else 0.0)
 
 
-def smooth_code(state: GenerationState, k: int, logits_BlV: torch.Tensor) -> torch.Tensor:
-    """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed; given tokens stay."""
+def smooth_code(
+    state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor, drawn_Bl: torch.Tensor
+) -> torch.Tensor:
+    """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed.
+
+    Tokens that are given, or that a hook put in the place of those drawn, stay what they are.
+    """
     schedule = state.plan.schedule
     ratio = k / max(len(schedule) - 1, 1)
     generators = [torch.Generator().manual_seed(derive_seed(seed, k)) for seed in state.seeds]
     weights = [smooth_weights(row[None], ratio, g) for row, g in zip(logits_BlV, generators)]
     code_BChw = state.quantizer.blend(torch.cat(weights), k, schedule)
-    given = state.given(k)
-    if given is None:
-        return code_BChw
+    fixed, given = tokens_Bl != drawn_Bl, state.given(k)
+    if given is not None:
+        fixed = fixed | (given >= 0)
     (h, w), (height, width) = schedule.sides[k], code_BChw.shape[2:]
-    is_given = (given >= 0).reshape(len(given), h, w, -1)[..., 0]
-    is_given = repeat(is_given, "b h w -> b 1 (h p) (w q)", p=height // h, q=width // w)
-    return torch.where(is_given, state.quantizer.lookup(given.clamp(min=0), k, schedule), code_BChw)
+    is_fixed = fixed.reshape(len(fixed), h * w, -1).any(dim=-1).reshape(-1, h, w)
+    is_fixed = repeat(is_fixed, "b h w -> b 1 (h p) (w q)", p=height // h, q=width // w)
+    return torch.where(is_fixed, state.quantizer.lookup(tokens_Bl, k, schedule), code_BChw)

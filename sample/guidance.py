@@ -11,6 +11,8 @@ from numbers import Real
 
 import torch
 
+from tokenizer.schedule import ScaleSchedule
+
 LARGEST = 1000  # beyond it logits are infinite sooner or later
 
 
@@ -57,10 +59,24 @@ class Guidance:
         """Whether no scale is guided, so that the unconditional half need not run."""
         return not any(self.scale) if isinstance(self.scale, Sequence) else self.scale == 0
 
-    def inside(self, k: int, num_scales: int, depth: int) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
-        """What happens to the doubled hidden states after which of a model's `depth` blocks, at scale k."""
-        weight = self.weight(k, num_scales)
-        return {block % depth: lambda h: mix(h, weight).repeat(2, 1, 1) for block in self.blocks if weight}
+    def inside(
+        self, scales: range, schedule: ScaleSchedule, depth: int
+    ) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
+        """What becomes of the doubled hidden states (2B, l, D) of some scales, by the block of `depth` it follows."""
+        weights = [self.weight(k, len(schedule)) for k in scales]
+        if not self.blocks or not any(weights):
+            return {}
+        if len(weights) == 1:
+            return {block % depth: lambda h: mix(h, weights[0]).repeat(2, 1, 1) for block in self.blocks}
+        by_token = [weight for k, weight in zip(scales, weights) for _ in range(schedule.lengths[k])]
+
+        def guide(h_RlD: torch.Tensor) -> torch.Tensor:
+            weight_l1 = h_RlD.new_tensor(by_token)[:, None]
+            conditional, unconditional = h_RlD.chunk(2)
+            mixed_RlD = torch.lerp(unconditional, conditional, 1 + weight_l1).repeat(2, 1, 1)
+            return torch.where(weight_l1 > 0, mixed_RlD, h_RlD)  # without a weight, each half goes on by itself
+
+        return {block % depth: guide for block in self.blocks}
 
 
 def mix(doubled: torch.Tensor, weight: float) -> torch.Tensor:

@@ -146,7 +146,16 @@ class NextScalePipeline(DiffusionPipeline):
         return snapshot_download(pretrained_model_name, allow_patterns=list(HUB_FILES), **given)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """diffusers' own, with files that others may read where the umask lets them."""
+        """diffusers' own, with files that others may read where the umask lets them.
+
+        Raises:
+            ValueError: if a part has an adapter or was compiled, which its weights' names show: nothing could load it.
+        """
+        for name, part in self.components.items():
+            if getattr(part, "peft_config", None):
+                raise ValueError(f"{name} has an adapter: fuse_lora and unload_lora it first, or save_lora_adapter")
+            if isinstance(part, torch.nn.Module) and any("_orig_mod." in key for key in part.state_dict()):
+                raise ValueError(f"{name} holds a module of torch.compile: save the model that is not compiled")
         super().save_pretrained(save_directory, **options)
         readable(Path(save_directory))
 
@@ -228,7 +237,8 @@ class NextScalePipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt" or "latent", see `NextScaleOutput`.
             return_dict: a NextScaleOutput instead of the tuple (images, seeds, tokens).
             callback_on_step_end: called as (pipeline, k, side, tensors) after scale k, `side` its height in tokens. A
-                returned dict with "f_hat" replaces the running reconstruction.
+                returned dict with "f_hat" replaces the running reconstruction. diffusers' own callbacks may be given,
+                with their own `tensor_inputs`.
             callback_on_step_end_tensor_inputs: which of "f_hat" (B, C, H, W) and "tokens" (B, l) it is given.
 
         Raises:
@@ -236,6 +246,10 @@ class NextScalePipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if search is not None and not isinstance(search, Search):
+            raise TypeError(f"search must be a sample.search.Search, got {type(search).__name__}: {search!r}")
+        if not isinstance(hooks, Sequence) or not all(isinstance(hook, Hook) for hook in hooks):
+            raise TypeError(f"hooks must be a list of sample.state.Hook, got {hooks!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
@@ -248,7 +262,8 @@ class NextScalePipeline(DiffusionPipeline):
         negative = self._negative(negative_prompt, len(condition), num_images_per_prompt)
         callback = ()
         if callback_on_step_end is not None:
-            callback = (CallbackHook(self, callback_on_step_end, callback_on_step_end_tensor_inputs),)
+            names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+            callback = (CallbackHook(self, callback_on_step_end, names),)
         canvases = self._canvases(image, mask_image, len(condition), num_images_per_prompt, plan)
         edit = [self._edit(canvases, plan, mask_rule)] if canvases else []
 
@@ -363,6 +378,9 @@ class NextScalePipeline(DiffusionPipeline):
         if isinstance(plan, Plan):
             if given:
                 raise ValueError(f"plan already says how to draw: leave out {', '.join(given)}")
+            kind, own = plan.stages[0].model.config.conditioning, self.transformer.config.conditioning
+            if kind != own:
+                raise ValueError(f"plan is of a {kind} model, and the pipeline's is a {own} model")
             return plan
         own = dict(self.config.sampling or {})
         if self.config.handover is not None:
@@ -400,7 +418,7 @@ class NextScalePipeline(DiffusionPipeline):
         self, prompt: str | Sequence[str] | TextPrompt | None, class_labels: int | Sequence[int] | None, copies: int
     ) -> Prompt:
         """The prompt of every image: each text or class `copies` times in a row, encoded once."""
-        if not isinstance(copies, int) or copies < 1:
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
             raise ValueError(f"num_images_per_prompt must be 1 or more, got {copies}")
         wanted, unwanted = ("class_labels", prompt) if self.by_class else ("prompt", class_labels)
         if unwanted is not None or (prompt is None and class_labels is None):
@@ -469,10 +487,12 @@ class CallbackHook(Hook):
     def on_scale_end(self, state: GenerationState, k: int) -> None:
         """After scale k."""
         schedule = state.plan.schedule
-        tensors = {"f_hat": state.f_hat_BCHW, "tokens": state.tokens[k]}
+        tensors = {"f_hat": state.f_hat_BCHW.clone(), "tokens": state.tokens[k].clone()}  # what is returned counts
         shown = {name: tensors[name] for name in self.names}
         returned = self.callback(self.pipeline, k, schedule.sides[k][0], shown) or {}
-        if not isinstance(returned, dict) or not set(returned) <= set(CALLBACK_TENSORS):
+        if isinstance(returned, dict) and "tokens" in returned and returned["tokens"] is shown.get("tokens"):
+            returned = {name: value for name, value in returned.items() if name != "tokens"}  # handed back as it was
+        if not isinstance(returned, dict) or not set(returned) <= {"f_hat"}:
             given = sorted(returned) if isinstance(returned, dict) else type(returned).__name__
             raise ValueError(f'callback_on_step_end must return {{"f_hat": tensor}} or nothing, got {given}')
         if "f_hat" not in returned:
@@ -481,7 +501,7 @@ class CallbackHook(Hook):
         if not isinstance(f_hat, torch.Tensor) or tuple(f_hat.shape) != expected:
             given = tuple(f_hat.shape) if isinstance(f_hat, torch.Tensor) else type(f_hat).__name__
             raise ValueError(f"callback_on_step_end must return f_hat as a tensor of shape {expected}, got {given}")
-        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)  # also one that was changed in place
+        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)
         if k + 1 < len(schedule):
             state.inputs[-1] = state.quantizer.next_input(state.f_hat_BCHW, k + 1, schedule)
 
@@ -538,7 +558,7 @@ def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[i
         ValueError: if there are none or one is not in [0, num_classes].
         TypeError: if one is not an int.
     """
-    if isinstance(class_labels, torch.Tensor):
+    if isinstance(class_labels, torch.Tensor | np.ndarray):
         class_labels = class_labels.tolist()
     labels = list(class_labels) if isinstance(class_labels, Sequence) else [class_labels]
     if not labels:

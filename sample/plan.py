@@ -85,6 +85,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("plan has no stage")
+        if not all(stage.scales for stage in self.stages):
+            raise ValueError("a stage makes one scale or more, got none")
         made = [k for stage in self.stages for k in stage.scales]
         if made != list(range(len(self.schedule))):
             raise ValueError(f"plan must make scales 0 to {len(self.schedule) - 1} once, in order; it makes {made}")
@@ -198,7 +200,9 @@ def _check_stage(stage: Stage, first: Stage) -> None:
         raise ValueError(
             f"all models of a plan need the same schedule, got {first.pyramid.text} and {stage.pyramid.text}"
         )
-    for name in ("vocab_size", "latent_channels", "conditioning"):
+    names = ["vocab_size", "latent_channels", "bitwise", "conditioning"]
+    names += ["num_classes"] if first.model.config.conditioning == "class" else ["text_width"]
+    for name in names:
         mine, theirs = getattr(stage.model.config, name), getattr(first.model.config, name)
         if mine != theirs:
             raise ValueError(f"all models of a plan need the same {name}, got {theirs} and {mine}")

@@ -119,8 +119,14 @@ class GenerationState:
 
         The first copy of a row goes on with its own stream of uniforms; further copies get fresh ones for the scales
         to come, derived from (seed, scale, copy).
+
+        Args:
+            rows: numbers of rows, or a bool (B,) of those to keep.
+
+        Raises:
+            ValueError: if they are neither, or a row is not in [0, B).
         """
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        rows = _row_numbers(rows, len(self))
         if rows.tolist() == list(range(len(self))):
             return
         B, on_device = len(self), rows.to(self.f_hat_BCHW.device)
@@ -165,19 +171,34 @@ class GenerationState:
         self.cache.reserve(room)
 
     def _prefill(self, stage: Stage) -> None:
-        earlier = [self.input(k) for k in range(1, self.scale)]
+        scales, schedule = range(self.scale), self.plan.schedule
+        earlier = [self.input(k) for k in scales[1:]]
+        inside = stage.guidance.inside(scales, schedule, len(stage.model.blocks)) if self.doubled else None
         stage.model(
             torch.cat(earlier, dim=1) if earlier else None,
             self.cond,
-            scales=range(self.scale),
+            scales=scales,
             cache=self.cache,
             layers=stage.layers,
             attention_backend=stage.attention_backend,
-            schedule=self.plan.schedule,
+            schedule=schedule,
+            after=inside,
         )
 
     def _double(self, x_BlC: torch.Tensor) -> torch.Tensor:
         return torch.cat([x_BlC, x_BlC]) if self.doubled else x_BlC
+
+
+def _row_numbers(rows: Sequence[int] | torch.Tensor, count: int) -> torch.Tensor:
+    """Rows as int64 numbers in [0, count); see `GenerationState.select`."""
+    given = torch.as_tensor(rows)
+    if given.dtype == torch.bool and given.shape == (count,):
+        return given.nonzero()[:, 0].cpu()
+    whole = not given.numel() or not (given.is_floating_point() or given.dtype == torch.bool)
+    numbers = given.long().cpu()
+    if not whole or numbers.ndim != 1 or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < count):
+        raise ValueError(f"rows must be numbers in [0, {count}), or a bool for each row, got {given.tolist()}")
+    return numbers
 
 
 class Hook:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sample.draw import Filter, _keep_top_p_by_place, derive_seed, draw, image_uniforms, keep_top_k, keep_top_p
-from sample.generate import generate
+from sample.generate import generate, start
 from sample.guidance import Guidance, mix
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.state import Hook
@@ -101,6 +101,16 @@ class SelectAt(Hook):
     def on_scale_end(self, state, k):
         if k == self.at:
             state.select(self.rows)
+
+
+def test_rows_to_keep_may_be_a_mask_and_must_be_there(model, quantizer):
+    for rows, seeds in ((torch.tensor([True, False, True]), [10, 12]), ([2, 0], [12, 10])):
+        state = start(plain(model), quantizer, ClassPrompt(torch.tensor([0, 1, 2])), [10, 11, 12])
+        state.select(rows)
+        assert state.seeds == seeds
+    for wrong in ([-1], [2], [0.7], torch.tensor([True])):
+        with pytest.raises(ValueError, match=r"rows must be numbers in \[0, 2\), or a bool for each row"):
+            state.select(wrong)
 
 
 def test_select_keeps_moves_and_duplicates(model, quantizer):

@@ -39,3 +39,22 @@ def test_an_adapter_from_its_making_to_the_fast_path(class_folder, tmp_path):
     torch.testing.assert_close(draw(load_pipeline(tmp_path / "merged", device="cpu")), draw(other))
     accelerate(other)
     torch.testing.assert_close(draw(other), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["fc1"], ["fc2"], TARGETS])
+def test_the_fast_path_keeps_adapters_that_are_on(class_folder, targets):
+    adapted = load_pipeline(class_folder, device="cpu")
+    plain = draw(adapted)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    adapted.transformer.add_adapter(settings)
+    wanted = draw(adapted)
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    torch.testing.assert_close(draw(accelerate(adapted)), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(class_folder, tmp_path):
+    adapted = load_pipeline(class_folder, device="cpu")
+    adapted.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="transformer has an adapter: fuse_lora and unload_lora it first"):
+        adapted.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -1,5 +1,6 @@
 """The pipeline: diffusers' conventions hold, a seed names an image, a saved pipeline draws the same images."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,7 +12,8 @@ from diffusers import DiffusionPipeline
 
 from sample.load import assemble, load_pipeline, load_tokenizer, model_digest, model_folder
 from sample.pipeline import NextScalePipeline, image_seeds
-from sample.plan import plain
+from sample.plan import Plan, collaborative, plain
+from sample.state import Hook
 from sample.text import encode_prompts
 from var.transformer import NextScaleTransformer
 
@@ -159,6 +161,38 @@ def test_callbacks_see_every_scale_and_may_change_the_image(class_pipeline):
 
     same = class_pipeline(class_labels=1, seed=3, output_type="latent", callback_on_step_end=reset_in_place)
     assert all(torch.equal(a, b) for a, b in zip(same.tokens, changed.tokens))
+
+
+def test_diffusers_callbacks_say_what_they_want_to_see(class_pipeline):
+    from diffusers.callbacks import PipelineCallback
+
+    class Watch(PipelineCallback):
+        seen = ()
+
+        @property
+        def tensor_inputs(self):
+            return ["tokens"]
+
+        def callback_fn(self, pipeline, step, side, tensors):
+            self.seen = (*self.seen, sorted(tensors))
+            tensors["tokens"].zero_()  # a copy: only what is returned counts
+            return tensors
+
+    watch = Watch(cutoff_step_ratio=None, cutoff_step_index=1)
+    found = pixels(class_pipeline, class_labels=1, seed=3, callback_on_step_end=watch)
+    assert watch.seen == (["tokens"],) * 3
+    assert np.array_equal(found, pixels(class_pipeline, class_labels=1, seed=3))
+
+
+def test_an_image_does_not_depend_on_torchs_defaults(class_pipeline):
+    wanted = class_pipeline(class_labels=1, seed=3, output_type="latent").tokens
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = class_pipeline(class_labels=1, seed=3, output_type="latent").tokens
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
 def test_numbers_may_come_in_arrays(class_pipeline):
@@ -384,3 +418,39 @@ def test_more_mistakes(class_pipeline, text_pipeline, tmp_path):
 def test_seeds_count_from_the_first():
     assert image_seeds(3, seed=7) == [7, 8, 9]
     assert image_seeds(2, seed=[9, 9]) == [9, 9]
+
+
+def test_smooth_pictures_keep_the_tokens_of_hooks(class_pipeline):
+    class Other(Hook):
+        def on_tokens(self, state, k, logits_BlV, tokens_Bl):
+            return (tokens_Bl + 1) % 16
+
+    plain, smooth = (
+        class_pipeline(class_labels=1, seed=3, hooks=[Other()], smooth=smooth, output_type="latent").images
+        for smooth in (False, True)
+    )
+    torch.testing.assert_close(smooth, plain)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"search": "best"}, "search must be a sample.search.Search, got str: 'best'"),
+        ({"hooks": Hook()}, "hooks must be a list"),
+        ({"top_k": [1, None, 3]}, "top_k must be a number, or one for each scale, got None"),
+    ],
+)
+def test_what_is_no_setting_is_named(class_pipeline, options, message):
+    with pytest.raises(TypeError, match=message):
+        class_pipeline(class_labels=1, **options)
+
+
+def test_all_models_of_a_plan_know_the_same_classes(class_pipeline, text_pipeline, tiny_class_model):
+    other = NextScaleTransformer.from_config({**tiny_class_model.config, "num_classes": 7})
+    with pytest.raises(ValueError, match="all models of a plan need the same num_classes, got 5 and 7"):
+        collaborative(tiny_class_model, other, handover=1)
+    with pytest.raises(ValueError, match="plan is of a text model, and the pipeline's is a class model"):
+        class_pipeline(class_labels=1, plan=plain(text_pipeline.transformer))
+    stage = plain(tiny_class_model).stages[0]
+    with pytest.raises(ValueError, match="a stage makes one scale or more"):
+        Plan((dataclasses.replace(stage, scales=range(0)), stage))

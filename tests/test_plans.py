@@ -9,6 +9,7 @@ import torch
 import nextscale
 from sample.draw import Filter
 from sample.generate import generate
+from sample.guidance import Guidance
 from sample.plan import plain, scale_filters
 from sample.plan_options import read_settings
 from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan
@@ -73,6 +74,16 @@ NEUTRAL = [
 def test_neutral_plans_equal_plain_decoding(model, quantizer, config, guidance):
     wanted = tokens(plain(model, guidance=guidance), quantizer)
     assert torch.equal(tokens(PlanConfig(**config).build(model, guidance=guidance), quantizer), wanted)
+
+
+@pytest.mark.parametrize("config", [{"plan": "self:2", "depth": DEPTH}, {"plan": "code:1", "depth": "4,4,4"}], ids=str)
+@pytest.mark.parametrize("scale", [2.0, (0.0, 1.0, 0.0, 2.0)])
+def test_guidance_inside_the_blocks_reaches_a_prefill(model, quantizer, config, scale):
+    """The keys of a late stage are those of the guided states; each scale has its own weight, or none."""
+    guidance = Guidance(scale, blocks=(1, -1), on_logits=False)
+    wanted = tokens(plain(model, guidance=guidance), quantizer)
+    assert torch.equal(tokens(PlanConfig(**config).build(model, guidance=guidance), quantizer), wanted)
+    assert not torch.equal(wanted, tokens(plain(model, guidance=0.0), quantizer))
 
 
 @pytest.mark.parametrize("cache", ["100%", "scalekv:100%"])

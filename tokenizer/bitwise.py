@@ -79,7 +79,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
 
     def start(self, batch: int, schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
         """The empty reconstruction: zeros (batch, C, H, W), float32."""
-        return torch.zeros(batch, self.bits, *self.cells(schedule.latent_hw), device=device)
+        return torch.zeros(batch, self.bits, *self.cells(schedule.latent_hw), device=device, dtype=torch.float32)
 
     @torch.no_grad()
     def corrected(

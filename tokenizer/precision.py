@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
 import torch
+
+SWITCHING = threading.RLock()  # held while a switch of the whole process is not what it was
 
 
 def set_product_precision(precision: str) -> str | bool:
@@ -25,13 +28,14 @@ def set_product_precision(precision: str) -> str | bool:
 
 @contextmanager
 def product_precision(precision: str) -> Iterator[None]:
-    """As `set_product_precision`, meanwhile."""
-    before = set_product_precision(precision)
-    try:
-        yield
-    finally:
-        switch = torch.backends.cuda.matmul
-        setattr(switch, "fp32_precision" if hasattr(switch, "fp32_precision") else "allow_tf32", before)
+    """As `set_product_precision`, meanwhile; one thread at a time, as the switch is the whole process's."""
+    with SWITCHING:
+        before = set_product_precision(precision)
+        try:
+            yield
+        finally:
+            switch = torch.backends.cuda.matmul
+            setattr(switch, "fp32_precision" if hasattr(switch, "fp32_precision") else "allow_tf32", before)
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -233,7 +233,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
 
     def start(self, batch: int, schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
         """The empty reconstruction: zeros (batch, C, H, W), float32."""
-        return torch.zeros(batch, self.channels, *schedule.latent_hw, device=device)
+        return torch.zeros(batch, self.channels, *schedule.latent_hw, device=device, dtype=torch.float32)
 
     @torch.no_grad()
     def corrected(
