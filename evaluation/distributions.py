@@ -4,9 +4,11 @@ Shapes: N images, D features.
 """
 
 import argparse
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,12 +27,21 @@ from evaluation.figures import (
     needs_images,
 )
 from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
-from evaluation.inception import InceptionFeatures
+from evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, InceptionFeatures
 from evaluation.intervals import mean_interval
 from evaluation.options import METRICS
 from evaluation.scene_features import load_scene_features, scene_reference
 from evaluation.scenes import TAGS, fresh_scenes, render
-from evaluation.sources import FileImages, Images, NpzImages, holds_images, image_sizes, open_images, progress
+from evaluation.sources import (
+    FileImages,
+    Images,
+    NpzImages,
+    holds_images,
+    image_sizes,
+    open_images,
+    progress,
+    stored_moments,
+)
 from sample.load import resolve_device
 
 NETWORKS = {  # network -> metrics on it
@@ -74,6 +85,8 @@ class Measure:
             for name, known in NETWORKS.items()
             if set(known).intersection(metrics)
         }
+        if "inception" in networks and args.reference is not None:
+            check_statistics(args.reference)
         return cls(metrics, networks, reference, args.reference, args.bootstrap, args.seed, args.batch_size)
 
     def figures(self, images: Images, prompts: Sequence[str] | None = None) -> tuple[dict, list[str]]:
@@ -91,7 +104,7 @@ class Measure:
             figures |= found
             cautions += said
         if self.networks:
-            cautions = [*image_cautions(images), *watch.cautions(), *self._reference_cautions(watch), *cautions]
+            cautions = [*image_cautions(images), *watch.cautions(), *self.reference_cautions(watch.sizes), *cautions]
         return figures, cautions
 
     def figures_of(
@@ -109,6 +122,9 @@ class Measure:
             facts["reference_n"] = len(self.reference)
         elif "fd-scenes" in self.metrics:
             facts["fd_scenes_reference"] = f"{scene_reference().n} fresh renders, all compositions, tags alike"
+        if self.reference_path is not None and Path(self.reference_path).suffix == ".npz":
+            with Path(self.reference_path).open("rb") as file:
+                facts["reference_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
         if "inception" in self.networks:
             facts["protocol"] = "TensorFlow 1 resize to 299, pool_3, IS without bias"
         if "is" in self.metrics:
@@ -131,12 +147,21 @@ class Measure:
     def _described_reference(self, name: str) -> Described:
         return self._describe(name, self.reference, f"{name}: reference", len(self.reference))
 
-    def _reference_cautions(self, watch: guards.Watch) -> list[str]:
+    def reference_cautions(self, sizes: Counter) -> list[str]:
+        """What the files, the number and the sizes of reference images say beside images of `sizes`."""
         if self.reference_path is None or not holds_images(self.reference_path):
             return []
         reference = self.reference or open_images(self.reference_path)
         lines = guards.file_cautions(reference.paths, "reference images") if isinstance(reference, FileImages) else []
-        return lines + guards.size_cautions(watch.sizes, image_sizes(reference))
+        if self.reference is not None:
+            of_images = {"fid", "sfid"} - {name for name in ("fid", "sfid") if self._is_stored(name)}
+            for enough, names in ((guards.ENOUGH, {"fd-dinov2", *of_images}), (FEW, {"fd-scenes"})):
+                few = [metric for metric in self.metrics if metric in names]
+                lines += guards.few_cautions(few, len(reference), enough, what="reference images")
+        return lines + guards.size_cautions(sizes, image_sizes(reference))
+
+    def _is_stored(self, metric: str) -> bool:
+        return stored_moments(self.reference_path, spatial=metric == "sfid") is not None
 
     def _scenes(self, described: Described) -> tuple[dict, list[str]]:
         figures: dict = {}
@@ -162,7 +187,16 @@ class Measure:
         if self.reference_path is not None:
             real = self._described_reference("inception") if self.reference is not None else None
             reference = inception_reference(self.reference_path, real)
-        return inception_figures(self.metrics, described, reference, seed=self.seed, resamples=self.resamples)
+        found, cautions = inception_figures(
+            self.metrics, described, reference, seed=self.seed, resamples=self.resamples
+        )
+        if {"fid", "sfid"} <= {*self.metrics} and self._is_stored("fid") != self._is_stored("sfid"):
+            here, there = ("fid", "sfid") if self._is_stored("fid") else ("sfid", "fid")
+            cautions.append(
+                f"{here} is against the statistics that {self.reference_path} holds, {there} against those of its "
+                f"{len(self.reference)} images"
+            )
+        return found, cautions
 
     def _dinov2(self, described: Described) -> tuple[dict, list[str]]:
         reference = moments(self._described_reference("dinov2").features)
@@ -178,6 +212,14 @@ class Measure:
         if "cmmd" in self.metrics:
             figures["cmmd"] = cmmd(described.features, self._described_reference("clip").features)
         return figures, []
+
+
+def check_statistics(path: str | Path) -> None:
+    """Raise ValueError if a reference npz holds statistics that are no covariances, or not of Inception's features."""
+    for spatial, width in ((False, POOL_WIDTH), (True, SPATIAL_WIDTH)):
+        found = stored_moments(path, spatial=spatial)
+        if found is not None and len(found.mean) != width:
+            raise ValueError(f"npz {path} holds statistics of {len(found.mean)} features, and Inception's are {width}")
 
 
 def image_cautions(images: Images) -> list[str]:
@@ -210,6 +252,8 @@ def chosen_metrics(text: str | None, suite: str | None, known: Sequence[str] = M
     if text is None:
         return ("fd-scenes", "is-scenes") if suite == "scenes" else ()
     chosen = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not chosen:
+        raise ValueError(f"--metrics must be of {', '.join(known)}, got {text!r}")
     unknown = [metric for metric in chosen if metric not in known]
     if unknown:
         raise ValueError(f"--metrics must be of {', '.join(known)}, got {', '.join(unknown)}")

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.distributions import Measure
-from evaluation.geneval import read_results, read_suite, suite, summarize
+from evaluation.geneval import read_results, read_suite, result_cautions, suite, summarize
 from evaluation.options import defaults
 from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
@@ -138,9 +138,12 @@ def report_geneval(args: argparse.Namespace) -> None:
     rows = read_results(args.geneval_results)
     row = {"results": portable(args.geneval_results), **summarize(rows, seed=args.seed)}
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
+    cautions = result_cautions(rows)
+    for caution in cautions:
+        print(f"caution: {caution}", file=sys.stderr)
     if args.out is not None:
-        command = command_line("nextscale evaluate", vars(args), defaults())
-        write_result(args.out, result([row], command=command, n=len(rows), seeds=args.seed))
+        command, settings = command_line("nextscale evaluate", vars(args), defaults()), {"cautions": cautions}
+        write_result(args.out, result([row], command=command, n=len(rows), seeds=args.seed, settings=settings))
         print(f"written: {args.out}")
 
 

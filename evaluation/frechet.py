@@ -95,6 +95,27 @@ def frechet_interval(
     )
 
 
+def paired_frechet_interval(
+    made_ND: torch.Tensor, real_ND: torch.Tensor, value: float, *, resamples: int, seed: int = 0
+) -> list[float]:
+    """95 % interval [low, high] around the Frechet distance of images and what was made of each of them.
+
+    Row i of both sides is of one image, so nearly all of what sampling does to one side it does to the other. From the
+    sum of both sides' influences where there are ten images or more a feature, else by resampling pairs.
+    """
+    if len(made_ND) >= 10 * made_ND.shape[1]:
+        moved_N = frechet_influence(made_ND, moments(real_ND)) + frechet_influence(real_ND, moments(made_ND))
+        half = Z95 * float(moved_N.std()) / len(made_ND) ** 0.5
+        return [max(value - half, 0.0), value + half]
+    return bootstrap_interval(
+        lambda rows: frechet_distance(moments(made_ND[rows]), moments(real_ND[rows])),
+        value,
+        len(made_ND),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
 class _Given(nn.Identity):
     """Stands where torchmetrics wants a network: the features are already there."""
 
@@ -156,7 +177,8 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): the polynomial-kernel MMD^2 averaged over random subsets.
 
     Returns (value, 95 % interval, subset size used: at most half of the smaller set). The interval scales the spread
-    over subsets to all images: +-1.96 std sqrt(subset size / images). Raises ValueError on fewer than 4 images.
+    over subsets, which are drawn without replacement, to all images: +-1.96 std sqrt(f / (1 - f)) with f = subset size
+    / images. Raises ValueError on fewer than 4 images.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -170,5 +192,5 @@ def kernel_distance(
         metric.update(reference_ND, real=True)
         metric.update(features_ND, real=False)
         mean, spread = metric.compute()
-    half = Z95 * float(spread) * (size / fewest) ** 0.5
+    half = Z95 * float(spread) * (size / (fewest - size)) ** 0.5
     return float(mean), [float(mean) - half, float(mean) + half], size

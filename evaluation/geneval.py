@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -209,13 +210,31 @@ def read_results(path: str | Path) -> list[dict]:
             row["metadata"] = json.loads(row["metadata"]) if isinstance(row["metadata"], str) else row["metadata"]
         except (json.JSONDecodeError, KeyError, TypeError):
             row = {}
+        if row and not (isinstance(row.get("correct"), bool) and isinstance(row["metadata"], dict)):
+            raise ValueError(f"results {path} line {number}: correct must be true or false, and metadata an object")
         if not row.keys() >= RESULT_FIELDS or row["tag"] not in TAGS:
             fields = ", ".join(sorted(RESULT_FIELDS))
             raise ValueError(f"results {path} line {number} is no row of GenEval's ({fields}, a tag of the six)")
         rows.append(row)
     if not rows:
         raise ValueError(f"results {path} holds no row")
+    names = Counter(row["filename"] for row in rows if "filename" in row)
+    for name, count in names.items():
+        if count > 1:
+            raise ValueError(f"results {path} has {count} rows of the image {name}")
     return rows
+
+
+def result_cautions(rows: Sequence[dict]) -> list[str]:
+    """What makes scores of such rows no GenEval scores: tags that are missing, prompts with fewer images."""
+    lines = []
+    if missing := [tag for tag in TAGS if tag not in {row["tag"] for row in rows}]:
+        lines.append(f"no images of {', '.join(missing)}: overall is the mean of the other tags, not GenEval's of six")
+    counts = Counter(json.dumps(row["metadata"], sort_keys=True) for row in rows)
+    if len(set(counts.values())) > 1:
+        least, most = min(counts.values()), max(counts.values())
+        lines.append(f"prompts have {least} to {most} images: GenEval draws four of each")
+    return lines
 
 
 def summarize(rows: Sequence[dict], *, seed: int = 0) -> dict:

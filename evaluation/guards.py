@@ -145,12 +145,12 @@ def seed_cautions(seeds: Sequence[int]) -> list[str]:
     return [f"{repeated} of {len(seeds)} images share their seed with another: correlated samples raise FID"]
 
 
-def few_cautions(distances: Sequence[str], n: int, enough: int = ENOUGH) -> list[str]:
-    """Frechet distances of too few images."""
+def few_cautions(distances: Sequence[str], n: int, enough: int = ENOUGH, *, what: str = "images") -> list[str]:
+    """Frechet distances of too few images, or against too few."""
     if not distances or n >= enough:
         return []
     return [
-        f"{' and '.join(distances)} of {n} images is biased upwards: take {enough} or more, and compare "
+        f"{' and '.join(distances)} of {n} {what} is biased upwards: take {enough} or more, and compare "
         "only figures of the same n"
     ]
 

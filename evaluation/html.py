@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.report import figure, portable
+from evaluation.report import figure, metric_rows, portable
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _is_result(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         return False
-    return isinstance(content, dict) and isinstance(content.get("rows"), list)
+    return isinstance(content, dict) and isinstance(content.get("rows"), list) and {"versions", "command"} <= {*content}
 
 
 def result_section(path: Path) -> Section:
@@ -92,7 +92,7 @@ def result_section(path: Path) -> Section:
     Raises ValueError if it is no results file.
     """
     if not _is_result(path):
-        raise ValueError(f"{path} is no results file: it must hold a JSON object with rows")
+        raise ValueError(f"{path} is no results file: it must hold a JSON object with rows, versions and command")
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = content["rows"]
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith("_ci95")]
@@ -115,8 +115,7 @@ def run_section(folder: Path) -> Section:
     Raises ValueError if it has no metrics yet.
     """
     rows: dict[tuple[str, int], dict] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in metric_rows(folder / "metrics.jsonl"):
         rows[row["kind"], row["step"]] = row  # a resumed run writes some steps again
     if not rows:
         raise ValueError(f"{folder / 'metrics.jsonl'} holds no line yet: nothing to report")

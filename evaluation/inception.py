@@ -16,7 +16,8 @@ from evaluation.features import Described, weights_digest
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-SPATIAL_CHANNELS = 7  # of Mixed_6d that sFID looks at: 7 x 17 x 17 = 2023 features
+SPATIAL_CHANNELS = 7  # of Mixed_6d that sFID looks at
+POOL_WIDTH, SPATIAL_WIDTH = 2048, SPATIAL_CHANNELS * 17 * 17  # features of FID, and of sFID: 2023
 
 
 class InceptionFeatures:

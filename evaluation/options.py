@@ -5,6 +5,7 @@ from pathlib import Path
 
 from evaluation.command import check_least
 from sample.cli import take_negative_lists
+from sample.files import check_place
 from sample.plan_options import add_plan_options, by_scale
 
 EXAMPLES = """examples:
@@ -108,6 +109,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
+    for name in ("out", "verdicts"):
+        if getattr(args, name) is not None:
+            check_place(f"--{name}", getattr(args, name), folder=False)
     if args.tokenizer is not None and (args.suite or (args.metrics and args.reference is None)):
         raise ValueError("--tokenizer takes no --suite, and --metrics only with the images to reconstruct: --reference")
     if args.model is not None and args.suite is None:

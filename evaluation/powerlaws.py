@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.stats import t as student_t
+
+from evaluation.intervals import Z95
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def bootstrap_law(
 ) -> dict[str, list[float]]:
     """95 % intervals of `scale`, `exponent` and `floor` by resampling residuals in log y.
 
-    Residuals are widened by sqrt(P / (P - parameters)), which a fit of few points makes too small.
+    Residuals are widened by sqrt(P / (P - parameters)), which a fit of few points makes too small, and the intervals
+    by Student's t over the normal's 1.96, as the width of few residuals is itself uncertain.
     """
     xs, ys = check_points(x, y)
     law = FITS[form](xs, ys)
@@ -110,8 +114,12 @@ def bootstrap_law(
     for _ in range(resamples):
         made = FITS[form](xs, law(xs) * np.exp(rng.choice(residuals, len(xs))))
         drawn.append((made.scale, made.exponent, made.floor))  # an infinite scale is still in its order
-    low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0, method="nearest").tolist()
-    return {name: [low[i], high[i]] for i, name in enumerate(("scale", "exponent", "floor"))}
+    low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0, method="nearest")
+    wider = float(student_t.ppf(0.975, max(len(xs) - PARAMETERS[form], 1))) / Z95
+    found = {"scale": [law.scale * float(end / law.scale) ** wider for end in (low[0], high[0])]}
+    found["exponent"] = [law.exponent + wider * float(end - law.exponent) for end in (low[1], high[1])]
+    found["floor"] = [max(law.floor + wider * float(end - law.floor), 0.0) for end in (low[2], high[2])]
+    return found
 
 
 def held_out(x: Sequence[float], y: Sequence[float], form: str) -> dict[str, float]:

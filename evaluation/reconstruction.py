@@ -14,13 +14,13 @@ from PIL import Image
 
 from evaluation.distributions import NETWORKS, chosen_metrics, load_network
 from evaluation.features import Described, Describer, describe_all
-from evaluation.figures import frechet_figures
-from evaluation.frechet import FEW, moments
+from evaluation.figures import paired_figures
+from evaluation.frechet import FEW
 from evaluation.guards import few_cautions
 from evaluation.intervals import mean_interval
 from evaluation.options import TOKENIZER_METRICS, defaults
 from evaluation.report import command_line, portable, result, table, write_result
-from evaluation.sources import open_images, progress
+from evaluation.sources import FileImages, Images, open_images, progress
 from evaluation.tokenizer_quality import (
     comparison,
     picture_path,
@@ -73,6 +73,7 @@ def reconstruct(
     networks: Mapping[str, Describer],
     lpips: bool = False,
     batch_size: int = 32,
+    resamples: int | None = None,
 ) -> tuple[dict, np.ndarray]:
     """A row of figures, and the first pairs of a picture (P, 2, h, w, 3).
 
@@ -102,8 +103,19 @@ def reconstruct(
     for name, sides in described.items():
         real, made = (Described.joined(side).features for side in sides)
         figure = "rfid" if name == "inception" else f"rfd_{name}"
-        row |= frechet_figures(figure, made, moments(real), None)
+        row |= paired_figures(figure, made, real, resamples)
     return row, np.concatenate(kept)[:PICTURES]
+
+
+def some_of(images: Images, count: int, seed: int) -> Iterator[np.ndarray]:
+    """`count` of the images drawn at random, in their order: a folder's first ones are of its first classes."""
+    if count == len(images):
+        return iter(images)
+    places = np.sort(np.random.default_rng(seed).permutation(len(images))[:count]).tolist()
+    if isinstance(images, FileImages):
+        return iter(FileImages([images.paths[i] for i in places]))
+    wanted = set(places)
+    return (image for i, image in enumerate(images) if i in wanted)
 
 
 def report_reconstructions(args: argparse.Namespace) -> None:
@@ -120,9 +132,10 @@ def report_reconstructions(args: argparse.Namespace) -> None:
         if set(known).intersection(metrics)
     }
     count = min(len(images), args.n or len(images))
-    stream = progress(islice(iter(images), count), "reconstructing", count)
+    stream = progress(some_of(images, count, args.seed), "reconstructing", count)
     lpips = "lpips" in metrics
-    figures, shown = reconstruct(model, stream, networks=networks, lpips=lpips, batch_size=args.batch_size)
+    options = {"lpips": lpips, "batch_size": args.batch_size, "resamples": args.bootstrap}
+    figures, shown = reconstruct(model, stream, networks=networks, **options)
     row = {"tokenizer": portable(args.tokenizer), "images": portable(args.reference), **figures}
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     cautions = few_cautions([name for name in row if name in ("rfid", "rfd_dinov2")], count)
@@ -132,7 +145,8 @@ def report_reconstructions(args: argparse.Namespace) -> None:
     write_png(picture_path(args.out), comparison(shown))
     print(f"each original above its reconstruction: {picture_path(args.out)}")
     if args.out is not None:
-        settings = {"crop": "ADM's, to the tokenizer's size", "reference": "the originals", "cautions": cautions}
+        settings = {"images": f"{count} of {len(images)}, drawn by seed {args.seed}" if count < len(images) else "all"}
+        settings |= {"crop": "ADM's, to the tokenizer's size", "reference": "the originals", "cautions": cautions}
         settings["extractors"] = {network.name: network.digest for network in networks.values()}
         command = command_line("nextscale evaluate", vars(args), defaults())
         write_result(args.out, result([row], command=command, n=count, seeds=None, settings=settings))

@@ -182,3 +182,19 @@ def table(rows: Sequence[Mapping], names: Sequence[str]) -> str:
         lines = list(zip(*lines))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)) for line in lines)
+
+
+def metric_rows(path: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without a last one that a killed run did not finish.
+
+    Raises:
+        ValueError: naming a line before it that is no JSON object.
+    """
+    lines, rows = path.read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is no JSON object") from None
+    return rows

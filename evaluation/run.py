@@ -182,7 +182,7 @@ class Generation:
             "spatial": "sfid" in measure.metrics,
         }
         work = args.work or default_work(settings)
-        jobs = [Job(work / "settings.json", settings, option="--work")]
+        jobs = [Job(work / "settings.json", settings, outputs=(work / "features",), option="--work")]
         if args.npz is not None:
             of_images = {name: value for name, value in settings.items() if name not in ("extractors", "spatial")}
             outputs = (args.npz, NpzFile.parts_of(args.npz))
@@ -299,6 +299,9 @@ class Generation:
             figures, said = self.measure.figures_of(name, read_described(paths, name), prompts)
             row |= figures
             cautions += said
+        if self.measure.networks:
+            size = tuple(self.pipeline.vqvae.image_hw)
+            cautions += self.measure.reference_cautions(Counter({size: len(self.requests)}))
         sink = self.sink()
         if sink is not None:
             sink.finish()

@@ -7,7 +7,6 @@ scales and over the last one), `error`, `error_last` (share of wrong tokens), `f
 """
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.powerlaws import FITS, bootstrap_law, check_points, fit_power_law, frontier, held_out
+from evaluation.report import metric_rows
 
 FIGURES = ("loss", "loss_last", "error", "error_last", "fd_scenes", "score_error")  # all fall with size
 NEEDED = ("run", "parameters", "images", "final")
@@ -33,7 +33,7 @@ def read_points(path: str | Path) -> list[Point]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"csv {path} does not exist")
-    with Path(path).open(encoding="utf-8", newline="") as file:
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
         if missing:
@@ -80,8 +80,7 @@ def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int,
     folder = Path(folder)
     path, rows = folder / "metrics.jsonl", {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in metric_rows(path):
             if row["kind"] == "validation":
                 rows[row["step"]] = row  # a resumed run writes some steps again
     if not rows:
@@ -180,24 +179,30 @@ def laws_in_compute(points: Sequence[Point], *, resamples: int = RESAMPLES) -> l
         if len(set(sizes)) >= 3:
             law = fit_power_law(x, sizes)
             row = {"figure": f"optimal parameters for {figure}", "against": "compute (PFLOPs)", "form": "power"}
-            rows.append(row | {"points": len(x), "exponent": law.exponent, "pearson": law.pearson})
+            row |= {"points": len(x), "exponent": law.exponent, "pearson": law.pearson}
+            if resamples:
+                row["exponent_ci95"] = bootstrap_law(x, sizes, "power", resamples=resamples)["exponent"]
+            rows.append(row)
     return rows
 
 
 def check(points: Sequence[Point]) -> list[str]:
     """Cautions about a ladder. Raises ValueError if there are too few sizes to fit anything."""
-    sizes, losses = averaged(points, "loss")
+    measured = [figure for figure in FIGURES if any(figure in point for point in points)]
+    if not measured:
+        raise ValueError(f"points must have one of {', '.join(FIGURES)}, and have none")
+    sizes, losses = averaged(points, max(measured, key=lambda figure: len(averaged(points, figure)[0])))
     check_points(sizes, losses, LEAST)
     lines = []
+    if not all("compute" in point for point in points):
+        lines.append("points without compute are not on the frontier: the laws in compute leave them out")
     if len(sizes) < 6 or sizes.max() / sizes.min() < 30:
         lines.append(
             f"{len(sizes)} sizes over a factor of {sizes.max() / sizes.min():.0f}: exponents need 6 over 30 or more"
         )
     if (np.diff(losses) > 0).any():
         worse = sizes[1:][np.diff(losses) > 0][0]
-        lines.append(
-            f"the model of {worse:.3g} parameters has a higher loss than a smaller one: not trained long enough?"
-        )
+        lines.append(f"the model of {worse:.3g} parameters is worse than a smaller one: not trained long enough?")
     if any(not point["final"] for point in points):
         lines.append("checkpoints on the way were not annealed: the frontier lies above that of runs that end there")
     return lines

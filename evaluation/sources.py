@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from evaluation.frechet import Moments
 from evaluation.guards import check_finite
-from sample.pixels import CorruptImage, to_rgb
+from sample.pixels import IMAGE_SUFFIXES, CorruptImage, to_rgb
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
 
 
@@ -41,7 +40,7 @@ class FileImages:
 
 @dataclass(frozen=True)
 class NpzImages:
-    """`arr_0` of an npz, uint8 (N, h, w, 3), read image by image; `labels` is its `arr_1` (N,) if there is one.
+    """`arr_0` of an npz, uint8 (N, h, w, 3), read image by image; `labels` is its `arr_1` if those are N integers.
 
     Iterating raises ValueError, naming the image, if the file ends early or is damaged.
     """
@@ -118,9 +117,9 @@ def open_images(path: str | Path) -> Images:
     if path.is_dir():
         files = list(path.rglob("*"))
         ours = {file.parent for file in files if file.name == "settings.json"}
-        found = sorted(p for p in files if p.suffix.lower() in EXTENSIONS and _is_sample(p, path, ours))
+        found = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and _is_sample(p, path, ours))
         if not found:
-            raise FileNotFoundError(f"images {path} holds no image file ({', '.join(sorted(EXTENSIONS))})")
+            raise FileNotFoundError(f"images {path} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
         return FileImages(found)
     return _open_npz_images(path)
 
@@ -158,10 +157,10 @@ def _open_npz_images(path: Path) -> NpzImages:
         raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has arr_0 {dtype} {shape}")
     if 0 in shape[1:]:
         raise ValueError(f"npz {path} must hold images of one pixel or more, and has arr_0 {shape}")
-    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(f"npz {path} has labels arr_1 {labels.dtype} {labels.shape} for {shape[0]} images")
-    if labels is not None and (labels == -1).all():  # of texts
-        labels = None
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1 or (labels == -1).all()):
+        labels = None  # of texts, or something else than labels
+    if labels is not None and len(labels) != shape[0]:
+        raise ValueError(f"npz {path} has {len(labels)} labels (arr_1) for {shape[0]} images")
     return NpzImages(path, shape, labels)
 
 
@@ -187,10 +186,22 @@ def _open_parquet(path: Path) -> ParquetImages:
 def _is_sample(path: Path, root: Path, ours: set[Path]) -> bool:
     """Whether a file below `root` is an image to be scored; `ours` are the folders that `nextscale sample` made."""
     parts = path.relative_to(root).parts
-    if any(part.startswith(".") for part in parts):
+    if any(part.startswith(".") for part in parts) or _is_of_result(path):
         return False
     beside = path.name.endswith(NOT_SAMPLES) or not {"scales", "search"}.isdisjoint(parts[:-1])
     return not (beside and any(parent in ours for parent in path.parents))
+
+
+def _is_of_result(path: Path) -> bool:
+    """Whether a PNG is the picture of a results file beside it."""
+    beside = path.with_suffix(".json")
+    if path.suffix != ".png" or not beside.is_file():
+        return False
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"rows", "command", "versions"} <= {*content}
 
 
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -252,7 +263,7 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
                 f"{file} must hold GenEval's fields tag, include and prompt (trees of plain --prompts do not)"
             )
         there = (file.parent / "samples").glob("[!.]*")  # hidden: what a killed process was writing
-        samples = sorted(p for p in there if p.suffix.lower() in EXTENSIONS)
+        samples = sorted(p for p in there if p.suffix.lower() in IMAGE_SUFFIXES)
         if not samples:
             raise FileNotFoundError(f"{file.parent} has no image in samples/: the generation is not finished")
         paths += samples

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb warning level: about 9,459 x 9,459
 
 

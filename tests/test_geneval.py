@@ -1,6 +1,7 @@
 """GenEval's formats: its 553 prompts, its grammar both ways, images for its detector, its results."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from evaluation.geneval import (
     parse_prompt,
     read_results,
     read_suite,
+    result_cautions,
     suite,
     summarize,
     write_suite,
@@ -143,6 +145,28 @@ def test_results_are_summarised_as_geneval_does(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"filename": "a"}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_results(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"correct": "False"}, "line 2: correct must be true or false"),
+        ({"metadata": "[1]"}, "line 2: correct must be true or false, and metadata an object"),
+        ({"filename": "same.png"}, "2 rows of the image same.png"),
+    ],
+)
+def test_results_that_mislead_are_refused(tmp_path, change, said):
+    path = tmp_path / "results.jsonl"
+    row = {"filename": "same.png", "tag": "counting", "prompt": "", "correct": True, "reason": "", "metadata": "{}"}
+    path.write_text("\n".join(json.dumps(r) for r in (row, {**row, "filename": "other.png", **change})))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_results(path)
+
+
+def test_incomplete_results_are_noticed():
+    rows = [{"tag": tag, "metadata": {"prompt": tag}} for tag in (*TAGS[:2], TAGS[0])]
+    missing, uneven = result_cautions(rows)
+    assert "no images of counting, colors, position, color_attr" in missing and "1 to 2 images" in uneven
 
 
 def test_the_command_takes_results_in(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import nextscale
 from evaluation.html import Section, Table, sections_of, to_html, to_markdown
-from evaluation.report import result, write_result
+from evaluation.report import metric_rows, result, write_result
 
 pytest.importorskip("matplotlib")
 
@@ -117,6 +117,15 @@ def test_a_push_that_fails_is_one_line_and_keeps_the_card(sources, more, kept, c
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--push me/model failed at {HfApi().endpoint}: [Errno -2]" in error
     assert kept in error and Path("C.md").exists() == bool(more)
+
+
+def test_a_line_that_a_killed_run_did_not_finish_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert metric_rows(path) == [{"step": 1}]
+    path.write_text('{"st\n{"step": 2}')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is no JSON object"):
+        metric_rows(path)
 
 
 def test_text_is_escaped():

@@ -128,6 +128,13 @@ def test_text_models_and_other_sizes_are_refused(text_folder, class_folder, tmp_
     assert "is of 16x16 images" in capsys.readouterr().err
 
 
+def test_features_of_who_knows_what_are_not_taken(alone, class_folder, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path / "work")
+    (tmp_path / "work/settings.json").unlink()
+    assert ended(words(class_folder, tmp_path / "work")) == 2
+    assert "says what made it: choose another --work" in capsys.readouterr().err
+
+
 def test_damaged_shards_are_named(alone, tmp_path):
     path = tmp_path / "features" / "000000.npz"
     path.parent.mkdir()

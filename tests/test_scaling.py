@@ -82,6 +82,25 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert inside / 100 == pytest.approx(0.93, abs=0.07)
 
 
+@pytest.mark.parametrize("sizes, least", [(4, 0.9), (6, 0.9)])
+def test_intervals_of_few_sizes_are_wide_enough(sizes, least):
+    x, covered = np.geomspace(1, 100, sizes), 0
+    for seed in range(60):
+        y = x**-0.2 * np.exp(0.01 * np.random.default_rng(seed).normal(size=sizes))
+        low, high = bootstrap_law(x, y, "power", resamples=200, seed=seed)["exponent"]
+        covered += low <= -0.2 <= high
+    assert covered / 60 >= least
+
+
+def test_laws_need_no_loss():
+    points = [{**p, "fd_scenes": 100 * p["parameters"] ** -0.2} for p in ladder_points()]
+    for point in points:
+        for name in ("loss", "loss_last", "error", "error_last", "compute"):
+            point.pop(name, None)
+    assert any("points without compute" in line for line in check(points))
+    assert {row["figure"] for row in laws_in_size(points, resamples=0)} == {"fd_scenes"}
+
+
 def test_the_held_out_point_is_not_looked_at():
     x = [1.0, 2, 4, 8, 16, 16]
     y = [(2 * v) ** -0.5 for v in x[:4]] + [0.5, 0.7]
@@ -162,7 +181,7 @@ def test_short_and_unconverged_ladders_are_noticed():
     few = [point for point in points if point["parameters"] <= 3e6]
     assert "4 sizes over a factor of 27" in " ".join(check(few))
     points[-4]["loss"] = 99.0
-    assert "higher loss than a smaller one" in " ".join(check(points))
+    assert "worse than a smaller one" in " ".join(check(points))
     with pytest.raises(ValueError, match="4 different x or more, got 2"):
         check([point for point in points if point["parameters"] < 5e5])
 

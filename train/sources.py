@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from sample.files import read_text
+from sample.pixels import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_KEYS = ("label", "cls", "json.label", "json.cls")
 CAPTION_KEYS = ("text", "caption", "txt", "json.text", "json.caption")
