@@ -21,6 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
+from sample.files import check_place
+from sample.plan_options import add_plan_options, by_scale, call_settings, how_options
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -60,7 +62,6 @@ SUITES = {
     "scenes": Suite("scenes", 1000, metrics="fd-scenes,is-scenes"),
 }
 NEUTRAL = {"temperature": 1, "temperature_last": False, "guidance_ramp": "linear", "plan": "var", "cache": "100%"}
-SETTINGS = {"guidance": "guidance_scale", "top_k": "top_k", "top_p": "top_p", "temperature": "temperature"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +72,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", required=True, choices=SUITES, help="classes, images a class, and sampling")
     parser.add_argument("--per-class", type=int, help="images a class, or prompts a tag (the suite's)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i of them all is seed + i (0)")
-    for name in ("guidance", "temperature", "top_p"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the suite's")
-    parser.add_argument("--top-k", type=int, help="instead of the suite's")
+    how = parser.add_argument_group("how the images are made (the suite's, or else the model's own, unless given)")
+    for name, kind in (("guidance", float), ("temperature", float), ("top-p", float), ("top-k", int)):
+        how.add_argument(f"--{name}", type=by_scale(kind), help="one number, or one a scale")
+    add_plan_options(how)
     parser.add_argument("--metrics", metavar="LIST", help="instead of the suite's, as in nextscale evaluate")
     parser.add_argument("--reference", type=Path, metavar="PATH", help="ADM's reference npz, or real images")
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="local Inception weights")
@@ -101,6 +103,8 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and path.suffix != suffix:
             raise ValueError(f"--{name} must be a {suffix} file, got {path}")
+        if path is not None:
+            check_place(f"--{name}", path, folder=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,7 +158,8 @@ class Generation:
 
         suite = SUITES[args.suite]
         model = model_folder(args.model)
-        pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, fast=args.fast)
+        refiner = how_options(args).get("refiner")
+        pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner, fast=args.fast)
         pipeline.set_progress_bar_config(disable=True)
         classes = check_model(args, suite, pipeline)
         args = argparse.Namespace(**{**vars(args), "metrics": args.metrics or suite.metrics})
@@ -166,8 +171,7 @@ class Generation:
         else:
             in_order = make_requests(range(classes), per_prompt=per_class, seed=args.seed)
         requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
-        given = {key: getattr(args, name) for name, key in SETTINGS.items() if getattr(args, name) is not None}
-        call = {**suite.sampling, **given}
+        call = {**suite.sampling, **call_settings(args)}
         settings = {
             "suite": args.suite,
             "model_digest": model_digest(model),
@@ -177,6 +181,7 @@ class Generation:
             "shard": args.shard,
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             **({"fast": args.fast} if args.fast == "off" else {}),
+            **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
             "sampling": {**(pipeline.config.sampling or {}), **call},
             "extractors": {name: network.digest for name, network in measure.networks.items()},
             "spatial": "sfid" in measure.metrics,
@@ -271,6 +276,10 @@ class Generation:
 
         suite = SUITES[self.args.suite]
         lines = departures(suite.sampling, self.settings["sampling"])
+        own = {name: value for name, value in (self.pipeline.config.sampling or {}).items() if value is not None}
+        for name in suite.sampling.keys() & own.keys() - call_settings(self.args).keys():
+            if own[name] != suite.sampling[name]:
+                lines.append(f"{name} is the suite's {suite.sampling[name]}, and the model's own is {own[name]}")
         copies = sum(count - 1 for count in Counter(digests).values())
         if copies:
             lines.append(f"{copies} of {len(digests)} samples are exact copies of others: correlated seeds?")

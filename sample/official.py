@@ -37,11 +37,12 @@ class Family:
 
 FAMILIES = {
     "var": Family(("transformer",), VAR_SAMPLING),
-    "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),
+    "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),  # and CODE_HEAT
     "infinity": Family(  # cfg 3 on every scale
         ("transformer",), {"guidance_scale": 2.0, "guidance_ramp": "constant", "top_p": 0.97, "temperature": 0.5}
     ),
 }
+CODE_HEAT = {"temperature": [1.1] * 7 + [1.0] * 3, "temperature_last": True}  # of its ten scales
 INFINITY_TOKENIZERS = {  # (depth, width, bits) of a published transformer: the tokenizer it was trained on
     (32, 2048, 32): "infinity_vae_d32reg.pth",
     (40, 3584, 56): "infinity_vae_d56_f8_14_patchify.pth",
@@ -165,7 +166,10 @@ def read_components(
         own = {"heads": flags.heads if name == "transformer" else None, "norm_eps": flags.norm_eps}
         components[name] = _component(adapters.VAR, sources[name], files[name], schedule=schedule, **own)
     _check_together(components, flags)
-    settings: dict[str, object] = {"sampling": dict(FAMILIES[family].sampling)}
+    sampling = dict(FAMILIES[family].sampling)
+    if family == "code" and len(CODE_HEAT["temperature"]) == len(schedule):
+        sampling |= CODE_HEAT
+    settings: dict[str, object] = {"sampling": sampling}
     if "refiner" in parts:
         settings["handover"] = _handover(files, len(schedule), flags)
     return components, settings

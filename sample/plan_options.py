@@ -12,7 +12,7 @@ SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size", "sequential")
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
-    """Declare --plan, --depth, --cache and --refiner."""
+    """Declare --plan and what else `SETTINGS` name, but for guidance and what may be drawn."""
     parser.add_argument(
         "--plan",
         metavar="WORDS",
@@ -23,6 +23,9 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
     parser.add_argument("--aspect", metavar="W:H", help="16:9, 2:3, ... from 3:1 to 1:3 (models with rotary positions)")
     parser.add_argument("--size", help="with or without --aspect: 0.06M, 0.25M, 0.60M or 1M pixels")
+    parser.add_argument(
+        "--temperature-last", action="store_true", default=None, help="divide by it after top-k and top-p (CoDe)"
+    )
     parser.add_argument(
         "--sequential", type=int, metavar="N", help="draw the first N scales token by token (as the model was trained)"
     )
