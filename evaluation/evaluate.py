@@ -19,7 +19,7 @@ from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
-from evaluation.sources import Images, geneval_tree, open_images
+from evaluation.sources import Images, geneval_tree, open_images, tree_prompts
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.files import write_png, write_text
@@ -76,6 +76,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if metadatas is not None:
         prompts, tags = ([metadata[name] for metadata in metadatas] for name in ("prompt", "tag"))
         settings["prompts"] = len({path.parent.parent for path in images.paths})
+    elif "clip-score" in measure.metrics:
+        prompts = tree_prompts(images)
     figures, noticed = measure.figures(images, prompts)
     row |= figures
     settings |= measure.settings()

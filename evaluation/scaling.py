@@ -9,6 +9,7 @@ scales and over the last one), `error`, `error_last` (share of wrong tokens), `f
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ def write_points(path: str | Path, points: Sequence[Point]) -> None:
 def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int, seed: int = 0) -> list[Point]:
     """A point for every validation of a training run (`metrics.jsonl`), the last one final.
 
+    The loss is nats a token, however the training weighed the scales.
+
     Raises FileNotFoundError if there is no validation, ValueError if it has no loss by scale.
     """
     folder = Path(folder)
@@ -92,6 +95,7 @@ def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int,
         if not scales:
             raise ValueError(f"run {folder} has no loss by scale, as a refiner's has none: it is no point of a law")
         last = scales[-1]
+        lengths = {name: prod(map(int, name.partition("-")[0].split("x"))) for name in scales}
         points.append(
             {
                 "run": folder.name,
@@ -100,7 +104,7 @@ def points_of_run(folder: str | Path, *, tokens_per_image: int, parameters: int,
                 "final": int(step == max(rows)),
                 "seed": seed,
                 "compute": 6 * parameters * row["images"] * tokens_per_image,
-                "loss": row["loss"],
+                "loss": sum(row[f"loss_{name}"] * tokens for name, tokens in lengths.items()) / sum(lengths.values()),
                 "loss_last": row[f"loss_{last}"],
                 "error": 1 - row["accuracy"],
                 "error_last": 1 - row[f"accuracy_{last}"],

@@ -273,6 +273,23 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
     return FileImages(paths), metadatas
 
 
+def tree_prompts(images: Images) -> list[str]:
+    """The prompt of every image of a tree DIR/00000/metadata.jsonl, DIR/00000/samples/0000.png, judged or not.
+
+    Raises ValueError, naming the first, if an image lies in no such tree.
+    """
+    prompts: dict[Path, str] = {}
+    paths = images.paths if isinstance(images, FileImages) else ()
+    for file in dict.fromkeys(path.parent.parent / "metadata.jsonl" for path in paths):
+        try:
+            prompts[file] = json.loads(file.read_text("utf-8"))["prompt"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} must hold the prompt of the images beside it: a tree of --prompts") from None
+    if not prompts:
+        raise ValueError("clip-score needs the prompts of the images: a tree of NNNNN/metadata.jsonl and samples/")
+    return [prompts[path.parent.parent / "metadata.jsonl"] for path in paths]
+
+
 def progress(images: Iterable[np.ndarray], what: str, total: int) -> Iterable[np.ndarray]:
     """The images under a progress bar, shown on terminals only."""
     return tqdm(images, desc=what, total=total, unit="image", disable=None, leave=False)

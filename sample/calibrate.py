@@ -40,6 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
+    parser.add_argument(
+        "--offload", choices=["none", "model", "layers"], default="none", help="as in nextscale sample (none)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     folder = model_folder(args.model)
     if args.out is None and args.model == BUNDLED:
         raise ValueError("the bundled model is calibrated already: name --out for another calibration of it")
-    pipeline = load_pipeline(folder, dtype=args.dtype, device=args.device)
+    places = {"device": args.device, "text_device": args.text_device, "offload": args.offload}
+    pipeline = load_pipeline(folder, dtype=args.dtype, **places)
     pipeline.set_progress_bar_config(disable=True)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
     copy = finished_folder(args.out, overwrite=args.overwrite, reads=[folder]) if args.out else nullcontext(folder)

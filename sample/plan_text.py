@@ -173,6 +173,7 @@ def cache_factory(
                 f"cache {cache} needs to know the layers: nextscale calibrate --model MODEL measures them once "
                 "(window, streaming and snapkv need no measurement)"
             )
+        index = [row[: len(schedule)] for row in index]  # a smaller size has the first of the same scales
         if (len(index), len(index[0])) != (len(model.blocks), len(schedule)):
             raise ValueError(f"cache {cache}: the model was calibrated with other layers or scales; calibrate it again")
         budgets = scalekv_budgets(share, index, schedule)

@@ -203,11 +203,17 @@ class VisionFeatures:
         whole = load(AutoModel.from_pretrained, model)
         self.model = getattr(whole, "vision_model", whole).eval().to(device)
         self.processor = load(AutoImageProcessor.from_pretrained, model)
+        size = getattr(self.processor, "crop_size", None) or self.processor.size
+        self.side = size["height"] if "height" in size else size["shortest_edge"]
 
     @torch.no_grad()
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, h, w) to (B, T, D); the class token and registers, which come first, are left out."""
-        given = self.processor(images=list(images_BCHW.cpu()), return_tensors="pt").to(self.device)
+        """uint8 (B, 3, h, w) to (B, T, D); the class token and registers, which come first, are left out.
+
+        Whole images are resized to the network's square, as TTS-VAR's code does: a crop would hide the sides.
+        """
+        square = {"size": {"height": self.side, "width": self.side}, "do_resize": True, "do_center_crop": False}
+        given = self.processor(images=list(images_BCHW.cpu()), return_tensors="pt", **square).to(self.device)
         tokens = self.model(**given).last_hidden_state
         patch = self.model.config.patch_size
         patches = (given["pixel_values"].shape[-2] // patch) * (given["pixel_values"].shape[-1] // patch)

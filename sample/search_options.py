@@ -6,14 +6,15 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sample.search_steps import METHODS
+from sample.search_steps import METHODS, Step
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
     from sample.plan import Plan
     from sample.search import Search
 
-NEEDS_SEARCH = ("reward", "features", "potential", "sharpness", "draw", "rounds", "enough", "budget", "images")
+OPTIONS = ("pooling", "also_score", "potential", "sharpness", "draw", "rounds", "enough")  # as `Search` names them
+NEEDS_SEARCH = ("reward", "features", *OPTIONS, "budget", "images")
 SETTINGS = ("search", *NEEDS_SEARCH[:-1])
 DEFAULT_N = 2  # TTS-VAR's setting that matches best-of-8 in its paper
 TEXTS = 24  # words or bytes of a prompt, about, where costs are planned
@@ -32,6 +33,8 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         help="scenes, clip[:MODEL], pickscore, aesthetic:FILE, imagereward, hps, MODULE:FUNCTION (scenes: scenes)",
     )
     group.add_argument("--features", help="latent, pixels, scenes, dinov2, clip[:MODEL], vision:MODEL (latent)")
+    group.add_argument("--pooling", help="of features before clustering: pca, pool, pca_all (pca)")
+    group.add_argument("--also-score", type=scale_list, metavar="LIST", help="scales whose scores count as well: 3,4")
     group.add_argument("--potential", help="value, max, sum or difference of the scores so far (value)")
     group.add_argument("--sharpness", type=float, help="lambda in the weights exp(lambda * potential) (10)")
     group.add_argument("--draw", help="multinomial, or systematic: less variance (multinomial)")
@@ -48,6 +51,11 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also draw the family tree of each image's candidates (more decoder calls, which are counted)",
     )
+
+
+def scale_list(text: str) -> tuple[int, ...]:
+    """An argument type: scales after commas."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def search_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def make_search(
 
     device = pipeline.transformer.device
     name = args.reward or ("scenes" if str(args.model) == "scenes" else None)
-    options = {n: getattr(args, n) for n in ("potential", "sharpness", "draw", "rounds", "enough")}
+    options = {n: getattr(args, n) for n in OPTIONS}
     options = {n: value for n, value in options.items() if value is not None}
     options["reward"] = load_reward(name, device=device) if name is not None else None
     if hasattr(options["reward"], "check"):
@@ -127,4 +135,19 @@ def make_search(
             return costs.relative(Search(candidates=candidates, steps=steps, **options))
 
         candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
+    check_idle(args, candidates, steps)
     return Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
+
+
+def check_idle(args: argparse.Namespace, candidates: int, steps: Sequence[Step]) -> None:
+    """Raise ValueError if an option of the search could do nothing in it."""
+    if args.enough is not None and (args.rounds or 1) == 1:
+        raise ValueError(f"--enough {args.enough:g} ends the --rounds, and there is one: give --rounds 4, say")
+    if candidates == 1:
+        return
+    hows = {step.how for step in steps}
+    acts = {"features": "cluster", "pooling": "cluster", "potential": "resample", "sharpness": "resample"}
+    for name, how in (acts | {"draw": "resample"}).items():
+        value = getattr(args, name)
+        if value is not None and how not in hows:
+            raise ValueError(f"--{name} {value} is for steps that {how}, and --search {args.search} has none")

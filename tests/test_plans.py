@@ -15,6 +15,7 @@ from sample.plan_options import read_settings
 from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan
 from sample.state import Hook
 from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
 from var.supernet import equidistant
 from var.transformer import NextScaleTransformer
@@ -92,6 +93,14 @@ def test_a_refiner_equal_to_the_drafter_changes_nothing(model, quantizer, cache)
     for handover in (1, 2, 3):
         plan = PlanConfig(plan=f"code:{handover}", cache=cache).build(model, refiner=make_model())
         assert torch.equal(tokens(plan, quantizer), wanted)
+
+
+def test_a_calibration_serves_smaller_sizes(quantizer):
+    """A model of several sizes: the first of its scales are those of a smaller picture."""
+    large = make_model(positions="rope")
+    large.register_to_config(selectivity=[[0.1 * layer] * 4 for layer in range(DEPTH)])
+    small = large.check_schedule(ScaleSchedule.of("1,2,3"))
+    assert PlanConfig(cache="50%").build(large, schedule=small).stages[0].new_cache().budgets[0][-1] >= 1
 
 
 class Active(Hook):

@@ -99,7 +99,9 @@ def test_later_tokens_undo_wrong_codes():
     assert not torch.equal(labels[2], clean[2])
     assert torch.equal(inputs[:, :4], quantizer.teacher_inputs(clean, SQUARE)[:, :4])
     z = F.adaptive_avg_pool2d(f - quantizer.partial_sums(clean, SQUARE)[0], 2)
-    distances = torch.cdist((z + 100.0 * z.square().mean().sqrt()).flatten(2).mT, quantizer.codebook.weight[None])
+    distances = torch.cdist(
+        (z + 100.0 * z.square().mean((1, 2, 3), keepdim=True).sqrt()).flatten(2).mT, quantizer.codebook.weight[None]
+    )
     shown = distances.argmin(-1)  # what entered the reconstruction
     aware = [labels[0], shown, *labels[2:]]
     naive = [clean[0], shown, *clean[2:]]
@@ -158,3 +160,15 @@ def test_model_round_trip_and_sizes(tmp_path):
     assert torch.equal(again.tokens_to_image(ids), model.tokens_to_image(ids))
     with pytest.raises(ValueError, match=r"image is \(8, 8\) pixels"):
         model.image_to_tokens(image[..., :8])
+
+
+def test_an_image_is_disturbed_by_itself():
+    """The noise of self-correction is in units of the image's own size: a batch says nothing about its rows."""
+    (quantizer, f), generator = make(SQUARE), torch.Generator().manual_seed(0)
+    f = f * torch.tensor([0.1, 1.0, 10.0]).view(-1, 1, 1, 1)
+    noise = [torch.randn(3, quantizer.channels, h, w, generator=generator) for h, w in SQUARE.sides]
+    ids, inputs = quantizer.corrected(f, SQUARE, noise)
+    for row in range(3):
+        alone_ids, alone_inputs = quantizer.corrected(f[row : row + 1], SQUARE, [n[row : row + 1] for n in noise])
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone_ids, ids))
+        torch.testing.assert_close(alone_inputs[0], inputs[row])

@@ -28,7 +28,8 @@ from evaluation.scaling import (
     weights_of,
     write_points,
 )
-from train.scaling import AT_WORK, Ladder, Rung, climb, climb_all
+from tokenizer.schedule import ScaleSchedule
+from train.scaling import AT_WORK, Ladder, Rung, climb, climb_all, tokens_of_a_step
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
@@ -188,16 +189,16 @@ def test_short_and_unconverged_ladders_are_noticed():
 
 def test_points_are_read_from_a_run(tmp_path):
     rows = [{"kind": "train", "step": 1, "images": 8, "loss": 9}]
-    for step, loss in ((1, 4.0), (2, 3.5), (2, 3.0)):
-        figures = {"loss": loss, "accuracy": 0.25, "loss_1x1": 1.0, "loss_4x4": 2.0, "accuracy_1x1": 0.5}
+    for step, loss in ((1, 4.0), (2, 3.5), (2, 3.0)):  # of all scales by a mean over tokens, whatever was trained on
+        figures = {"loss": 99.0, "accuracy": 0.25, "loss_1x1": loss, "loss_4x4": loss / 2, "accuracy_1x1": 0.5}
         figures |= {"loss_depth2": 7.0, "accuracy_depth2": 0.0}  # a supernet's, after those of the scales
         rows.append({"kind": "validation", "step": step, "images": 8 * step, **figures, "accuracy_4x4": 0.125})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = points_of_run(tmp_path, tokens_per_image=21, parameters=100, seed=3)
-    assert [(p["images"], p["loss"], p["final"]) for p in points] == [(8, 4.0, 0), (16, 3.0, 1)]
+    assert [(p["images"], p["loss"], p["final"]) for p in points] == [(8, 36 / 17, 0), (16, 27 / 17, 1)]
     assert points[1] | {"run": ""} == {
         **{"run": "", "parameters": 100, "images": 16, "final": 1, "seed": 3, "compute": 6 * 100 * 16 * 21},
-        **{"loss": 3.0, "loss_last": 2.0, "error": 0.75, "error_last": 0.875},
+        **{"loss": 27 / 17, "loss_last": 1.5, "error": 0.75, "error_last": 0.875},
     }
     with pytest.raises(FileNotFoundError, match="no validation"):
         points_of_run(tmp_path / "none", tokens_per_image=1, parameters=1)
@@ -205,6 +206,16 @@ def test_points_are_read_from_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="has no loss by scale"):
         points_of_run(tmp_path, tokens_per_image=1, parameters=1)
+
+
+def test_a_step_of_coarse_scales_costs_less(tmp_path):
+    schedule = ScaleSchedule.of("1,2,4")
+    for progressive, tokens in (({}, 21), ({"coarse": 2, "coarse_share": 0.75}, 0.75 * 5 + 0.25 * 21)):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"progressive": progressive}))
+        assert tokens_of_a_step(tmp_path, schedule) == tokens
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"progressive": {"until": 0.5}}))
+    with pytest.raises(ValueError, match=r"progressive\.until"):
+        tokens_of_a_step(tmp_path, schedule)
 
 
 def test_weights_are_counted_from_headers(tiny_class_model, tmp_path):

@@ -503,6 +503,26 @@ def test_the_family_tree_shows_every_candidate(run):
         family_tree(run([5]).choices[0])
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["best", "--enough", "0.5"], "--enough 0.5 ends the --rounds, and there is one"),
+        (["best", "--features", "pixels"], "--features pixels is for steps that cluster"),
+        (["best", "--pooling", "pool"], "--pooling pool is for steps that cluster"),
+        (["best", "--sharpness", "3"], "--sharpness 3.0 is for steps that resample"),
+        (["best", "--draw", "systematic"], "--draw systematic is for steps that resample"),
+    ],
+)
+def test_options_that_do_nothing_are_named(class_folder, tmp_path, monkeypatch, capsys, words, said):
+    import nextscale
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sample.reward_names.load_reward", lambda name, device: BRIGHT)
+    common = ["sample", "--model", str(class_folder), "--class", "1", "--n", "2", "--reward", "bright"]
+    assert nextscale.main([*common, "--search", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
     import nextscale
 

@@ -161,7 +161,9 @@ def encode_texts(vqvae_folder, encoder_folder, cache, *arguments: str) -> int:
         (["--transformer.depth=0"], "depth and width must be 1 or more"),
         (["--transformer.heads=0"], "width must be a multiple of heads"),
         (["--progressive.coarse=9"], "progressive.coarse must be below the model's 3 scales, got 9"),
-        (["--optimizer.clip=-1"], "clip and weight_decay must be 0 or more"),
+        (["--optimizer.clip=-1"], "clip must be 0 or more, got -1"),
+        (["--optimizer.end=-1"], "end is the last rate over the peak, in [0, 1], got -1"),
+        (["--optimizer.weight_decay_end=-1"], "weight_decay_end must be 0 or more"),
         (["--run.validation_images=0"], "run.validation_images must be 1 or more"),
     ],
 )

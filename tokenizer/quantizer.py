@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tokenizer.precision import product_precision
 from tokenizer.schedule import ScaleSchedule
 
-USED_SHARE = 0.08  # a code is in use at a scale from this share of an equal split of its hits (VAR's statistic)
+USED_SHARE = 0.08  # a code is in use at a scale from this share of an equal split of its hits; VAR splits the finest's
 
 
 @dataclass
@@ -247,7 +247,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
 
         Args:
             f_BCHW: latents (B, C, H, W).
-            noise: for each scale (B, C, h, w), added to the vectors, in units of their root mean square.
+            noise: for each scale (B, C, h, w), added to the vectors, in units of each image's root mean square there.
 
         Returns:
             One (B, l) int64 tensor of undisturbed tokens per scale; inputs of scales 1.., (B, L - l of scale 0, C).
@@ -258,7 +258,8 @@ class MultiScaleQuantizer(PyramidQuantizer):
             for k in range(len(schedule)):
                 z_BChw = self._shrink(rest, k, schedule) / self.gain(k)
                 labels.append(self._nearest(z_BChw))
-                shown = self._nearest(z_BChw + noise[k] * z_BChw.square().mean().sqrt())
+                size_B111 = z_BChw.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # of each image by itself
+                shown = self._nearest(z_BChw + noise[k] * size_B111)
                 step = self.spread(self.lookup(shown, k, schedule), k, schedule)
                 rest, f_hat = rest - step, f_hat + step
                 if k + 1 < len(schedule):

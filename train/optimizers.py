@@ -54,8 +54,11 @@ class OptimizerConfig:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of training in [0, 1), got {self.warmup}")
-        if self.clip < 0 or self.weight_decay < 0:
-            raise ValueError(f"clip and weight_decay must be 0 or more, got {self.clip} and {self.weight_decay}")
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end is the last rate over the peak, in [0, 1], got {self.end}")
+        for name in ("clip", "weight_decay", "weight_decay_end"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass

@@ -18,7 +18,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizer.schedule import ScaleSchedule
 
 EXAMPLES = """examples:
   nextscale scaling --config configs/scaling/scenes.yaml --dry-run       the commands, and how large the models are
@@ -327,7 +330,7 @@ def ladder_points(ladder: Ladder) -> list[dict]:
         if not (folder / "done").exists():
             continue
         config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
-        tokens = ScaleSchedule.of(config["schedule"]).total
+        tokens = tokens_of_a_step(folder, ScaleSchedule.of(config["schedule"]))
         found = points_of_run(folder, tokens_per_image=tokens, parameters=weights_of(transformer), seed=rung.seed)
         if (folder / "evaluation.json").exists():
             row = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"][0]
@@ -337,6 +340,22 @@ def ladder_points(ladder: Ladder) -> list[dict]:
     if not points:
         raise FileNotFoundError(f"{ladder.folder} holds no finished run: give the command without --fit-only first")
     return points
+
+
+def tokens_of_a_step(folder: Path, schedule: ScaleSchedule) -> float:
+    """Tokens of an image that a step of a run trains on, on average: all, but for coarse steps (train.progressive).
+
+    Raises:
+        ValueError: if scales join one after the other: compute then is not proportional to images.
+    """
+    import yaml
+
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("progressive") or {}
+    if settings.get("until"):
+        raise ValueError(f"run {folder} has progressive.until: points on the way are no points of a law in compute")
+    coarse = settings.get("coarse") or 0
+    share = settings.get("coarse_share", 0.0) if coarse else 0.0
+    return share * schedule.ends[coarse - 1] + (1 - share) * schedule.total if coarse else schedule.total
 
 
 def report(args: argparse.Namespace, points: list[dict]) -> int:

@@ -18,7 +18,7 @@ def _infinity(depth: int, width: int, heads: int, bits: int = 32) -> dict:
 
 PRESETS: dict[str, dict] = {
     "tiny": {"depth": 2, "width": 64, "heads": 2},  # tests
-    "scenes": {"depth": 10, "width": 256, "heads": 4, "shared_ada": True},  # the bundled model
+    "scenes": {"depth": 8, "width": 224, "heads": 4, "shared_ada": True},  # the bundled model
     **{f"d{depth}": _var(depth) for depth in (6, 8, 10, 12, 16, 20, 24, 30)},
     "d36": {**_var(36), "shared_ada": True},  # 512 px
     "infinity-125m": _infinity(12, 768, 8),

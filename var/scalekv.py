@@ -68,12 +68,15 @@ class SelectivityCache(KVCache):
         joined = super().update(layer, k_BHld, v_BHld, begin=begin, q_BHld=q_BHld, scale=scale)
         if begin:
             k = self.schedule.begins.index(begin)
-            weights_BHlS = ((q_BHld @ joined[0].mT).float() * scale).softmax(dim=-1)
-            history = weights_BHlS[..., :begin]
-            narrow_BH = history.topk(max(1, round(self.top * begin)), dim=-1).values.sum(-1).mean(-1)
-            current_BH = weights_BHlS[..., begin:].sum(-1).mean(-1)
-            self.index_LK[layer, k] = (current_BH * narrow_BH).mean().item()
+            heads = zip(q_BHld.unbind(dim=1), joined[0].unbind(dim=1))  # one by one: all weights are many gigabytes
+            self.index_LK[layer, k] = sum(self._of_head(q, keys, begin, scale) for q, keys in heads) / q_BHld.shape[1]
         return joined
+
+    def _of_head(self, q_Bld: torch.Tensor, keys_BSd: torch.Tensor, begin: int, scale: float) -> float:
+        weights_BlS = ((q_Bld @ keys_BSd.mT).float() * scale).softmax(dim=-1)
+        narrow_B = weights_BlS[..., :begin].topk(max(1, round(self.top * begin)), dim=-1).values.sum(-1).mean(-1)
+        current_B = weights_BlS[..., begin:].sum(-1).mean(-1)
+        return (current_B * narrow_B).mean().item()
 
 
 def scalekv_budgets(
