@@ -59,7 +59,11 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         vocab_size: codes in the codebook.
         schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
         quant_conv_kernel: width of the convolutions before and after the quantiser (VAR's `quant_conv_ks`).
-        phi_ratio, num_phis, cosine, beta, normalize_scales: see `MultiScaleQuantizer`.
+        phi_ratio: how much of the convolution after up-sampling a code map is added (VAR's `quant_resi`), in [0, 1].
+        num_phis: such convolutions, shared by the scales in turn (VAR's `share_quant_resi`); 0 for one a scale.
+        cosine: choose codes by their angle (VAR's `using_znorm`).
+        beta: weight of the commitment loss.
+        normalize_scales: divide the residuals of each scale by their size before codes are searched.
         norm_groups: groups of every GroupNorm.
         patch: pixels folded into channels before the encoder and unfolded after the decoder (1: none); saves the
             costly finest level.
@@ -97,6 +101,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         entropy: float = 0.0,
     ):
         super().__init__()
+        counts = {"latent_channels": latent_channels, "norm_groups": norm_groups, "layers_per_block": layers_per_block}
+        for name, count in (counts | {"channels": min(channels, default=0)}).items():
+            if count < 1:
+                raise ValueError(f"{name} must be 1 or more, got {count if name in counts else list(channels)}")
         if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
             raise ValueError(f"quant_conv_kernel must be odd, got {quant_conv_kernel}")
         if token_patch != 1 and not bitwise:

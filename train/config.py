@@ -135,7 +135,7 @@ def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None
 
     if os.environ.get("RANK", "0") != "0":
         return
-    path, text = Path(run_dir) / "config.yaml", parser.dump(config, skip_none=False)
+    path, text = Path(run_dir) / "config.yaml", parser.dump(config, skip_unset=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before, now = (flat(yaml.safe_load(source)) for source in (path.read_text(encoding="utf-8"), text))

@@ -29,8 +29,11 @@ class ExportConfig:
         overwrite: replace the pipeline that is in `out`.
         vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
         dtype: float32, bfloat16 or float16.
-        guidance_scale, top_k, top_p, temperature, guidance_ramp: sampling defaults of the model; the second to fourth
-            may be one a scale.
+        guidance_scale: the model's own guidance; 0 is none.
+        top_k: the model's own; 0 is all. One number, or one a scale.
+        top_p: the model's own, in (0, 1]. One number, or one a scale.
+        temperature: the model's own. One number, or one a scale.
+        guidance_ramp: the model's own, linear or constant.
     """
 
     model: str

@@ -68,7 +68,12 @@ class Ladder:
 
         if not path.is_file():
             raise FileNotFoundError(f"--config {path} does not exist")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {path} must hold base, folder, models and so on, and holds {content!r}")
         known = {"base", "folder", "launch", "flags", "models", "per_tag", "evaluate"}
         wrong = sorted(set(content) - known) + sorted({"base", "folder", "models"} - set(content))
         if wrong:

@@ -29,7 +29,10 @@ class TextConfig:
         train: whether its weights train along; a new encoder must.
         cache: folder that `train.cache_text` wrote, of a frozen encoder's states; the encoder is not run then, and with
             `pretrained` null not even loaded.
-        d_model, layers, heads, d_ff: size of a new encoder.
+        d_model: width of a new encoder.
+        layers: of a new encoder.
+        heads: of a new encoder.
+        d_ff: hidden width of a new encoder's feed-forward.
     """
 
     pretrained: str | None = None
@@ -45,6 +48,8 @@ class TextConfig:
             raise ValueError("text.cache holds the states of a frozen encoder: it needs text.train=false")
         if self.pretrained is None and self.cache is None and not self.train:
             raise ValueError("text.train must be true for a new encoder: give text.pretrained to keep one frozen")
+        if self.layers < 1 or self.d_ff < 1:
+            raise ValueError(f"text.layers and text.d_ff must be 1 or more, got {self.layers} and {self.d_ff}")
         if self.heads < 1 or self.d_model % self.heads:
             raise ValueError(f"text.d_model must be a multiple of text.heads, got {self.d_model} and {self.heads}")
 

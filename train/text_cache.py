@@ -113,6 +113,8 @@ def write_states(folder: Path, number: int, captions: Sequence[str], states: Seq
     partial = folder / f"{PARTIAL}{number:06d}"
     save_file(tensors, partial)
     readable(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, folder / f"{number:06d}.safetensors")
 
 

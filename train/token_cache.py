@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,22 @@ def _save(path: Path, array: np.ndarray) -> None:
     partial = path.with_name(f".tmp-{path.name}")
     with partial.open("wb") as file:
         np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _opened(path: Path, count: int) -> np.ndarray:
+    """The array of a shard, read through a memory map. Raises ValueError if it does not hold `count` rows."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"cache {path} is damaged: remove it and run train.cache_tokens again") from None
+    if len(array) != count:
+        raise ValueError(
+            f"cache {path} holds {len(array)} images of {count}: remove it and run train.cache_tokens again"
+        )
+    return array
 
 
 def has_shard(folder: Path, shard: int) -> bool:
@@ -79,21 +95,30 @@ class TokenCache(Dataset):
         path = self.folder / "manifest.json"
         if not path.exists():
             raise FileNotFoundError(f"cache {self.folder} has no manifest.json: run train.cache_tokens to its end")
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"cache {path} is damaged: remove it and run train.cache_tokens again") from None
         if self.manifest["tokenizer_hash"] != tokenizer_hash(vqvae):
             raise ValueError(f"cache {self.folder} was made with another tokenizer than the given one: make it again")
         self.num_classes, self.classes = self.manifest["num_classes"], self.manifest.get("classes")
         self.shard_size = self.manifest["shard_size"]
-        shards = range(-(-self.manifest["images"] // self.shard_size))
-        self.tokens = [np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r") for shard in shards]
+        images = self.manifest["images"]
+        shards = range(-(-images // self.shard_size))
+        counts = [min(self.shard_size, images - shard * self.shard_size) for shard in shards]
+        self.tokens = [_opened(self.folder / f"{shard:05d}.npy", n) for shard, n in zip(shards, counts)]
         if latents and not self.manifest.get("latents", False):
             raise ValueError(f"cache {self.folder} holds no latents: make it again with --cache.latents=true")
-        kept = shards if latents else ()
-        self.latents = [np.load(self.folder / f"{shard:05d}.latents", mmap_mode="r") for shard in kept]
+        kept = zip(shards, counts) if latents else ()
+        self.latents = [_opened(self.folder / f"{shard:05d}.latents", n) for shard, n in kept]
         self.rows = []
         for shard in shards:
             with (self.folder / f"{shard:05d}.jsonl").open(encoding="utf-8") as file:
                 self.rows += [tuple(json.loads(line).values()) for line in file]
+        if len(self.rows) != images:
+            raise ValueError(
+                f"cache {self.folder} has captions of {len(self.rows)} of its {images} images: make it again"
+            )
         if labelled and any(label < 0 for label, _ in self.rows):
             raise ValueError(no_label(f"an image of cache {self.folder}"))
 

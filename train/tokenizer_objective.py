@@ -44,7 +44,8 @@ class TokenizerLossConfig:
         vq: of the quantiser's own loss.
         adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
         adversary_start: share of training after which the adversary joins, in [0, 1].
-        adversary_width, adversary_layers: shape of the discriminator.
+        adversary_width: channels of the discriminator's first layer.
+        adversary_layers: strided layers of the discriminator.
         draw_codes: begin with every code at a vector of the first step's last micro-batch; false keeps those of
             `start_from`.
         restart_every: steps between restarts of dead codes; 0 never restarts.
@@ -77,6 +78,12 @@ class TokenizerLossConfig:
         for name in ("l1", "l2", "gradient", "perceptual", "early", "vq", "adversary"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("adversary_start", "restart_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"loss.{name} is a share of training in [0, 1], got {getattr(self, name)}")
+        if self.restart_every < 0 or self.dead_below < 0:
+            given = f"{self.restart_every} and {self.dead_below}"
+            raise ValueError(f"loss.restart_every and loss.dead_below must be 0 or more, got {given}")
 
 
 class SceneMaps(nn.Module):

@@ -30,12 +30,16 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts all tokens of a scale at once from the scales before it.
 
     Args:
-        depth, width, heads: blocks, D, attention heads.
-        vocab_size, latent_channels: V and C of the tokenizer.
+        depth: blocks.
+        width: D.
+        heads: attention heads.
+        vocab_size: V of the tokenizer.
+        latent_channels: C of the tokenizer.
         schedule: sides of the scales, anything `ScaleSchedule.of` reads; stored as a list of [h, w].
         conditioning: "class" or "text".
         num_classes: classes of a class model (index num_classes is the null class).
-        text_width, text_length: text encoder width and the longest prompt in tokens, for a text model.
+        text_width: width of the text encoder, for a text model.
+        text_length: the longest prompt in tokens, for a text model.
         mlp_ratio: hidden width of the feed-forward over D.
         qk_norm: cosine attention with a learned temperature a head.
         shared_ada: one modulation layer for all blocks plus an offset a block (VAR-d36, Infinity).
