@@ -135,8 +135,9 @@ def make_search(
             return costs.relative(Search(candidates=candidates, steps=steps, **options))
 
         candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
+    search = Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
     check_idle(args, candidates, steps)
-    return Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
+    return search
 
 
 def check_idle(args: argparse.Namespace, candidates: int, steps: Sequence[Step]) -> None:
