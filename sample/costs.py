@@ -66,7 +66,7 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True
             work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens)
             if k == stage.scales.start and k and not continues:
                 work += step_work(stage, range(k), rows, text_tokens)
-            made.append(work + head_work(stage, k, batch, rows) if head else work)
+            made.append(work + head_work(stage, k, batch) if head else work)
         before = stage
     return made
 
@@ -104,15 +104,15 @@ def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
     return total
 
 
-def head_work(stage: Stage, k: int, batch: int, rows: int) -> Work:
+def head_work(stage: Stage, k: int, batch: int) -> Work:
     """The work of one scale's logits and draw; guidance mixes before the projection."""
     config, length = stage.model.config, stage.pyramid.lengths[k]
     drawn = batch * length * (2 * config.latent_channels if config.bitwise else config.vocab_size)
     work = Work(drawn=drawn, linear=2 * drawn * config.width)
-    return work + sequential_work(stage, length, rows) if stage.in_turn(k) else work
+    return work + sequential_work(stage, length, batch) if stage.in_turn(k) else work
 
 
-def sequential_work(stage: Stage, length: int, rows: int) -> Work:
+def sequential_work(stage: Stage, length: int, batch: int) -> Work:
     """The work of drawing the tokens of a scale one after the other: a small causal transformer, token by token."""
     config, layers = stage.model.config, stage.model.config.sequential_layers
     D, hidden = config.width, round(config.width * config.mlp_ratio)
@@ -121,8 +121,8 @@ def sequential_work(stage: Stage, length: int, rows: int) -> Work:
     return Work(
         steps=length - 1,
         blocks=layers * length,
-        linear=2 * rows * length * weights,
-        attention=4 * rows * layers * D * length * (length + 1) / 2,
+        linear=2 * batch * length * weights,
+        attention=4 * batch * layers * D * length * (length + 1) / 2,
         weights=weights * length * itemsize,
     )
 

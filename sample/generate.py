@@ -105,20 +105,21 @@ def draw_at_once(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Te
 def draw_in_turn(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and tokens of scale k, each token drawn after those before it were (`var.sequential`).
 
-    A token that is given stands for what would be drawn there, so that those after it agree with it.
+    Guidance acts on the transformer's logits; what the head adds to them is the conditional half's. A token that is
+    given stands for what would be drawn there, so that those after it agree with it.
     """
-    stage, features_RlD, uniforms_Bl = state.stage, scale_features(state, k), state.uniforms(k)
+    stage, uniforms_Bl, given_Bl = state.stage, state.uniforms(k), state.given(k)
+    features_RlD = scale_features(state, k)
     parallel_BlV = stage.model.head.project(guided(state, k, features_RlD))
-    given_Bl, before_R1, past, logits, tokens = state.given(k), None, None, [], []
-    for here in (slice(i, i + 1) for i in range(features_RlD.shape[1])):
-        correction_R1V, past = stage.model.sequential.step(features_RlD[:, here], before_R1, past)
-        logits_B1V = stage.filter(k)(parallel_BlV[:, here] + guided(state, k, correction_R1V.float()))
-        tokens_B1 = draw(logits_B1V, uniforms_Bl[:, here])
+    features_BlD, before_B1, past, logits, tokens = features_RlD[: len(state)], None, None, [], []
+    for here in (slice(i, i + 1) for i in range(features_BlD.shape[1])):
+        correction_B1V, past = stage.model.sequential.step(features_BlD[:, here], before_B1, past)
+        logits_B1V = stage.filter(k)(parallel_BlV[:, here] + correction_B1V.float())
+        before_B1 = draw(logits_B1V, uniforms_Bl[:, here])
         if given_Bl is not None:
-            tokens_B1 = torch.where(given_Bl[:, here] >= 0, given_Bl[:, here], tokens_B1)
-        before_R1 = torch.cat([tokens_B1, tokens_B1]) if state.doubled else tokens_B1
+            before_B1 = torch.where(given_Bl[:, here] >= 0, given_Bl[:, here], before_B1)
         logits.append(logits_B1V)
-        tokens.append(tokens_B1)
+        tokens.append(before_B1)
     return torch.cat(logits, dim=1), torch.cat(tokens, dim=1)
 
 
