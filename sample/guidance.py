@@ -68,10 +68,10 @@ class Guidance:
             return {}
         if len(weights) == 1:
             return {block % depth: lambda h: mix(h, weights[0]).repeat(2, 1, 1) for block in self.blocks}
-        by_token = [weight for k, weight in zip(scales, weights) for _ in range(schedule.lengths[k])]
 
         def guide(h_RlD: torch.Tensor) -> torch.Tensor:
-            weight_l1 = h_RlD.new_tensor(by_token)[:, None]
+            parts = [h_RlD.new_full((schedule.lengths[k], 1), weight) for k, weight in zip(scales, weights)]
+            weight_l1 = torch.cat(parts)
             conditional, unconditional = h_RlD.chunk(2)
             mixed_RlD = torch.lerp(unconditional, conditional, 1 + weight_l1).repeat(2, 1, 1)
             return torch.where(weight_l1 > 0, mixed_RlD, h_RlD)  # without a weight, each half goes on by itself
