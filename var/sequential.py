@@ -9,6 +9,7 @@ Shapes: B images, l tokens of the scales at hand, D width, H heads, d = D / H, V
 
 from __future__ import annotations
 
+from functools import cache
 from math import sqrt
 
 import torch
@@ -76,7 +77,7 @@ class SequentialHead(nn.Module):
         parts = ids_Bl.split(lengths, dim=1)
         starts_B1 = ids_Bl.new_full((len(ids_Bl), 1), self.first)
         before_Bl = torch.cat([row for part in parts for row in (starts_B1, part[:, :-1])], dim=1)
-        mask_ll = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().to(ids_Bl.device)
+        mask_ll = _causal_mask(tuple(lengths), ids_Bl.device)
         x_BlD = self._embed(features_BlD, before_Bl)
         for block in self.blocks:
             x_BlD, _ = block(x_BlD, mask_ll)
@@ -109,3 +110,10 @@ class SequentialHead(nn.Module):
             for last in (block.to_out, block.ffn.fc2):
                 last.weight.div_(sqrt(2 * len(self.blocks)))
         self.proj.weight.zero_()
+
+
+@cache  # made once: a copy to a GPU would wait, in every step, for all that it has been given to do
+@torch.inference_mode(False)
+def _causal_mask(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Which tokens each token sees, (l, l) bool: itself and those before it in its scale."""
+    return torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().to(device)
