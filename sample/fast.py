@@ -143,8 +143,7 @@ def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
         for attn in (module for module in model.modules() if isinstance(module, SelfAttention)):
             attn.attend = fast_cpu.half_attention
     if settings.kernels:
-        for block in model.blocks:
-            fast_cuda.fuse(block, chained=settings.few_rows)
+        fast_cuda.fuse_all(list(model.blocks), chained=settings.few_rows)
         if model.dtype != torch.float32:
             fast_cuda.fuse_head(model.head)
     if settings.linears:

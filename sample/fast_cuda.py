@@ -7,6 +7,7 @@ Shapes: B images, R rows of a batch, l tokens, S keys, D width, H heads, d head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log
 
 import torch
@@ -32,12 +33,14 @@ class FusedBlock(Block):
         bias_E: their biases, (3 D,).
         strength_H: what normed queries are multiplied by, float32; None without the norm.
         counters: of `few_rows.product`; None where calls of few rows go the way of the others.
+        following_ED: joined weights of the block that is called next, which `few_rows` reads ahead; None if not known.
     """
 
     qkv_ED: torch.Tensor
     bias_E: torch.Tensor
     strength_H: torch.Tensor | None
     counters: torch.Tensor | None
+    following_ED: torch.Tensor | None = None
 
     @torch.no_grad()
     def forward(
@@ -54,13 +57,17 @@ class FusedBlock(Block):
         kept_2B11: None = None,
     ) -> torch.Tensor:
         """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
-        if self.counters is not None and few_rows.fits(self, x_RlD, cache, (memory, mask, rope_lf)):
+        few = self.counters is not None and few_rows.fits(self, x_RlD, cache, (memory, mask, rope_lf))
+        if few and len(x_RlD) * x_RlD.shape[1] <= few_rows.ROWS:
             return few_rows.run(x_RlD, ada_R6D, self, cache, layer, begin)
         attn, eps = self.attn, self.norm_eps
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_R6D.unbind(dim=1)  # each (R, D)
         _, normed = kernels.gated_norm(x_RlD, scale1, shift1, eps=eps)
-        q, k, v = self.project(normed, rope_lf, cache, layer, begin)
-        read = attn.to_out(attn.attend(q, k, v, mask, attn.scale))
+        if few:
+            read = few_rows.attend(F.linear(normed, self.qkv_ED, self.bias_E), self, cache, layer, begin)
+        else:
+            read = attn.attend(*self.project(normed, rope_lf, cache, layer, begin), mask, attn.scale)
+        read = attn.to_out(read)
         if memory is None:
             x_RlD, normed = kernels.gated_norm(x_RlD, scale2, shift2, read, gamma1, eps=eps)
         else:
@@ -118,6 +125,15 @@ def fuse(block: Block, *, chained: bool = False) -> None:
     chained = chained and type(attn.to_out) is nn.Linear
     block.counters = few_rows.new_counters(block.qkv_ED.device) if chained else None
     block.__class__ = FusedBlock
+
+
+def fuse_all(blocks: Sequence[Block], *, chained: bool = False) -> None:
+    """`fuse` the blocks of a transformer, which are called in turn, scale after scale."""
+    for block in blocks:
+        fuse(block, chained=chained)
+    for block, following in zip(blocks, [*blocks[1:], blocks[0]]):
+        if chained and isinstance(block, FusedBlock):
+            block.following_ED = getattr(following, "qkv_ED", None)
 
 
 def fuse_head(head: CategoricalHead) -> None:

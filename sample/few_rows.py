@@ -1,11 +1,11 @@
 """A transformer block of few rows on a GPU, as one image has them: seven kernels that overlap.
 
 A product of few rows is as slow as its weights are read. So weights must be read all the time: every kernel starts
-while the one before still runs (programmatic dependent launch), asks for its weights to be brought into the L2 cache,
-and only then waits for its input. Long products are cut into parts, and the last part to arrive sums them all, in
-their order, and finishes the row: bias, GELU, gate and residual.
+while the one before still runs (programmatic dependent launch), asks for weights that are needed later to be brought
+into the L2 cache, and only then waits for its input. Long products are cut into parts, and the last part to arrive sums
+them all, in their order, and finishes the row: bias, GELU, gate and residual.
 
-`FastSettings.few_rows` switches it on; no device does by itself until it is measured (`python -m benchmarks.few_rows`).
+`FastSettings.few_rows` switches it on; no device does by itself until it pays (`python -m benchmarks.few_rows`).
 
 Shapes: R rows of a batch, l tokens, M = R l, N outputs and K inputs of a product, D width, H heads, d head width.
 """
@@ -32,7 +32,8 @@ except ImportError:  # PyTorch without CUDA
 if TYPE_CHECKING:
     from sample.fast_cuda import FusedBlock
 
-ROWS = 128  # the most rows that a chain takes: beyond, products are bound by arithmetic, and PyTorch's are faster
+ROWS = 128  # the most rows that a chain takes
+ATTENDED = 1024  # and that attention alone takes, between PyTorch's products
 COUNTERS = 4096  # output tiles of a product, at most
 KEYS = 64  # keys that attention reads at once
 HOPPER = (9, 0)  # the first GPUs whose kernels can begin before the one before has ended
@@ -57,7 +58,8 @@ class Tile:
     warps: int = 4
 
 
-TILES: dict[tuple[int, int, int], Tile] = {}  # (M, N, K) -> what was measured to be fastest; `tile_of` guesses the rest
+# (M rounded up to a power of two, N, K) -> what was measured to be fastest; `tile_of` guesses the rest
+TILES: dict[tuple[int, int, int], Tile] = {}
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -75,11 +77,11 @@ def new_counters(device: torch.device) -> torch.Tensor:
 def fits(
     block: FusedBlock, x_RlD: torch.Tensor, cache: KVCache | None, others: tuple[torch.Tensor | None, ...]
 ) -> bool:
-    """Whether a call of a block can go this way: few rows, a plain cache, nothing unusual."""
+    """Whether a call of a block can go this way, its attention at least: few rows, a plain cache, nothing unusual."""
     R, length, D = x_RlD.shape
     plain = type(cache) is KVCache and all(other is None for other in others)
     d = D // block.attn.heads
-    return plain and R * length <= ROWS and D % 64 == 0 and d >= 16 and d & (d - 1) == 0
+    return plain and R * length <= ATTENDED and D % 64 == 0 and d >= 16 and d & (d - 1) == 0
 
 
 @on_its_device
@@ -87,14 +89,26 @@ def run(
     x_RlD: torch.Tensor, ada_R6D: torch.Tensor, block: FusedBlock, cache: KVCache, layer: int, begin: int
 ) -> torch.Tensor:
     """A `FusedBlock`'s output (R, l, D), of a call that `fits`; its keys and values are written into the cache."""
-    ffn, out, x_RlD = block.ffn, block.attn.to_out, x_RlD.contiguous()
+    ffn, out, x_RlD, counters = block.ffn, block.attn.to_out, x_RlD.contiguous(), block.counters
     gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_R6D.unbind(dim=1)  # each (R, D)
-    qkv = product(norm(x_RlD, scale1, shift1, block.norm_eps), block.qkv_ED, block.bias_E, block.counters)
-    read = attend(qkv, block, cache, layer, begin)
-    x_RlD = product(read, out.weight, out.bias, block.counters, onto=x_RlD, gate_RD=gamma1)
-    hidden = norm(x_RlD, scale2, shift2, block.norm_eps)
-    hidden = product(hidden, ffn.fc1.weight, ffn.fc1.bias, block.counters, gelu=True)
-    return product(hidden, ffn.fc2.weight, ffn.fc2.bias, block.counters, onto=x_RlD, gate_RD=gamma2)
+    ahead = ahead_of(block)
+    normed = norm(x_RlD, scale1, shift1, block.norm_eps)
+    qkv = product(normed, block.qkv_ED, block.bias_E, counters, ahead=ahead[0])
+    read = attend(qkv, block, cache, layer, begin, ahead=ahead[1])
+    x_RlD = product(read, out.weight, out.bias, counters, onto=x_RlD, gate_RD=gamma1, ahead=ahead[2])
+    normed = norm(x_RlD, scale2, shift2, block.norm_eps)
+    hidden = product(normed, ffn.fc1.weight, ffn.fc1.bias, counters, gelu=True, ahead=ahead[3])
+    return product(hidden, ffn.fc2.weight, ffn.fc2.bias, counters, onto=x_RlD, gate_RD=gamma2, ahead=ahead[4])
+
+
+def ahead_of(block: FusedBlock) -> tuple[torch.Tensor | None, ...]:
+    """The weights that a block's first product, attention, and further three products bring into the L2 cache.
+
+    About as much each, and one or two kernels before they are read: the cache holds 50 MB, a block of d30 has 88.
+    """
+    fc1, fc2 = block.ffn.fc1.weight, block.ffn.fc2.weight
+    half = len(fc2) // 2
+    return block.attn.to_out.weight, fc1, fc2[:half], fc2[half:], block.following_ED
 
 
 def norm(x_RlD: torch.Tensor, scale_RD: torch.Tensor, shift_RD: torch.Tensor, eps: float) -> torch.Tensor:
@@ -117,12 +131,14 @@ def product(
     gelu: bool = False,
     onto: torch.Tensor | None = None,
     gate_RD: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """x W^T + bias; then GELU (tanh), or times a gate and onto a residual, all of it float32 until it is stored.
 
     Args:
         counters: int32, zeros before and after; of no other work that runs meanwhile.
+        ahead: weights that are needed soon, contiguous; they are brought into the L2 cache.
         tile: how to cut it; `tile_of` says where none is given.
     """
     R, length, K = x_RlK.shape
@@ -137,40 +153,67 @@ def product(
     gated = onto is not None
     _product[grid](
         x_RlK, weight_NK, bias_N, onto if gated else out, gate_RD if gated else out, out, sums, counters,
-        M, N, K, length, gate_RD.stride(0) if gated else 0,
-        GELU=gelu, GATED=gated, PARTS=tile.parts, STEPS=steps, EVEN=steps * tile.parts * tile.inputs == K,
+        *_ahead(ahead, out, grid[0] * grid[1] * grid[2] * 32 * tile.warps),
+        M, N, K, length, gate_RD.stride(0) if gated else 0, tile.parts, steps,
+        GELU=gelu, GATED=gated, SPLIT=tile.parts > 1, EVEN=steps * tile.parts * tile.inputs == K,
         TALL=tile.rows, WIDE=tile.outputs, DEEP=tile.inputs,
-        num_warps=tile.warps, num_stages=tile.stages, **_overlapped(),
+        num_warps=tile.warps, num_stages=tile.stages, THREADS=32 * tile.warps, **_overlapped(),
     )  # fmt: skip
     return out
 
 
-def attend(qkv_RlE: torch.Tensor, block: FusedBlock, cache: KVCache, layer: int, begin: int) -> torch.Tensor:
+def _ahead(ahead: torch.Tensor | None, other: torch.Tensor, threads: int) -> tuple[torch.Tensor, int, int]:
+    """What is brought into the L2 cache, how many numbers it has, and how many of them each thread asks for."""
+    if ahead is None:
+        return other, 0, 0
+    return ahead, ahead.numel(), 64 * -(-ahead.numel() // (64 * threads))
+
+
+@on_its_device
+def attend(
+    qkv_RlE: torch.Tensor,
+    block: FusedBlock,
+    cache: KVCache,
+    layer: int,
+    begin: int,
+    ahead: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention (R, l, D) of the queries in (R, l, 3 D) to the cache and to their own keys, which go into it."""
     R, length, E = qkv_RlE.shape
     H, d = block.attn.heads, E // 3 // block.attn.heads
-    _, _, keys, values = cache.slots(layer, begin, (R, H, length, d), qkv_RlE)
-    out = qkv_RlE.new_empty(R, length, H * d)
+    out, tall = qkv_RlE.new_empty(R, length, H * d), min(64, max(16, triton.next_power_of_2(length)))
+    kept = begin + length <= cache.capacity[layer]  # the last scale's keys are read by nobody else
+    if kept:
+        _, _, keys, values = cache.slots(layer, begin, (R, H, length, d), qkv_RlE)
+    else:
+        keys, values = (cache.keys[layer], cache.values[layer]) if begin else (out[:, None],) * 2
     normed = block.strength_H is not None
-    _attend[(R * H,)](
+    _attend[(R * H, triton.cdiv(length, tall))](
         qkv_RlE, block.strength_H if normed else out, keys, values, out, length, begin, H,
         *keys.stride()[:3], *values.stride()[:3], block.attn.scale,
-        NORMED=normed, WIDTH=d, TALL=max(16, triton.next_power_of_2(length)), KEYS=KEYS, STEPS=triton.cdiv(begin, KEYS),
-        num_warps=4, num_stages=2, **_overlapped(),
+        *_ahead(ahead, out, R * H * triton.cdiv(length, tall) * 128),
+        NORMED=normed, KEPT=kept, WIDTH=d, TALL=tall, OWN=triton.cdiv(length, tall),
+        KEYS=KEYS, STEPS=triton.cdiv(begin, KEYS), num_warps=4, num_stages=2, **_overlapped(),
     )  # fmt: skip
     return out
 
 
 def tile_of(M: int, N: int, K: int, processors: int) -> Tile:
     """The measured cut, or one with about two programs a processor, each of which has a few steps to take."""
-    if (M, N, K) in TILES:
-        return TILES[M, N, K]
-    rows = min(64, max(16, 1 << (M - 1).bit_length()))
-    outputs = 64 if N // processors >= 32 else 32
-    inputs = next(size for size in (128, 64, 32, 16) if K % size == 0)
+    room = room_of(M)
+    if (room, N, K) in TILES:
+        return TILES[room, N, K]
+    rows = min(64 if M <= 256 else 128, room)
+    outputs = 128 if rows == 128 else 64 if N // processors >= 32 else 32
+    inputs = next(size for size in (64 if rows == 128 else 128, 64, 32, 16) if K % size == 0)
     tiles, steps = -(-N // outputs) * -(-M // rows), K // inputs
     parts = next((n for n in range(1, steps // 2 + 1) if steps % n == 0 and tiles * n >= 1.5 * processors), 1)
-    return Tile(rows, outputs, inputs, parts)
+    return Tile(rows, outputs, inputs, parts, warps=8 if rows == 128 else 4)
+
+
+def room_of(M: int) -> int:
+    """M rounded up to a power of two from 16."""
+    return max(16, 1 << (M - 1).bit_length())
 
 
 @cache
@@ -207,11 +250,15 @@ if triton is not None:
         tl.store(out + token * D + i, centred * factor + offset, mask=inside)
 
     @triton.jit
-    def _fetch(where):
-        """Ask for the lines of 128 bytes at these addresses to be brought into the L2 cache."""
+    def _bring(ahead, total, each, THREADS: tl.constexpr):
+        """Ask for this program's share of `total` numbers to be brought into the L2 cache, `each` by every thread."""
+        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        first = (program * THREADS + tl.arange(0, THREADS)) * each
+        size = tl.maximum(tl.minimum(total - first, each), 0) * (ahead.dtype.element_ty.primitive_bitwidth // 8)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
-        )
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [ahead + first, size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
     @triton.jit
     def _finish(
@@ -229,100 +276,105 @@ if triton is not None:
             total += tl.load(onto + where, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + where, total, mask=inside)
 
-    @triton.jit(do_not_specialize=["M", "length", "gate_row"])
+    @triton.jit(do_not_specialize=["total_ahead", "each_ahead", "M", "length", "gate_row", "parts", "steps"])
     def _product(
-        x, weight, bias, onto, gate, out, sums, counters, M, N, K, length, gate_row,
-        GELU: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
-        TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr,
+        x, weight, bias, onto, gate, out, sums, counters, ahead, total_ahead, each_ahead,
+        M, N, K, length, gate_row, parts, steps,
+        GELU: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+        TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, THREADS: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         part = tl.program_id(1)
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         m = tl.program_id(2) * TALL + tl.arange(0, TALL)
         n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-        begin = part * STEPS * DEEP
+        begin = part * steps * DEEP
         if EARLY:
             tl_cuda.gdc_launch_dependents()
-            columns = weight + tl.minimum(n, N - 1)[:, None] * K
-            for k0 in range(0, STEPS * DEEP, 512):
-                k = begin + tl.minimum(k0 + tl.arange(0, 8) * 64, STEPS * DEEP - 1)
-                _fetch(columns + tl.minimum(k, K - 1)[None, :])
+            _bring(ahead, total_ahead, each_ahead, THREADS)
             tl_cuda.gdc_wait()
         i = tl.arange(0, DEEP)
-        rows = x + tl.where(m < M, m, 0)[:, None] * K  # what lies outside is computed, and not stored
-        columns = weight + tl.where(n < N, n, 0)[None, :] * K
+        rows, columns = x + m[:, None] * K, weight + n[None, :] * K
+        short, narrow = (m < M)[:, None], (n < N)[None, :]
         total = tl.zeros((TALL, WIDE), tl.float32)
-        for step in range(STEPS):
+        for step in range(steps):
             k = begin + step * DEEP + i
             if EVEN:
-                a, b = tl.load(rows + k[None, :]), tl.load(columns + k[:, None])
+                a = tl.load(rows + k[None, :], mask=short, other=0.0)
+                b = tl.load(columns + k[:, None], mask=narrow, other=0.0)
             else:
-                a = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0)
-                b = tl.load(columns + k[:, None], mask=(k < K)[:, None], other=0.0)
+                a = tl.load(rows + k[None, :], mask=short & (k < K)[None, :], other=0.0)
+                b = tl.load(columns + k[:, None], mask=narrow & (k < K)[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision="ieee")
-        if PARTS == 1:
+        if not SPLIT:
             _finish(total, bias, onto, gate, out, m, n, M, N, length, gate_row, GELU, GATED)
         else:
             spot = tl.arange(0, TALL)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-            first = sums + tile * PARTS * TALL * WIDE + spot
+            first = sums + tile * parts * TALL * WIDE + spot
             tl.store(first + part * TALL * WIDE, total)
             tl.debug_barrier()  # all of this program's sums are on their way before it is counted
             arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-            if arrived == PARTS - 1:
+            if arrived == parts - 1:
                 total = tl.zeros((TALL, WIDE), tl.float32)
-                for other in range(PARTS):
+                for other in range(parts):
                     total += tl.load(first + other * TALL * WIDE, cache_modifier=".cg")
                 tl.store(counters + tile, 0)
                 _finish(total, bias, onto, gate, out, m, n, M, N, length, gate_row, GELU, GATED)
 
-    @triton.jit(do_not_specialize=["length", "begin"])
+    @triton.jit
+    def _unit(x, strength):
+        """Rows of a length of `strength`."""
+        wide = x.to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), 1e-12)
+        return (wide * (strength / length)[:, None]).to(x.dtype)
+
+    @triton.jit
+    def _read(q, k, v, there, scale, best, mass, read):
+        """Softmax as it goes on: these keys and values too."""
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.where(there[None, :], logits, -float("inf"))
+        higher = tl.maximum(best, tl.max(logits, axis=1))
+        fade, weights = tl.exp(best - higher), tl.exp(logits - higher[:, None])
+        read = tl.dot(weights.to(v.dtype), v, read * fade[:, None], input_precision="ieee")
+        return higher, mass * fade + tl.sum(weights, axis=1), read
+
+    @triton.jit(do_not_specialize=["length", "begin", "total_ahead", "each_ahead"])
     def _attend(
         qkv, strength, keys, values, out, length, begin, H,
-        k_row, k_head, k_token, v_row, v_head, v_token, scale,
-        NORMED: tl.constexpr, WIDTH: tl.constexpr, TALL: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
-        EARLY: tl.constexpr,
+        k_row, k_head, k_token, v_row, v_head, v_token, scale, ahead, total_ahead, each_ahead,
+        NORMED: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr, TALL: tl.constexpr, OWN: tl.constexpr,
+        KEYS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
-        row, head = tl.program_id(0) // H, tl.program_id(0) % H
-        token, i = tl.arange(0, TALL), tl.arange(0, WIDTH)
-        inside = (token < length)[:, None]
-        where = (row * length + token)[:, None] * (3 * H * WIDTH) + head * WIDTH + i[None, :]
+        row, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+        i = tl.arange(0, WIDTH)
         keys += row.to(tl.int64) * k_row + head * k_head
         values += row.to(tl.int64) * v_row + head * v_head
+        qkv += row * length * (3 * H * WIDTH) + head * WIDTH
         if EARLY:
             tl_cuda.gdc_launch_dependents()
-            for step in range(STEPS):
-                s = tl.minimum(step * KEYS + tl.arange(0, KEYS), begin - 1)
-                _fetch(keys + s * k_token)
-                _fetch(values + s * v_token)
+            _bring(ahead, total_ahead, each_ahead, 128)
             tl_cuda.gdc_wait()
-        q = tl.load(qkv + where, mask=inside, other=0.0)
-        k = tl.load(qkv + where + H * WIDTH, mask=inside, other=0.0)
-        v = tl.load(qkv + where + 2 * H * WIDTH, mask=inside, other=0.0)
+        token = part * TALL + tl.arange(0, TALL)
+        q = tl.load(qkv + token[:, None] * (3 * H * WIDTH) + i[None, :], mask=(token < length)[:, None], other=0.0)
         if NORMED:
-            queries, own = q.to(tl.float32), k.to(tl.float32)
-            length_q = tl.maximum(tl.sqrt(tl.sum(queries * queries, axis=1)), 1e-12)
-            length_k = tl.maximum(tl.sqrt(tl.sum(own * own, axis=1)), 1e-12)
-            q = (queries * (tl.load(strength + head).to(tl.float32) / length_q)[:, None]).to(q.dtype)
-            k = (own * (1.0 / length_k)[:, None]).to(k.dtype)
-        slot = (begin + token)[:, None]
-        tl.store(keys + slot * k_token + i[None, :], k, mask=inside)
-        tl.store(values + slot * v_token + i[None, :], v, mask=inside)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        logits = tl.where((token < length)[None, :], logits, -float("inf"))
-        best = tl.max(logits, axis=1)
-        weights = tl.exp(logits - best[:, None])
-        mass = tl.sum(weights, axis=1)
-        read = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            q = _unit(q, tl.load(strength + head).to(tl.float32))
+        best = tl.full((TALL,), -float("inf"), tl.float32)
+        mass, read = tl.zeros((TALL,), tl.float32), tl.zeros((TALL, WIDTH), tl.float32)
+        for step in range(OWN):
+            t = step * TALL + tl.arange(0, TALL)
+            there = (t < length)[:, None]
+            own = qkv + t[:, None] * (3 * H * WIDTH) + i[None, :]
+            k, v = tl.load(own + H * WIDTH, mask=there, other=0.0), tl.load(own + 2 * H * WIDTH, mask=there, other=0.0)
+            if NORMED:
+                k = _unit(k, 1.0)
+            if KEPT and step == part:
+                tl.store(keys + (begin + t)[:, None] * k_token + i[None, :], k, mask=there)
+                tl.store(values + (begin + t)[:, None] * v_token + i[None, :], v, mask=there)
+            best, mass, read = _read(q, k, v, t < length, scale, best, mass, read)
         for step in range(STEPS):
             s = step * KEYS + tl.arange(0, KEYS)
-            old = (s < begin)[:, None]
-            old_k = tl.load(keys + s[:, None] * k_token + i[None, :], mask=old, other=0.0)
-            old_v = tl.load(values + s[:, None] * v_token + i[None, :], mask=old, other=0.0)
-            logits_s = tl.dot(q, tl.trans(old_k), input_precision="ieee") * scale
-            logits_s = tl.where((s < begin)[None, :], logits_s, -float("inf"))
-            higher = tl.maximum(best, tl.max(logits_s, axis=1))
-            fade, weights_s = tl.exp(best - higher), tl.exp(logits_s - higher[:, None])
-            mass = mass * fade + tl.sum(weights_s, axis=1)
-            read = tl.dot(weights_s.to(v.dtype), old_v, read * fade[:, None], input_precision="ieee")
-            best = higher
+            there = (s < begin)[:, None]
+            k = tl.load(keys + s[:, None] * k_token + i[None, :], mask=there, other=0.0)
+            v = tl.load(values + s[:, None] * v_token + i[None, :], mask=there, other=0.0)
+            best, mass, read = _read(q, k, v, s < begin, scale, best, mass, read)
         into = out + (row * length + token)[:, None] * (H * WIDTH) + head * WIDTH + i[None, :]
-        tl.store(into, read / mass[:, None], mask=inside)
+        tl.store(into, read / mass[:, None], mask=(token < length)[:, None])

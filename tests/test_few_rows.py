@@ -79,7 +79,10 @@ def a_block(qk_norm: bool = True, dtype: torch.dtype = DTYPE) -> torch.nn.Module
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("R, length, begin, room", [(2, 1, 0, 9), (2, 9, 5, 14), (4, 16, 70, 70), (1, 25, 130, 155)])
+@pytest.mark.parametrize(
+    "R, length, begin, room",
+    [(2, 1, 0, 9), (2, 9, 5, 14), (4, 16, 70, 70), (1, 25, 130, 155), (1, 70, 30, 30), (2, 130, 0, 130)],
+)
 def test_block(R, length, begin, room, qk_norm, dtype):
     block, caches = a_block(qk_norm, dtype), [KVCache(1, room) for _ in range(2)]
     x, ada = random(R, length, 64).to(dtype), random(R, 6, 64, seed=1).to(dtype)
@@ -95,6 +98,14 @@ def test_block(R, length, begin, room, qk_norm, dtype):
     stored = caches[0].lengths[0]
     for ours, theirs in ((caches[1].keys, caches[0].keys), (caches[1].values, caches[0].values)):
         assert error(ours[0][:, :, :stored], theirs[0][:, :, :stored]) < ERRORS[dtype]
+
+
+def test_blocks_bring_the_weights_of_the_next_one():
+    blocks = NextScaleTransformer(depth=3, width=64, heads=2).blocks
+    fast_cuda.fuse_all(list(blocks), chained=True)
+    for block, following in zip(blocks, [*blocks[1:], blocks[0]]):
+        assert few_rows.ahead_of(block)[-1].data_ptr() == following.qkv_ED.data_ptr()
+        assert sum(weight.numel() for weight in few_rows.ahead_of(block)) == 12 * 64**2  # a block's worth
 
 
 @torch.no_grad()

@@ -213,6 +213,9 @@ def test_a_block_with_adapters_stays_plain():
         (2, 1, 0, True),
         (2, 9, 5, True),
         (2, 64, 91, True),
+        (2, 100, 155, True),
+        (2, 169, 255, True),
+        (2, 256, 424, True),
     ],
 )
 def test_fused_block_in_bfloat16(rows, length, begin, chained):
