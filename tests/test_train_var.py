@@ -20,6 +20,7 @@ import nextscale
 from train import cache_text, cache_tokens, export, train_var
 from train.config import exit_code
 from train.optimizers import OptimizerConfig
+from train.start_from import VECTORS, relabelled
 from train.var_objective import VarLossConfig, VarObjective
 
 TINY = ["--run.log_every=1", "--run.checkpoint_every=4", "--run.validate_every=4", "--run.workers=0", "--run.cpu=true"]
@@ -212,8 +213,15 @@ def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, t
     start, other = f"--start_from={tmp_path}/run/latest/transformer", f"--run.run_dir={tmp_path}/on"
     assert stage(train_var.main, *small, tokens, start, other) == 2
     assert "knows the classes cat, dog, and the data has dog, zebra" in capfd.readouterr().err
+    anew = [*small, tokens, start, f"--run.run_dir={tmp_path}/anew", "--new_classes=true"]
+    assert stage(train_var.main, *anew, "--run.total_images=8") == 0
+    assert stage(train_var.main, *anew) == 0  # and goes on
+    index = json.loads((tmp_path / "anew/latest/model_index.json").read_text())
+    assert index["class_names"] == ["dog", "zebra"]
     (tmp_path / "data/zebra").rename(tmp_path / "data/cat")
     assert stage(train_var.main, *small, tokens, start, other) == 0
+    assert stage(train_var.main, *given, tokens, "--new_classes=true", f"--run.run_dir={tmp_path}/no") == 2
+    assert "new_classes=true is for a class model to fine-tune" in capfd.readouterr().err
     assert exit_code(export.main, ["--model", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0  # in bfloat16
     start = f"--start_from={tmp_path}/out/transformer"
     assert stage(train_var.main, *small, tokens, start, f"--run.run_dir={tmp_path}/exported") == 0
@@ -223,6 +231,19 @@ def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, t
     tokens = f"--tokens.tokenizer={tmp_path}/other"
     assert stage(train_var.main, *small, tokens, start, f"--run.run_dir={tmp_path}/no") == 2
     assert "tokens.tokenizer makes others" in capfd.readouterr().err
+
+
+def test_a_class_model_takes_other_classes(tiny_class_model):
+    """Those of a known name keep their vector, others begin as the null class; all else is the same."""
+    made = relabelled(tiny_class_model, 4, ["owl", "dog", "emu"], ["cat", "dog"])  # the fourth has no name
+    own_CD, new_CD = (model.state_dict()[VECTORS] for model in (tiny_class_model, made))
+    assert new_CD.shape == (5, own_CD.shape[1]) and made.config.num_classes == 4
+    assert torch.equal(new_CD[1], own_CD[1]) and all(torch.equal(new_CD[i], own_CD[-1]) for i in (0, 2, 3, 4))
+    assert not torch.equal(own_CD[1], own_CD[-1])
+    for name, weight in tiny_class_model.state_dict().items():
+        assert name == VECTORS or torch.equal(weight, made.state_dict()[name])
+    numbered = relabelled(tiny_class_model, 2, None, ["cat", "dog"]).state_dict()[VECTORS]
+    assert all(torch.equal(vector_D, own_CD[-1]) for vector_D in numbered)
 
 
 def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):

@@ -19,9 +19,17 @@ from train.sequential import with_head, without_head
 from train.token_cache import DECODING
 from var.transformer import NextScaleTransformer
 
+VECTORS = "conditioner.embedding.weight"  # of the classes and, last, of the null class
 
-def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width: int) -> NextScaleTransformer:
+
+def build_transformer(
+    config, vqvae: MultiScaleVQ, num_classes: int, text_width: int, classes: Sequence[str] | None = None
+) -> NextScaleTransformer:
     """A new transformer for the tokenizer's tokens, or the one of `start_from`; a rotary one takes any schedule.
+
+    Args:
+        config: of `train.train_var`.
+        classes: names of the data's classes, if it has any.
 
     Raises:
         ValueError: if the transformer to start from is for other tokens or prompts.
@@ -62,13 +70,45 @@ def build_transformer(config, vqvae: MultiScaleVQ, num_classes: int, text_width:
     for name, wanted in tokens.items():
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
+    if config.new_classes:
+        return relabelled(model, num_classes, classes, class_names_beside(config.start_from))
     if conditioning == "class" and model.config.num_classes < num_classes:
-        raise ValueError(f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes")
+        raise ValueError(
+            f"start_from {config.start_from!r} knows {model.config.num_classes} of {num_classes} classes: "
+            "new_classes=true gives it those of the data"
+        )
     return model
+
+
+def relabelled(
+    model: NextScaleTransformer, count: int, classes: Sequence[str] | None, known: Sequence[str] | None
+) -> NextScaleTransformer:
+    """A class model for `count` other classes: those of a known name keep their vector, others begin as the null class.
+
+    Args:
+        classes: names of the new classes; known: of the model's own. Without either, all are new.
+    """
+    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    made, weights = NextScaleTransformer(**sizes | {"num_classes": count}), model.state_dict()
+    own_CD = weights.pop(VECTORS)
+    places = {name: i for i, name in enumerate(known or ())}
+    taken = [places.get(name, len(own_CD) - 1) for name in classes or [None] * count]
+    taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
+    made.load_state_dict(weights | {VECTORS: own_CD[taken]})
+    return made
+
+
+def class_names_beside(start_from: str) -> list[str] | None:
+    """Names of the classes of a transformer's pipeline, if they are known."""
+    index = Path(start_from).parent / "model_index.json"
+    return json.loads(index.read_text(encoding="utf-8")).get("class_names") if index.is_file() else None
 
 
 def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | None) -> None:
     """Whether what lies beside a transformer to start from, its tokenizer and its classes' names, is what it gets now.
+
+    Args:
+        classes: names of the data's classes; None where they may differ.
 
     Raises:
         ValueError: if not; only what is there is looked at, and tokens of another schedule are another matter.
@@ -79,13 +119,12 @@ def check_origin(start_from: str, vqvae: MultiScaleVQ, classes: Sequence[str] | 
         raise ValueError(
             f"start_from {start_from!r} was trained on the tokens of {own}, and tokens.tokenizer makes others"
         )
-    if classes is not None and (folder / "model_index.json").is_file():
-        names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names")
-        if names is not None and names != list(classes):
-            raise ValueError(
-                f"start_from {start_from!r} knows the classes {', '.join(names)[:200]}, and the data has "
-                f"{', '.join(classes)[:200]}: labels would change their meaning"
-            )
+    names = class_names_beside(start_from)
+    if classes is not None and names is not None and names != list(classes):
+        raise ValueError(
+            f"start_from {start_from!r} knows the classes {', '.join(names)[:200]}, and the data has "
+            f"{', '.join(classes)[:200]}: labels would change their meaning (new_classes=true gives it the data's)"
+        )
 
 
 def same_tokenizer(a: MultiScaleVQ, b: MultiScaleVQ) -> bool:

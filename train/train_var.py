@@ -88,6 +88,8 @@ def parser():
     given |= {"sequential_layers", "sequential_scales"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
+    classes = "give a class model to fine-tune the data's classes: those of the same name are kept, others begin anew"
+    made.add_argument("--new_classes", type=bool, default=False, help=classes)
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
     made.add_argument("--ada_gain", type=float, default=0.5, help="initial gain of the other modulations (VAR's aln)")
     backends = "attention in training: grouped (a call for each large scale), sdpa (one mask), or flex (on CUDA only)"
@@ -241,14 +243,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"tokens.noise is for codes, and the tokens of {built.tokens.tokenizer!r} are bitwise")
     train_data, val_data = datasets(built, vqvae)
     classes = train_data.classes if built.transformer.conditioning == "class" else None
+    if built.new_classes and (built.start_from is None or built.transformer.conditioning != "class"):
+        raise ValueError("new_classes=true is for a class model to fine-tune: give start_from")
     if built.start_from is not None:
-        check_origin(built.start_from, vqvae, classes)
+        check_origin(built.start_from, vqvae, None if built.new_classes else classes)
     texts = (
         open_text_source(built.text)
         if built.transformer.conditioning == "text"
         else TextSource(width=built.text.d_model)
     )
-    transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width)
+    transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width, classes)
     objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
