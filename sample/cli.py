@@ -80,7 +80,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
 
     where = parser.add_argument_group("with what, to where")
     where.add_argument(
-        "--model", default="scenes", help="scenes (bundled), a model folder, a training run, or a Hub id"
+        "--model",
+        default="scenes",
+        help="scenes (bundled), a model folder, a training run, or a Hub id (OWNER/NAME@REVISION)",
     )
     where.add_argument("--out", type=Path, help=f"{out}; without it pictures, or the next of pictures-2, ... that fits")
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")

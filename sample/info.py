@@ -19,7 +19,7 @@ SHOWN = 8  # class names in a line
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale info`."""
     parser.description = "What a model is, what it can be asked for, and what drawing with it takes."
-    what = "scenes (bundled), a model folder, a training run, or a Hub id"
+    what = "scenes (bundled), a model folder, a training run, or a Hub id (OWNER/NAME@REVISION)"
     parser.add_argument("place", nargs="?", metavar="MODEL", help=what)
     parser.add_argument("--model", help="the same, as other commands take it")
 

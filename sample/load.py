@@ -43,7 +43,7 @@ def load_pipeline(
 
     Args:
         model: "scenes" (the bundled model); a folder made by `save_pretrained`; a training run's folder (its newest
-            export); or a Hub id.
+            export); or a Hub id, OWNER/NAME or OWNER/NAME@REVISION (a branch, tag or commit).
         dtype: float32, bfloat16, float16 (or fp32, bf16, fp16, or a torch dtype); "auto": see `resolve_dtype`. The
             quantiser and the output head stay float32.
         device: a torch device; "auto" is this process's accelerator where there is one, else the CPU.
@@ -291,12 +291,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, *, fastest: bo
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    repository, _, revision = name.partition("@")
     try:
-        return Path(NextScalePipeline.download(name))
+        return Path(NextScalePipeline.download(repository, revision=revision or None))
     except HFValidationError:
         reason = "cannot be the name of one on the Hub"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r} on the Hub"
     except RepositoryNotFoundError:
         reason = "is not on the Hub"
     except OSError:

@@ -224,7 +224,9 @@ def _token_patch(config: Mapping, vae: State, file: str | Path) -> int:
 
 
 def fetch(file: str | Path) -> Path:
-    """A local path, downloaded first if it is hf://OWNER/NAME/FILE; of an index (`.index.json`), all shards as well.
+    """A local path, downloaded first if it is hf://OWNER/NAME/FILE or hf://OWNER/NAME@REVISION/FILE.
+
+    Of an index (`.index.json`), all shards are downloaded as well.
 
     Raises:
         FileNotFoundError: if it cannot be had from the Hub.
@@ -232,16 +234,18 @@ def fetch(file: str | Path) -> Path:
     if not str(file).startswith("hf://"):
         return Path(file)
     owner, name, inner = [*str(file).removeprefix("hf://").split("/", 2), "", ""][:3]
+    name, _, revision = name.partition("@")
     if not (owner and name and inner):
         raise ValueError(f"{file} must be hf://OWNER/NAME/FILE, like hf://FoundationVision/var/var_d16.pth")
     from huggingface_hub import hf_hub_download, logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what goes wrong is said once, here
+    download = partial(hf_hub_download, f"{owner}/{name}", revision=revision or None)
     try:
-        path = Path(hf_hub_download(f"{owner}/{name}", inner))
+        path = Path(download(filename=inner))
         for shard in shard_names(path) if inner.endswith(".index.json") else ():
-            hf_hub_download(f"{owner}/{name}", (PurePosixPath(inner).parent / shard).as_posix())
+            download(filename=(PurePosixPath(inner).parent / shard).as_posix())
         return path
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{file} could not be had from the Hub: {str(error).splitlines()[0]}") from None

@@ -467,18 +467,25 @@ def test_hub_repositories_load_by_id(monkeypatch: pytest.MonkeyPatch, files: dic
 
     asked = []
 
-    def download(repo: str, name: str) -> str:
-        asked.append((repo, name))
-        return str(files[Path(name).stem])
+    def download(repo: str, filename: str, revision: str | None) -> str:
+        asked.append((repo, filename, revision))
+        return str(files[Path(filename).stem])
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    official = {"vae": "hf://owner/name/vae.pth", "transformer": "hf://owner/name/sub/var.pth"}
+    official = {"vae": "hf://owner/name@v1/vae.pth", "transformer": "hf://owner/name/sub/var.pth"}
     models = load_official(**official)
-    assert asked == [("owner/name", "sub/var.pth"), ("owner/name", "vae.pth")]
+    assert asked == [("owner/name", "sub/var.pth", None), ("owner/name", "vae.pth", "v1")]
     convert(tmp_path / "ours", family="var", **official)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path / "ours"))
+    given = {"owner/converted": None, "owner/other": "main"}
+
+    def snapshot(repo: str, *, revision: str | None = None, **_) -> str:
+        assert revision == given[repo]
+        return str(tmp_path / "ours")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     for pipeline in (
         load_pipeline("owner/converted", device="cpu"),
+        load_pipeline("owner/other@main", device="cpu"),
         NextScalePipeline.from_pretrained("owner/converted"),
     ):
         assert same(pipeline.transformer.state_dict(), models["transformer"].state_dict())
@@ -491,7 +498,12 @@ def test_all_shards_come_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path:
     index = tmp_path / "sub/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}))
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name: str(asked.append(name) or tmp_path / name))
+
+    def download(repo: str, filename: str, revision: str | None) -> str:
+        asked.append(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert fetch("hf://owner/name/sub/model.safetensors.index.json") == index
     assert asked == ["sub/model.safetensors.index.json", "sub/1.safetensors", "sub/2.safetensors"]
 
@@ -525,9 +537,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     import huggingface_hub
     from huggingface_hub.utils import logging
 
-    def unreachable(repo: str, name: str) -> str:
+    def unreachable(repo: str, filename: str, revision: str | None) -> str:
         logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
-        raise OSError(f"no connection for {repo} {name}\nand more")
+        raise OSError(f"no connection for {repo} {filename}\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     where = "hf://FoundationVision/var/var_d16.pth"
