@@ -170,7 +170,7 @@ def test_figures_compare_round_by_round():
 @pytest.mark.parametrize("D", [1920, 1024, 512])
 def test_products_of_few_rows_are_cut_without_a_rest(D):
     shapes = list(few_rows.shapes_of(D, [1, 4, 9, 16, 25, 36, 64, 100]))
-    assert {M for _, M, _, _ in shapes} == {2, 8, 18, 32, 50, 72, 128} and len(shapes) == 28
+    assert {M for _, M, _, _ in shapes} == {8, 32, 50, 128} and len(shapes) == 16  # the longest of each power of two
     for _, M, N, K in shapes:
         tiles = few_rows.candidates(M, N, K, 132)
         assert len(tiles) == len(set(tiles)) and 1 <= len(tiles) <= 40
