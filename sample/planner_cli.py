@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     latency = read_time(args.latency) if args.latency is not None else None
     if args.out is not None and args.out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {args.out}")
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch must be 1 or more, got {args.batch}")
+    for name, least in (("batch", 1), ("repeats", 1), ("measured", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     prompts, _ = read_prompts(args)
 
     from sample.load import load_pipeline

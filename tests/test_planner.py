@@ -134,3 +134,10 @@ def test_the_command(class_folder, tmp_path, capsys):
     assert "chosen: --plan var --cache 100% --batch-size 2" in out and (tmp_path / "plan.png").stat().st_size > 1000
     assert nextscale.main([*argv, "--memory", "1MiB"]) == 2
     assert "too little" in capsys.readouterr().err
+    for words, message in (
+        (["--repeats", "0"], "--repeats must be 1 or more, got 0"),
+        (["--measured", "-1"], "--measured must be 0 or more, got -1"),
+        (["--batch", "0"], "--batch must be 1 or more, got 0"),
+    ):
+        assert nextscale.main([*argv, *words]) == 2
+        assert message in capsys.readouterr().err
