@@ -349,6 +349,27 @@ def test_a_ladder_of_too_few_sizes_is_refused_before_it_trains(tmp_path, monkeyp
     path.write_text(yaml.dump(content))
     assert nextscale.main(["scaling", "--config", str(path), *more]) == 2
     assert "models must be of 4 sizes or more to fit a law, got 3" in capsys.readouterr().err
+    content["models"].append({"depth": 7, "width": 64})
+    path.write_text(yaml.dump(content))
+    assert nextscale.main(["scaling", "--config", str(path), *more]) == 2
+    assert "base.yaml does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": [3]}, "models must be like {depth: 4, width: 128}, got 3"),
+        ({"models": {"depth": 4}}, "models must be a list of sizes, got {'depth': 4}"),
+        ({"models": [{"depth": 4, "width": 64, "seeds": 2}]}, "seeds of a model must be a list of numbers, got 2"),
+        ({"launch": 3}, "launch must be a command, got 3"),
+        ({"flags": ["run.keep"]}, "flags must be options, got ['run.keep']"),
+    ],
+)
+def test_entries_of_another_kind_are_named(tmp_path, capsys, change, said):
+    path = toy_ladder(tmp_path)
+    path.write_text(yaml.dump({**yaml.safe_load(path.read_text()), **change}))
+    assert nextscale.main(["scaling", "--config", str(path), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ class Ladder:
             raise ValueError(
                 f"--config {path} must hold base, folder, models, maybe launch, flags, per_tag, evaluate: {wrong[0]}"
             )
+        check_kinds(path, content)
         rungs = []
         for model in content["models"]:
             seeds = model.get("seeds", [0])
@@ -97,8 +98,8 @@ class Ladder:
             content.get("evaluate", {}),
         )
 
-    def check_sizes(self) -> None:
-        """Raise ValueError if the ladder has too few sizes for a law, before hours of training."""
+    def check_trainable(self) -> None:
+        """Before hours of training: raise ValueError if there are too few sizes for a law, or no base."""
         from evaluation.scaling import LEAST
 
         sizes = {
@@ -107,6 +108,8 @@ class Ladder:
         }
         if len(sizes) < LEAST:
             raise ValueError(f"models must be of {LEAST} sizes or more to fit a law, got {len(sizes)}")
+        if not self.base.is_file():
+            raise ValueError(f"base must be a configuration of train.train_var, and {self.base} does not exist")
 
     def run_folder(self, rung: Rung) -> Path:
         """Where a run goes."""
@@ -143,6 +146,24 @@ class Ladder:
             _check_made(run / "done", self.training_words(rung))
             if self.per_tag and (run / "evaluation.json").exists():
                 _check_made(run / "evaluated", self.evaluation_words(rung))
+
+
+def check_kinds(path: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError, naming it, if an entry of a ladder is not of its kind."""
+    kinds = {"base": (str, "a file"), "folder": (str, "a folder"), "launch": (str, "a command")}
+    kinds |= {"flags": (dict, "options"), "models": (list, "a list of sizes"), "evaluate": (dict, "options")}
+    kinds |= {"per_tag": (int, "a number")}
+    for name, (kind, words) in kinds.items():
+        if name in content and not isinstance(content[name], kind):
+            raise ValueError(f"--config {path}: {name} must be {words}, got {content[name]!r}")
+    for model in content["models"]:
+        if not isinstance(model, dict) or not all(isinstance(model.get(name), int) for name in ("depth", "width")):
+            raise ValueError(f"--config {path}: models must be like {{depth: 4, width: 128}}, got {model!r}")
+        seeds, flags = model.get("seeds", [0]), model.get("flags", {})
+        if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError(f"--config {path}: seeds of a model must be a list of numbers, got {seeds!r}")
+        if not isinstance(flags, dict):
+            raise ValueError(f"--config {path}: flags of a model must be options, got {flags!r}")
 
 
 def check_names(path: Path, rungs: Sequence[Rung]) -> None:
@@ -204,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         ladder.check_finished()
     if not args.fit_only:
-        ladder.check_sizes()
+        ladder.check_trainable()
     if args.dry_run:
         return show(ladder)
     if not args.fit_only and (code := climb_all(ladder, args.jobs)):
