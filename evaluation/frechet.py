@@ -17,6 +17,7 @@ from torch import nn
 
 from evaluation.intervals import Z95, bootstrap_interval
 
+FIRST_ORDER = 3  # images a feature from which the first-order interval is nearer to the truth than resampling
 FEW = 2000  # below this many images a Frechet distance is mostly its own bias
 
 
@@ -81,9 +82,9 @@ def frechet_interval(
 ) -> list[float]:
     """95 % interval [low, high] around a Frechet distance to a fixed reference: what another sample might give.
 
-    From `frechet_influence` where there are ten images or more a feature, else `bootstrap_interval`.
+    From `frechet_influence` from `FIRST_ORDER` images a feature on, else `bootstrap_interval`, which is too wide there.
     """
-    if len(features_ND) >= 10 * features_ND.shape[1]:
+    if len(features_ND) >= FIRST_ORDER * features_ND.shape[1]:
         half = Z95 * float(frechet_influence(features_ND, reference).std()) / len(features_ND) ** 0.5
         return [max(value - half, 0.0), value + half]
     return bootstrap_interval(
@@ -101,9 +102,9 @@ def paired_frechet_interval(
     """95 % interval [low, high] around the Frechet distance of images and what was made of each of them.
 
     Row i of both sides is of one image, so nearly all of what sampling does to one side it does to the other. From the
-    sum of both sides' influences where there are ten images or more a feature, else by resampling pairs.
+    sum of both sides' influences from `FIRST_ORDER` images a feature on, else by resampling pairs.
     """
-    if len(made_ND) >= 10 * made_ND.shape[1]:
+    if len(made_ND) >= FIRST_ORDER * made_ND.shape[1]:
         moved_N = frechet_influence(made_ND, moments(real_ND)) + frechet_influence(real_ND, moments(made_ND))
         half = Z95 * float(moved_N.std()) / len(made_ND) ** 0.5
         return [max(value - half, 0.0), value + half]
@@ -177,8 +178,8 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): the polynomial-kernel MMD^2 averaged over random subsets.
 
     Returns (value, 95 % interval, subset size used: at most half of the smaller set). The interval scales the spread
-    over subsets, which are drawn without replacement, to all images: +-1.96 std sqrt(f / (1 - f)) with f = subset size
-    / images. Raises ValueError on fewer than 4 images.
+    over subsets, which are drawn without replacement, to all images, and adds that of a mean over so many subsets:
+    +-1.96 std sqrt(f / (1 - f) + 1 / subsets) with f = subset size / images. Raises ValueError on fewer than 4 images.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -192,5 +193,5 @@ def kernel_distance(
         metric.update(reference_ND, real=True)
         metric.update(features_ND, real=False)
         mean, spread = metric.compute()
-    half = Z95 * float(spread) * (size / (fewest - size)) ** 0.5
+    half = Z95 * float(spread) * (size / (fewest - size) + 1 / subsets) ** 0.5
     return float(mean), [float(mean) - half, float(mean) + half], size

@@ -3,7 +3,7 @@
 A point is one checkpoint of one run, a row of a CSV: `run`, `parameters` (of the transformer), `images` (seen in
 training), `final` (1: the end of its run, 0: on the way), and some figures: `loss`, `loss_last` (nats a token, over all
 scales and over the last one), `error`, `error_last` (share of wrong tokens), `fd_scenes`, `is_scenes`, `score_error`
-(1 - scenes score); maybe `compute` (FLOPs of training, else 6 x parameters x tokens) and `seed`.
+(1 - scenes score); maybe `compute` (FLOPs of training) and `seed`.
 """
 
 import csv

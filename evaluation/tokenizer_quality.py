@@ -78,7 +78,11 @@ def pixel_quality(originals: np.ndarray, rebuilt: np.ndarray) -> tuple[np.ndarra
 
 
 def usage(hits_KV: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
-    """Shares of the codebook in use, from hit counts (K, V): per scale by VAR's threshold, and used at least once."""
+    """Shares of the codebook in use, from hit counts (K, V): per scale by a threshold, and used at least once.
+
+    A code is in use from 0.08 of an equal split of its scale's hits. VAR's own figure splits those of the finest scale
+    at all scales, and is lower at the coarser ones.
+    """
     fair_K1 = hits_KV.sum(1, keepdim=True) / hits_KV.shape[1]
     shares: dict[str, float] = {}
     for name, used_KV in (("usage", hits_KV >= USED_SHARE * fair_K1), ("used_once", hits_KV > 0)):
@@ -91,7 +95,7 @@ def usage(hits_KV: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
 def bit_usage(ones_Kn: torch.Tensor, scales: Sequence[str]) -> dict[str, float]:
     """The same of bitwise tokens, which have no codebook, from the share of ones of every bit, (K, n) in [0, 1].
 
-    A bit is in use if both its values come, by VAR's threshold: each in 4 % of the tokens or more. Beside it the bits'
+    A bit is in use if both its values come, each in 4 % of the tokens or more. Beside it the bits'
     mean entropy, 1 where both values come alike.
     """
     rarer_Kn = torch.minimum(ones_Kn, 1 - ones_Kn)

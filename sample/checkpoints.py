@@ -228,7 +228,7 @@ def _read_pickle(path: Path) -> object:
             raise ValueError(
                 f"{path} is a pickle that would run or build {foreign[0]}; only plain tensors are read"
             ) from None
-        if "Unsupported operand" in str(error):
+        if "Unsupported operand" in str(error) and path.read_bytes()[:2] in (b"PK", b"\x80\x04", b"\x80\x05"):
             raise ValueError(
                 f"{path} has a newer pickle protocol than torch reads: save it with torch.save's"
             ) from None

@@ -106,7 +106,7 @@ def parse_classes(text: str, num_classes: int, own: Sequence[str] | None = None)
             first, last = int(numbers[1]), int(numbers[2] or numbers[1])
             if last < first:
                 raise ValueError(f"classes must be given as FIRST-LAST, got {part!r}")
-            classes += range(first, last + 1)
+            classes += range(first, last + 1) if last <= num_classes else [last]  # which is refused, without the rest
         elif _normal(part) in NULL:
             classes.append(num_classes)
         elif names is not None and re.search("[^\\W\\d]", part):

@@ -251,21 +251,25 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
     from sample.files import read_text
 
     text = read_text("--prompts", args.prompts)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)  # not at what else Unicode takes for the end of a line
+    lines = {number: line.strip() for number, line in numbered if line.strip()}
     if not lines:
         raise ValueError(f"--prompts {args.prompts} holds no line")
-    if _is_list(text):
+    if _is(list, text):
         raise ValueError(f"--prompts {args.prompts} is a list in JSON: give one text, or one JSON object, a line")
-    if not lines[0].startswith("{"):
-        return lines, None
-    metadata = [_metadata(args.prompts, number, line) for number, line in enumerate(lines, 1)]
-    return [entry["prompt"] for entry in metadata], metadata
+    if next(iter(lines.values())).startswith("{"):
+        metadata = [_metadata(args.prompts, number, line) for number, line in lines.items()]
+        return [entry["prompt"] for entry in metadata], metadata
+    for number, line in lines.items():
+        if _is(dict, line):
+            raise ValueError(f"--prompts {args.prompts} line {number} is a JSON object, and the first line is a text")
+    return list(lines.values()), None
 
 
-def _is_list(text: str) -> bool:
-    """Whether a text is a list in JSON."""
+def _is(kind: type, text: str) -> bool:
+    """Whether a text is a list, or an object (dict), in JSON."""
     try:
-        return isinstance(json.loads(text), list)
+        return isinstance(json.loads(text), kind)
     except json.JSONDecodeError:
         return False
 

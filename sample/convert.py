@@ -86,13 +86,14 @@ def convert_back(
         chunks: of Infinity: chunks the blocks are in (8 in 2B and 8B, 4 in the others).
 
     Raises:
-        FileNotFoundError: if `model` is not a folder of ours.
+        FileNotFoundError: if there is no such model.
         ValueError: if the official code has no such model; or `out` exists and `overwrite` is not set.
     """
-    if not Path(model).is_dir():
+    from sample.load import BUNDLED, model_folder
+
+    if str(model) != BUNDLED and not Path(model).is_dir():
         raise FileNotFoundError(f"model {model} is no folder")
-    latest, written = Path(model) / "latest", []
-    model = latest if (latest / "transformer").is_dir() else Path(model)
+    model, written = model_folder(model), []
     with finished_folder(out, overwrite=overwrite, reads=[model]) as folder:
         bitwise = family == "infinity"
         networks = (adapters.BSQ, adapters.INFINITY) if bitwise else (adapters.VQVAE, adapters.VAR)

@@ -141,7 +141,9 @@ def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | 
         ValueError: if the model reads the other of the two, or a text model is given none.
     """
     if not pipeline.by_class:
-        if args.prompt is None or args.label is not None:
+        if args.label is not None:
+            raise ValueError("--class is for class models, and this model reads texts: leave it out")
+        if args.prompt is None:
             raise ValueError('this model reads texts: say what the whole picture is to show, e.g. "a red star"')
         return args.prompt
     if args.prompt is not None:

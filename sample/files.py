@@ -46,8 +46,28 @@ def atomically(path: Path, write: Callable[[Path], Any], *, durable: bool = Fals
         if durable:
             flush(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk says not where
     finally:
         partial.unlink(missing_ok=True)
+
+
+def claim(path: Path, text: str) -> None:
+    """Write a text file, atomically, unless there is one: of several processes that begin at once, one writes it."""
+    if path.exists():
+        return
+    whole = path.with_name(f".claim-{os.getpid()}-{path.name}")
+    write_text(whole, text)
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

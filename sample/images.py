@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from sample.draw import check_seeds
-from sample.files import atomically, read_png_text, write_png, write_text
+from sample.files import atomically, claim, read_png_text, write_png, write_text
 from sample.state import GenerationState, Hook
 
 if TYPE_CHECKING:
@@ -377,9 +377,9 @@ class Job:
         return there
 
     def save(self) -> None:
-        """Write the file unless it is there."""
-        if not self.path.exists():
-            write_text(self.path, json.dumps(self.settings, indent=2) + "\n")
+        """Write the file unless it is there. Raises ValueError, as `check`, if another job came first meanwhile."""
+        claim(self.path, json.dumps(self.settings, indent=2) + "\n")
+        self.check()
 
 
 def requests_digest(requests: Sequence[Request]) -> str:

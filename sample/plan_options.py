@@ -51,6 +51,9 @@ def block_list(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+block_list.__name__ = "list of blocks, as -2 or -5,-1,"  # argparse says: invalid ... value
+
+
 def number_or_text(text: str) -> float | str:
     """A number where it is one: a share, or a ratio."""
     try:
@@ -99,6 +102,8 @@ def call_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`how_options` as the pipeline's call names them; without the refiner, which is loaded with the model."""
     how = how_options(args)
     how.pop("refiner", None)
+    if isinstance(how.get("guidance"), list) and getattr(args, "guidance_ramp", None) is not None:
+        raise ValueError(f"--guidance-ramp {args.guidance_ramp} is for one --guidance, which here is given by scale")
     if "guidance" in how:
         how["guidance_scale"] = how.pop("guidance")
     return how

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def scale_list(text: str) -> tuple[int, ...]:
-    """An argument type: scales after commas."""
+    """An argument type: scales after commas. Raises ArgumentTypeError if they are none."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be scales like 3,4, got {text!r}")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -137,6 +140,8 @@ def make_search(
         candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
     search = Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
     check_idle(args, candidates, steps)
+    if max(search.also_score, default=0) >= num_scales:
+        raise ValueError(f"--also-score must be scales of 0 to {num_scales - 1}, got {max(search.also_score)}")
     return search
 
 
@@ -148,7 +153,11 @@ def check_idle(args: argparse.Namespace, candidates: int, steps: Sequence[Step])
         return
     hows = {step.how for step in steps}
     acts = {"features": "cluster", "pooling": "cluster", "potential": "resample", "sharpness": "resample"}
+    acts |= {"also_score": "resample"}
     for name, how in (acts | {"draw": "resample"}).items():
         value = getattr(args, name)
         if value is not None and how not in hows:
-            raise ValueError(f"--{name} {value} is for steps that {how}, and --search {args.search} has none")
+            option = f"--{name.replace('_', '-')} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+            raise ValueError(f"{option} is for steps that {how}, and --search {args.search} has none")
+    if args.also_score is not None and (args.potential or "value") == "value":
+        raise ValueError("--also-score is for potentials of several scores: give --potential max, sum or difference")

@@ -118,11 +118,24 @@ def test_extrapolation_takes_the_bias_out():
     biased = [frechet_distance(moments(features(200, seed=s)), reference) for s in range(10, 22)]
     found = [frechet_infinity(features(200, seed=s), reference) for s in range(10, 22)]
     assert abs(np.mean([f.value for f in found])) < 0.25 * np.mean(biased)
-    assert found[0].counts[0] == 20 and found[0].counts[-1] == 200 and found[0].ci95[0] <= found[0].value
-    far = [frechet_infinity(features(60, seed=s), reference).ci95 for s in range(40)]
-    assert all(0 <= low <= high for low, high in far)
-    with pytest.raises(ValueError, match="50 images and 3 points"):
-        frechet_infinity(features(20), reference)
+    assert found[0].counts[0] == 20 and found[0].counts[-1] == 200
+    assert frechet_infinity(features(60), reference).counts[0] == 20  # 2.5 a feature
+    apart = moments(features(20000, seed=1, shift=0.5))  # 8 x 0.5^2 from the others
+    far = [frechet_infinity(features(120, seed=s), apart) for s in range(60)]
+    assert all(one.ci95[0] <= one.value <= one.ci95[1] for one in (*found, *far))
+    assert np.mean([one.ci95[0] <= 2 <= one.ci95[1] for one in far]) > 0.85
+    with pytest.raises(ValueError, match="needs 50 images and 3 points"):
+        frechet_infinity(features(40), reference)
+    with pytest.raises(ValueError, match="needs 320 images and 3 points"):
+        frechet_infinity(features(300, 64), moments(features(500, 64, seed=1)))
+
+
+def test_the_interval_of_few_images_is_as_wide_as_fresh_sets_are_apart():
+    """Four images a feature; resampling says nearly twice that."""
+    reference, sets = moments(features(20000, 32, seed=1)), [features(128, 32, seed=s, shift=0.2) for s in range(2, 42)]
+    values = [frechet_distance(moments(one), reference) for one in sets]
+    halves = [(high - low) / 2 for low, high in (frechet_interval(s, reference, 1e3, resamples=0) for s in sets)]
+    assert np.mean(halves) / 1.96 == pytest.approx(np.std(values, ddof=1), rel=0.6)
 
 
 def test_common_seeds_show_a_difference_that_separate_ones_hide():

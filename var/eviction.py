@@ -20,7 +20,7 @@ Budgets = Sequence[Sequence[int]]
 
 
 def history_share(fraction: float, schedule: ScaleSchedule) -> int:
-    """Tokens a layer may hold at `fraction` of everything the last scale could read (ScaleKV's "10 %" of 6425 is 643).
+    """Tokens a layer may hold at `fraction` of everything the last scale could read (ScaleKV's "10 %" of 6425 is 642).
 
     Raises:
         ValueError: if the fraction is not in (0, 1], or so small that not one token is left.
