@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student_t
+from tqdm import trange
 
 from evaluation.intervals import Z95
 
@@ -111,7 +112,7 @@ def bootstrap_law(
     residuals = np.log(ys) - np.log(law(xs))
     residuals = (residuals - residuals.mean()) * np.sqrt(len(xs) / max(len(xs) - PARAMETERS[form], 1))
     rng, drawn = np.random.default_rng(seed), []
-    for _ in range(resamples):
+    for _ in trange(resamples, desc=f"resampling the {form} law", leave=False, disable=None):
         made = FITS[form](xs, law(xs) * np.exp(rng.choice(residuals, len(xs))))
         drawn.append((made.scale, made.exponent, made.floor))  # an infinite scale is still in its order
     low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0, method="nearest")

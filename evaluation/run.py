@@ -286,7 +286,9 @@ class Generation:
         tags = [request.metadata["tag"] for request in self.requests] if self.judged else None
         if not self.judged:
             classes = suite.classes or self.pipeline.transformer.config.num_classes
-            lines += guards.count_cautions(labels, classes, suite.per_class)
+            lines += guards.count_cautions(
+                labels, classes, suite.per_class if suite.classes else self.settings["per_class"]
+            )
         return [*lines, *guards.seed_cautions(seeds), *self.measure.cautions(len(labels), tags)]
 
     def reduce(self, processes: int) -> None:

@@ -9,7 +9,7 @@ scales and over the last one), `error`, `error_last` (share of wrong tokens), `f
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,8 @@ def _point(row: Mapping[str, str], place: str) -> Point:
                 point[name] = float(cell)
             except ValueError:
                 raise ValueError(f"csv {place}: {name} must be a number, got {cell!r}") from None
+            if not 0 <= point[name] < inf:
+                raise ValueError(f"csv {place}: {name} must be a finite number, 0 or more, got {cell}")
     missing = [name for name in NEEDED if name not in point]
     if missing:
         raise ValueError(f"csv {place} has no {', '.join(missing)}")

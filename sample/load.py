@@ -110,12 +110,21 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> Mult
     Raises:
         FileNotFoundError: naming the path, if there is none.
     """
+    vqvae = MultiScaleVQ.from_pretrained(part_folder("tokenizer", path, "vqvae"))
+    return vqvae.requires_grad_(False).eval().to(resolve_device(device))
+
+
+def part_folder(name: str, path: str | Path, part: str) -> Path:
+    """The folder of a `part` of a pipeline: "scenes" (the bundled one's), the part's own, or a pipeline's or a run's.
+
+    Raises:
+        FileNotFoundError: if there is none, naming the path after `name`, what it is to the user.
+    """
     path = model_folder(path) if str(path) == BUNDLED else Path(path)
-    for folder in (path, path / "vqvae", path / "latest" / "vqvae"):
+    for folder in (path, path / part, path / "latest" / part):
         if (folder / "config.json").is_file():
-            vqvae = MultiScaleVQ.from_pretrained(folder.resolve())
-            return vqvae.requires_grad_(False).eval().to(resolve_device(device))
-    raise FileNotFoundError(f"tokenizer {path} has no config.json, nor a vqvae folder with one")
+            return folder.resolve()  # a run's link may move on while we load
+    raise FileNotFoundError(f"{name} {path} has no config.json, nor a {part} folder with one")
 
 
 def check_whole(component: torch.nn.Module, model: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import io
 import json
 import os
@@ -19,8 +20,8 @@ from training_toys import in_processes
 import nextscale
 from sample import images
 from sample.cli import tell_unread, tell_untrained
-from sample.files import write_png
-from sample.images import NpzFile, file_stem, grid, make_requests
+from sample.files import atomically, write_png
+from sample.images import Job, NpzFile, file_stem, grid, make_requests
 from sample.plan_text import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -314,6 +315,37 @@ def test_prompts_may_be_piped(sample, tmp_path, monkeypatch):
     assert sample("--prompts", tmp_path / "photo.txt", "--out", tmp_path / "d")[0] == 0
     (tmp_path / "list.json").write_text('["a star", "a ring"]')
     assert "is a list in JSON: give one text" in sample("--prompts", tmp_path / "list.json", "--out", tmp_path / "c")[2]
+
+
+def test_lines_of_prompts_end_at_newlines_and_are_of_one_kind(sample, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red\u2028star\r\na ring\x85\f now\n", newline="")
+    assert sample("--prompts", prompts, "--out", tmp_path / "a")[0] == 0
+    assert len(list((tmp_path / "a").rglob("samples/0000.png"))) == 2
+    prompts.write_text('a star\n\n{"prompt": "a ring"}\n')
+    assert "line 3 is a JSON object, and the first line is a text" in sample("--prompts", prompts)[2]
+    prompts.write_text('\n{"prompt": "a ring", "note": "x\u2028y"}\na star\n')
+    assert "line 3 is not a JSON object with a prompt" in sample("--prompts", prompts)[2]
+
+
+def test_two_jobs_that_begin_at_once_do_not_mix(tmp_path):
+    """Both looked when nothing was there; the second finds the first one's file when it would write its own."""
+    first, second = (Job(tmp_path / "new" / "settings.json", {"guidance": g}) for g in (0.0, 3.0))
+    first.check()
+    second.check()
+    first.save()
+    with pytest.raises(ValueError, match=r"is of images with guidance 0.0, not 3.0: choose another --out"):
+        second.save()
+    first.save()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["settings.json"]
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path):
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*picture\.png"):
+        atomically(tmp_path / "picture.png", full)
 
 
 def test_mistakes_of_the_front_door(capsys):

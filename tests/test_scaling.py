@@ -1,5 +1,6 @@
 """Scaling laws: the fits recover what is known, VAR's published laws among it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -418,3 +419,25 @@ def test_a_toy_ladder_is_trained_and_fitted(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "s.json").read_text())
     assert content["n"] == 4 and content["settings"]["points"] == 8
     assert nextscale.main([*words, "--fit-only"]) == 0
+
+
+def test_the_size_of_a_class_model_is_that_of_its_data(tmp_path):
+    """Of the cache's classes; the tokenizer may be named by its run."""
+    from tokenizer.model import MultiScaleVQ
+    from train.scaling import rung_size
+    from var.transformer import NextScaleTransformer
+
+    shape = {"channels": [8, 8], "layers_per_block": 1, "attention": False, "norm_groups": 4}
+    tokens = {"latent_channels": 4, "vocab_size": 16, "schedule": "1,2,4"}
+    MultiScaleVQ(**shape, **tokens).save_pretrained(tmp_path / "run" / "latest" / "vqvae")
+    (tmp_path / "cache" / "train").mkdir(parents=True)
+    (tmp_path / "cache" / "train" / "manifest.json").write_text('{"num_classes": 5}')
+    ladder = Ladder.read(toy_ladder(tmp_path))
+    base = {
+        "tokens": {"tokenizer": str(tmp_path / "run"), "cache": str(tmp_path / "cache")},
+        "transformer": {"heads": 1},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.dump(base))
+    ladder = dataclasses.replace(ladder, base=tmp_path / "base.yaml")
+    made = NextScaleTransformer(depth=4, width=64, heads=2, num_classes=5, **tokens)
+    assert rung_size(ladder, ladder.rungs[0]) == sum(p.numel() for p in made.parameters())

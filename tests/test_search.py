@@ -511,6 +511,9 @@ def test_the_family_tree_shows_every_candidate(run):
         (["best", "--pooling", "pool"], "--pooling pool is for steps that cluster"),
         (["best", "--sharpness", "3"], "--sharpness 3.0 is for steps that resample"),
         (["best", "--draw", "systematic"], "--draw systematic is for steps that resample"),
+        (["best", "--also-score", "1"], "--also-score 1 is for steps that resample"),
+        (["4 resample@1:2 best", "--also-score", "1"], "--also-score is for potentials of several scores"),
+        (["4 resample@1:2 best", "--also-score", "9", "--potential", "max"], "must be scales of 0 to 2, got 9"),
     ],
 )
 def test_options_that_do_nothing_are_named(class_folder, tmp_path, monkeypatch, capsys, words, said):
@@ -518,7 +521,7 @@ def test_options_that_do_nothing_are_named(class_folder, tmp_path, monkeypatch, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sample.reward_names.load_reward", lambda name, device: BRIGHT)
-    common = ["sample", "--model", str(class_folder), "--class", "1", "--n", "2", "--reward", "bright"]
+    common = ["sample", "--model", str(class_folder), "--class", "1", "--reward", "bright"]
     assert nextscale.main([*common, "--search", *words]) == 2
     assert said in capsys.readouterr().err
 

@@ -258,6 +258,10 @@ def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):
     assert stage(train_var.main, *small, start, f"--run.run_dir={tmp_path}/on", "--transformer.drop_path=0.3") == 0
     again = NextScaleTransformer.from_pretrained(tmp_path / "on/latest/transformer")
     assert again.config.drop_path == 0.3
+    run = [f"--start_from={tmp_path}/base", f"--run.run_dir={tmp_path}/of-a-run"]
+    assert stage(train_var.main, *small, *run, "--run.total_images=4") == 0
+    assert stage(train_var.main, *small, "--start_from=nowhere", f"--run.run_dir={tmp_path}/no") == 2
+    assert "start_from nowhere has no config.json, nor a transformer folder with one" in capfd.readouterr().err
     written = yaml.safe_load((tmp_path / "on/config.yaml").read_text())["transformer"]
     assert written["width"] == model.config.width and written["drop_path"] == 0.3
     assert stage(train_var.main, *small, start, f"--run.run_dir={tmp_path}/no", "--transformer.depth=7") == 2

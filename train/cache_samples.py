@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": config.seed,
         "latents": False,
         "model_digest": model_digest(config.model),
-        **{name: getattr(config, name) for name in ("candidates", "reward", "enough")},
+        **{name: getattr(config, name) for name in ("candidates", "reward", "enough", "dtype", "fast", "val_cache")},
+        **{f"data.{option}": value for option, value in vars(built.data).items() if option != "cache_dir"},
     }
     check_validation(validation, manifest)
     folder = Path(config.folder) / "train"

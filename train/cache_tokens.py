@@ -113,7 +113,7 @@ def encode_split(
             rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, len(items)))
             if not has_shard(folder, shard):
                 ids, about, latents = encode(accelerator, vqvae, Subset(items, rows), config, done)
-                write_shard(folder, shard, ids, about, latents if config.latents else None)
+                write_shard(folder, shard, ids, about, latents)
             else:
                 done(len(rows))
     accelerator.wait_for_everyone()
@@ -154,18 +154,22 @@ def advance(bar: tqdm, accelerator: Accelerator) -> Callable[[int], None]:
 
 def encode(
     accelerator: Accelerator, vqvae: MultiScaleVQ, items: Dataset, config: CacheConfig, done: Callable[[int], None]
-) -> tuple[np.ndarray, list, np.ndarray]:
-    """Tokens (n, L), {"label", "caption"} rows and latents (n, C, H, W) float16 of items; `done` hears of batches."""
+) -> tuple[np.ndarray, list, np.ndarray | None]:
+    """Tokens (n, L), {"label", "caption"} rows and, if wanted, latents (n, C, H, W) float16 of items.
+
+    `done` hears of batches.
+    """
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
         f_BCHW = vqvae.encode(image.to(vqvae.dtype))
         ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
-        latents.append(f_BCHW.half().cpu().numpy())
+        if config.latents:
+            latents.append(f_BCHW.half().cpu().numpy())
         rows += [{"label": int(a), "caption": b} for a, b in zip(batch["label"], batch["caption"])]
         done(len(ids))
-    return np.concatenate(tokens), rows, np.concatenate(latents)
+    return np.concatenate(tokens), rows, np.concatenate(latents) if latents else None
 
 
 def ready(vqvae: MultiScaleVQ, device: torch.device, config: CacheConfig) -> None:

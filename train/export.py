@@ -29,7 +29,7 @@ class ExportConfig:
         overwrite: replace the pipeline that is in `out`.
         vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
         dtype: float32, bfloat16 or float16.
-        guidance_scale: the model's own guidance; 0 is none.
+        guidance_scale: the model's own guidance; 0 is none. One number, or one a scale.
         top_k: the model's own; 0 is all. One number, or one a scale.
         top_p: the model's own, in (0, 1]. One number, or one a scale.
         temperature: the model's own. One number, or one a scale.
@@ -41,7 +41,7 @@ class ExportConfig:
     overwrite: bool = False
     vqvae: str | None = None
     dtype: str = "bfloat16"
-    guidance_scale: float = 1.5
+    guidance_scale: float | list[float] = 1.5
     top_k: int | list[int] = 0
     top_p: float | list[float] = 1.0
     temperature: float | list[float] = 1.0

@@ -157,7 +157,8 @@ def check_kinds(path: Path, content: dict[str, Any]) -> None:
         if name in content and not isinstance(content[name], kind):
             raise ValueError(f"--config {path}: {name} must be {words}, got {content[name]!r}")
     for model in content["models"]:
-        if not isinstance(model, dict) or not all(isinstance(model.get(name), int) for name in ("depth", "width")):
+        sizes = [model[name] for name in ("depth", "width") if name in model] if isinstance(model, dict) else []
+        if not sizes or not all(isinstance(size, int) for size in sizes):
             raise ValueError(f"--config {path}: models must be like {{depth: 4, width: 128}}, got {model!r}")
         seeds, flags = model.get("seeds", [0]), model.get("flags", {})
         if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
@@ -298,25 +299,37 @@ def show(ladder: Ladder) -> int:
 def rung_size(ladder: Ladder, rung: Rung) -> int:
     """Parameters of a rung's transformer, counted without allocating it.
 
-    Raises FileNotFoundError if the tokenizer is not there yet.
+    Raises FileNotFoundError if the tokenizer, or the cache that says how many classes there are, is not there yet.
     """
     import torch
     import yaml
 
+    from sample.load import part_folder
     from tokenizer.model import MultiScaleVQ
+    from train.text import TextConfig
     from var.transformer import NextScaleTransformer
 
-    base = yaml.safe_load(ladder.base.read_text(encoding="utf-8"))
-    folder = Path(base["tokens"]["tokenizer"])
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"tokens.tokenizer {folder} is not trained yet")
-    config = MultiScaleVQ.load_config(folder)
-    sizes = {name.removeprefix("transformer."): value for name, value in {**ladder.flags, **rung.flags}.items()}
-    sizes = {**base["transformer"], **{name: value for name, value in sizes.items() if "." not in name}}
-    tokens = {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}
-    text = {"text_width": base.get("text", {}).get("d_model", 0)} if sizes.get("conditioning") == "text" else {}
+    given = _flat(yaml.safe_load(ladder.base.read_text(encoding="utf-8"))) | ladder.flags | rung.flags
+    config = MultiScaleVQ.load_config(part_folder("tokens.tokenizer", given["tokens.tokenizer"], "vqvae"))
+    sizes = {name.removeprefix("transformer."): v for name, v in given.items() if name.startswith("transformer.")}
+    sizes |= {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}
+    if sizes.get("conditioning") == "text":
+        sizes["text_width"] = given.get("text.d_model", TextConfig.d_model)
+    elif given.get("tokens.cache") is not None:
+        manifest = Path(given["tokens.cache"]) / "train" / "manifest.json"
+        sizes["num_classes"] = json.loads(manifest.read_text(encoding="utf-8"))["num_classes"]
+    elif given.get("data.num_classes") is not None:
+        sizes["num_classes"] = given["data.num_classes"]
     with torch.device("meta"):
-        return sum(p.numel() for p in NextScaleTransformer(**sizes, **tokens, **text).parameters())
+        return sum(p.numel() for p in NextScaleTransformer(**sizes).parameters())
+
+
+def _flat(options: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Options of options by their names on the command line: transformer.depth."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
 
 
 def climb(ladder: Ladder, rung: Rung) -> int:

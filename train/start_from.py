@@ -95,7 +95,16 @@ def relabelled(
     taken = [places.get(name, len(own_CD) - 1) for name in classes or [None] * count]
     taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
     made.load_state_dict(weights | {VECTORS: own_CD[taken]})
+    kept = [name for name in classes or () if name in places]
+    print(
+        f"new_classes: {count - len(kept)} of {count} begin as the null class, kept {names_of(kept)}", file=sys.stderr
+    )
     return made
+
+
+def names_of(classes: Sequence[str]) -> str:
+    """A few of them."""
+    return ", ".join(classes[:8]) + (" and others" if len(classes) > 8 else "") or "none by its name"
 
 
 def class_names_beside(start_from: str) -> list[str] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sample.load import load_tokenizer
+from sample.load import load_tokenizer, part_folder
 from tokenizer.aspects import STRIDE, aspect_schedule
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
@@ -87,7 +87,9 @@ def parser():
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
     given |= {"sequential_layers", "sequential_scales"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
-    made.add_argument("--start_from", type=str | None, default=None, help="folder of a transformer to fine-tune")
+    made.add_argument(
+        "--start_from", type=str | None, default=None, help="transformer to fine-tune: its folder, or a run or pipeline"
+    )
     classes = "give a class model to fine-tune the data's classes: those of the same name are kept, others begin anew"
     made.add_argument("--new_classes", type=bool, default=False, help=classes)
     made.add_argument("--gate_gain", type=float, default=1e-3, help="initial gain of the residual gates (VAR's alng)")
@@ -139,7 +141,7 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
     if config.code.role == "drafter":
         return DrafterObjective(*common, code=config.code)
     if config.code.role == "refiner":
-        teacher = NextScaleTransformer.from_pretrained(config.code.teacher)
+        teacher = NextScaleTransformer.from_pretrained(part_folder("code.teacher", config.code.teacher, "transformer"))
         return RefinerObjective(*common, code=config.code, teacher=teacher)
     return VarObjective(*common)
 
@@ -246,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if built.new_classes and (built.start_from is None or built.transformer.conditioning != "class"):
         raise ValueError("new_classes=true is for a class model to fine-tune: give start_from")
     if built.start_from is not None:
+        built.start_from = str(part_folder("start_from", built.start_from, "transformer"))
         check_origin(built.start_from, vqvae, None if built.new_classes else classes)
     texts = (
         open_text_source(built.text)
