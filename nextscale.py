@@ -57,6 +57,7 @@ COMMANDS = {
     "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
 }
+PLACES = ("--out", "--model", "--work", "--prompts", "--config", "--reference")  # options that name a file or folder
 
 __all__ = [*NAMES, "main"]
 
@@ -122,6 +123,9 @@ def run_command(argv: list[str]) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     options = Parser(prog=f"nextscale {command}", allow_abbrev=False)
     module.configure(options)
+    for word, value in zip(argv[1:], [*argv[2:], None]):  # an empty path would be the current folder
+        if (value == "" and word in PLACES) or word in [f"{place}=" for place in PLACES]:
+            raise ValueError(f"{word.rstrip('=')} must not be empty")
     return module.run(options.parse_intermixed_args(argv[1:]))
 
 

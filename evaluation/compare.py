@@ -158,6 +158,8 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
         raise ValueError(f"--reference must be an npz with mu and sigma, got {reference}")
     if reference is not None and set(networks_in(paths[0])) <= {"scenes"}:
         sentences.append("caution: the reference is not used: features of the scenes network are compared with renders")
+    if "scenes" in networks_in(paths[0]) and _settings(a).get("suite", "scenes") != "scenes":
+        sentences.append("caution: fd_scenes here is the distance to drawn scenes, whatever the runs were measured by")
     for network in sorted(set(networks_in(paths[0])) & set(networks_in(paths[1]))):
         real = scene_reference() if network == "scenes" else statistics
         if real is None:

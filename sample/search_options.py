@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sample.processes import speaks
 from sample.search_steps import METHODS, Step
 
 if TYPE_CHECKING:
@@ -149,6 +151,12 @@ def check_idle(args: argparse.Namespace, candidates: int, steps: Sequence[Step])
     """Raise ValueError if an option of the search could do nothing in it."""
     if args.enough is not None and (args.rounds or 1) == 1:
         raise ValueError(f"--enough {args.enough:g} ends the --rounds, and there is one: give --rounds 4, say")
+    if candidates == 1 and (args.rounds or 1) == 1 and args.search in METHODS and speaks():
+        print(
+            f"nextscale: caution: --search {args.search} with one candidate is drawn as without a search; the paper's "
+            "N = 1 begins with eight: --budget 2, say",
+            file=sys.stderr,
+        )
     if candidates == 1:
         return
     hows = {step.how for step in steps}

@@ -351,6 +351,9 @@ def test_a_full_disk_is_told_with_its_place(tmp_path):
 def test_mistakes_of_the_front_door(capsys):
     assert nextscale.main(["smaple"]) == 2
     assert "invalid choice: 'smaple'" in capsys.readouterr().err
+    for words in (["--out", ""], ["--out="]):
+        assert nextscale.main(["sample", "a star", *words]) == 2
+        assert "--out must not be empty" in capsys.readouterr().err
     assert nextscale.main([]) == 0
     assert "nextscale COMMAND --help" in capsys.readouterr().out
     with pytest.raises(AttributeError, match="has no attribute 'plane'"):
