@@ -166,10 +166,11 @@ def read_suite(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"suite {path} is not a file")
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    numbered = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)  # universal newlines, and no others
+    lines = {number: line.strip() for number, line in numbered if line.strip()}
     if not lines:
         raise ValueError(f"suite {path} holds no prompt")
-    return [_read_line(path, number, line.strip()) for number, line in enumerate(lines, 1)]
+    return [_read_line(path, number, line) for number, line in lines.items()]
 
 
 def _read_line(path: Path, number: int, line: str) -> dict:
@@ -202,7 +203,7 @@ def read_results(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"results {path} is not a file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

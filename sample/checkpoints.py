@@ -192,8 +192,7 @@ def _refuse_pointers(path: Path) -> None:
         raise FileNotFoundError(f"no such file: {path}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a weight file is needed")
-    with open(path, "rb") as file:
-        start = file.read(64)
+    start = _start(path, 64)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` first")
     if not start:
@@ -202,9 +201,13 @@ def _refuse_pointers(path: Path) -> None:
         raise ValueError(f"{path} is a web page, not weights: the download failed")
 
 
-def _is_safetensors(path: Path) -> bool:
+def _start(path: Path, count: int) -> bytes:
     with open(path, "rb") as file:
-        start = file.read(9)
+        return file.read(count)
+
+
+def _is_safetensors(path: Path) -> bool:
+    start = _start(path, 9)
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
 
 
@@ -228,7 +231,7 @@ def _read_pickle(path: Path) -> object:
             raise ValueError(
                 f"{path} is a pickle that would run or build {foreign[0]}; only plain tensors are read"
             ) from None
-        if "Unsupported operand" in str(error) and path.read_bytes()[:2] in (b"PK", b"\x80\x04", b"\x80\x05"):
+        if "Unsupported operand" in str(error) and _start(path, 2) in (b"PK", b"\x80\x04", b"\x80\x05"):
             raise ValueError(
                 f"{path} has a newer pickle protocol than torch reads: save it with torch.save's"
             ) from None
