@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
 ONLY = {  # options that mean something to some of the conversions alone
     "vae": {"from var", "from code", "from infinity"},
@@ -104,8 +105,11 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _need(args: argparse.Namespace, option: str, *names: str) -> None:
     for name in names:
-        if getattr(args, name) is None:
+        value = getattr(args, name)
+        if value is None:
             raise ValueError(f"{option} needs --{name}")
+        if name != "model" and not str(value).startswith("hf://") and not Path(value).exists():
+            raise FileNotFoundError(f"--{name} {value} does not exist")
 
 
 def _described(config: dict) -> str:

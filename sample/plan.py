@@ -213,7 +213,8 @@ def _check_stage(stage: Stage, first: Stage) -> None:
             raise ValueError(f"layers must be some of 0..{depth - 1}, got {sorted(stage.layers)}")
     trained, asked = stage.model.config.sequential_scales, stage.sequential
     if asked is not None and (asked < 0 or stage.scales.start < asked > trained):
-        raise ValueError(f"sequential must be in 0..{trained} scales of this model, got {asked}")
+        allowed = f"0..{trained} scales of this model" if trained else "0, as this model has no head for it"
+        raise ValueError(f"sequential must be {'in ' if trained else ''}{allowed}, got {asked}")
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale

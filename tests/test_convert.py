@@ -440,7 +440,7 @@ def test_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
         ("--from var --vae vae.pth --transformer var.pth --deep 3", "unrecognized arguments: --deep 3"),
         ("--from var --vae vae.pth --transformer var.pth --phi-ratio half", "invalid float value: 'half'"),
         ("--from var --vae vae.pth --transformer var.pth --depth 16", "depth is given as 16, the transformer has 4"),
-        ("--from var --vae vae.pth --transformer no.pth", "no such file: no.pth"),
+        ("--from var --vae no.pth --transformer no.pth", "--vae no.pth does not exist"),
         ("--from var --vae hf://nobody --transformer var.pth", "hf://nobody must be hf://OWNER/NAME/FILE"),
         ("--from var --vae var.pth --transformer var.pth --out /proc/x", "holds no VAR tokenizer"),
         ("--from var --vae vae.pth --transformer var.pth --out /proc/x", "out /proc/x cannot be made: "),
