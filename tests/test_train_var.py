@@ -19,8 +19,8 @@ from training_toys import curve, in_child
 import nextscale
 from train import cache_text, cache_tokens, export, train_var
 from train.config import exit_code
+from train.new_classes import VECTORS, relabelled
 from train.optimizers import OptimizerConfig
-from train.start_from import VECTORS, relabelled
 from train.var_objective import VarLossConfig, VarObjective
 
 TINY = ["--run.log_every=1", "--run.checkpoint_every=4", "--run.validate_every=4", "--run.workers=0", "--run.cpu=true"]

@@ -15,11 +15,10 @@ from jsonargparse import Namespace
 from sample.load import load_tokenizer
 from tokenizer.aspects import schedule_of
 from tokenizer.model import MultiScaleVQ
+from train.new_classes import relabelled
 from train.sequential import with_head, without_head
 from train.token_cache import DECODING
 from var.transformer import NextScaleTransformer
-
-VECTORS = "conditioner.embedding.weight"  # of the classes and, last, of the null class
 
 
 def build_transformer(
@@ -78,33 +77,6 @@ def build_transformer(
             "new_classes=true gives it those of the data"
         )
     return model
-
-
-def relabelled(
-    model: NextScaleTransformer, count: int, classes: Sequence[str] | None, known: Sequence[str] | None
-) -> NextScaleTransformer:
-    """A class model for `count` other classes: those of a known name keep their vector, others begin as the null class.
-
-    Args:
-        classes: names of the new classes; known: of the model's own. Without either, all are new.
-    """
-    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    made, weights = NextScaleTransformer(**sizes | {"num_classes": count}), model.state_dict()
-    own_CD = weights.pop(VECTORS)
-    places = {name: i for i, name in enumerate(known or ())}
-    taken = [places.get(name, len(own_CD) - 1) for name in classes or [None] * count]
-    taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
-    made.load_state_dict(weights | {VECTORS: own_CD[taken]})
-    kept = [name for name in classes or () if name in places]
-    print(
-        f"new_classes: {count - len(kept)} of {count} begin as the null class, kept {names_of(kept)}", file=sys.stderr
-    )
-    return made
-
-
-def names_of(classes: Sequence[str]) -> str:
-    """A few of them."""
-    return ", ".join(classes[:8]) + (" and others" if len(classes) > 8 else "") or "none by its name"
 
 
 def class_names_beside(start_from: str) -> list[str] | None:

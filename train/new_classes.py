@@ -1,0 +1,40 @@
+"""A class model to be fine-tuned on other classes: the vectors that it begins with.
+
+Shapes: C classes and the null class, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from var.transformer import NextScaleTransformer
+
+VECTORS = "conditioner.embedding.weight"  # of the classes and, last, of the null class, (C + 1, D)
+
+
+def relabelled(
+    model: NextScaleTransformer, count: int, classes: Sequence[str] | None, known: Sequence[str] | None
+) -> NextScaleTransformer:
+    """A class model for `count` other classes: those of a known name keep their vector, others begin as the null class.
+
+    Args:
+        classes: names of the new classes; known: of the model's own. Without either, all are new.
+    """
+    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    made, weights = NextScaleTransformer(**sizes | {"num_classes": count}), model.state_dict()
+    own_CD = weights.pop(VECTORS)
+    places = {name: i for i, name in enumerate(known or ())}
+    taken = [places.get(name, len(own_CD) - 1) for name in classes or [None] * count]
+    taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
+    made.load_state_dict(weights | {VECTORS: own_CD[taken]})
+    kept = [name for name in classes or () if name in places]
+    print(
+        f"new_classes: {count - len(kept)} of {count} begin as the null class, kept {names_of(kept)}", file=sys.stderr
+    )
+    return made
+
+
+def names_of(classes: Sequence[str]) -> str:
+    """A few of them."""
+    return ", ".join(classes[:8]) + (" and others" if len(classes) > 8 else "") or "none by its name"
