@@ -108,3 +108,9 @@ def test_a_plan_is_not_mixed_with_another(text_folder, real_cache, enough, tmp_p
     assert samples(text_folder, real_cache, tmp_path / "one", enough) == 0
     assert samples(text_folder, real_cache, tmp_path / "one", enough, "--samples.candidates=2") == 2
     assert "candidates is 2 and was 4" in capfd.readouterr().err
+    for other, said in (
+        (["--samples.dtype=auto"], "dtype is auto and was float32"),
+        (["--data.num_scenes=200"], "200"),
+    ):
+        assert samples(text_folder, real_cache, tmp_path / "one", enough, *other) == 2
+        assert said in capfd.readouterr().err

@@ -286,6 +286,8 @@ def test_files_that_cannot_be_are_one_line(sample, tmp_path, monkeypatch, argv, 
 
 def test_a_wrong_value_is_told_before_that_the_folder_is_of_others(sample, tmp_path):
     assert sample("a star", "--out", tmp_path)[0] == 0
+    by_scale = ["--guidance", "0,1,1", "--guidance-ramp", "constant"]
+    assert "--guidance-ramp constant is for one --guidance" in sample("a star", *by_scale, "--out", tmp_path)[2]
     assert "guidance must be in [0, 1000]" in sample("a star", "--guidance", -1, "--out", tmp_path)[2]
     assert "is of images with guidance_scale None, not 2.0" in sample("a star", "--guidance", 2, "--out", tmp_path)[2]
     settings = json.loads((tmp_path / "settings.json").read_text())
