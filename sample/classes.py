@@ -66,7 +66,7 @@ def find_class(name: str, names: Names | None = None) -> int:
     Raises:
         ValueError: if no class has that name, with those of similar spelling; or several have, with the candidates.
     """
-    known, wanted = class_names() if names is None else names, _normal(name)
+    known, wanted = class_names() if names is None else names, normal(name)
     if names is None and wanted in NULL:
         return CLASSES
     index = _index(known)
@@ -107,7 +107,7 @@ def parse_classes(text: str, num_classes: int, own: Sequence[str] | None = None)
             if last < first:
                 raise ValueError(f"classes must be given as FIRST-LAST, got {part!r}")
             classes += range(first, last + 1) if last <= num_classes else [last]  # which is refused, without the rest
-        elif _normal(part) in NULL:
+        elif normal(part) in NULL:
             classes.append(num_classes)
         elif names is not None and re.search("[^\\W\\d]", part):
             classes.append(find_class(part, None if own is None else names))
@@ -123,7 +123,8 @@ def _lines() -> list[tuple[str, str]]:
     return [tuple(line.split(" ", 2)[1:]) for line in text.splitlines() if not line.startswith("#")]
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+    """A class's name without what spellings differ in: case, underscores and marks, a leading article."""
     words = re.sub(r"[^\w']+|_", " ", name.casefold()).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
@@ -137,8 +138,8 @@ class _Name:
 
     @classmethod
     def of(cls, name: str) -> _Name:
-        whole = _normal(name)
-        return cls((whole, _normal(name.partition(" (")[0])), frozenset(whole.split()))
+        whole = normal(name)
+        return cls((whole, normal(name.partition(" (")[0])), frozenset(whole.split()))
 
 
 @functools.cache

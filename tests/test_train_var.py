@@ -235,7 +235,7 @@ def test_what_labels_and_tokens_mean_does_not_change(vqvae_folder, tiny_vqvae, t
 
 def test_a_class_model_takes_other_classes(tiny_class_model):
     """Those of a known name keep their vector, others begin as the null class; all else is the same."""
-    made = relabelled(tiny_class_model, 4, ["owl", "dog", "emu"], ["cat", "dog"])  # the fourth has no name
+    made = relabelled(tiny_class_model, 4, ["owl", "Big_dog", "emu"], ["cat", "big dog"])  # the fourth has no name
     own_CD, new_CD = (model.state_dict()[VECTORS] for model in (tiny_class_model, made))
     assert new_CD.shape == (5, own_CD.shape[1]) and made.config.num_classes == 4
     assert torch.equal(new_CD[1], own_CD[1]) and all(torch.equal(new_CD[i], own_CD[-1]) for i in (0, 2, 3, 4))

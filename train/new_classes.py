@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from sample.classes import normal
 from var.transformer import NextScaleTransformer
 
 VECTORS = "conditioner.embedding.weight"  # of the classes and, last, of the null class, (C + 1, D)
@@ -19,16 +20,16 @@ def relabelled(
     """A class model for `count` other classes: those of a known name keep their vector, others begin as the null class.
 
     Args:
-        classes: names of the new classes; known: of the model's own. Without either, all are new.
+        classes: names of the new classes; known: of the model's own, in any spelling. Without either, all are new.
     """
     sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
     made, weights = NextScaleTransformer(**sizes | {"num_classes": count}), model.state_dict()
     own_CD = weights.pop(VECTORS)
-    places = {name: i for i, name in enumerate(known or ())}
-    taken = [places.get(name, len(own_CD) - 1) for name in classes or [None] * count]
+    places = {normal(name): i for i, name in enumerate(known or ())}
+    taken = [places.get(normal(name), len(own_CD) - 1) for name in classes or ()]
     taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
     made.load_state_dict(weights | {VECTORS: own_CD[taken]})
-    kept = [name for name in classes or () if name in places]
+    kept = [name for name in classes or () if normal(name) in places]
     print(
         f"new_classes: {count - len(kept)} of {count} begin as the null class, kept {names_of(kept)}", file=sys.stderr
     )
