@@ -148,10 +148,10 @@ def tuned(blocks: Sequence[Any], lengths: Sequence[int]) -> tuple[dict[tuple[int
         fastest = best[few_rows.room_of(M), N, K] = min(taken, key=taken.__getitem__)
         found = {"own": (tiles[0], taken.get(tiles[0])), "tuned": (fastest, taken[fastest])}
         found |= {kind: (fastest, microseconds(layer, M, fastest, kind)) for kind in ("cold", "warm", "pytorch")}
-        for variant, (tile, seconds) in found.items():
+        for variant, (tile, took) in found.items():
             row = {"part": layer, "rows": M, "shape": f"{N}x{K}", "variant": variant}
-            if seconds is not None:
-                row |= {"microseconds": seconds, "tb_per_s": 2e-6 * N * K / seconds}
+            if took is not None:
+                row |= {"microseconds": took, "tb_per_s": 2e-6 * N * K / took}
             rows.append(row if variant == "pytorch" else row | {"tile": str(tile)})
     return best, rows
 

@@ -382,8 +382,9 @@ def write_all(stream: Iterator[tuple[Request, np.ndarray]], sink: Sink, job: Job
 
     quiet = not PartialState().is_local_main_process or None  # None: also off where stderr is no terminal
     with tqdm(total=total, initial=done, unit="image", disable=quiet) as bar:
-        for request, image in stream:
-            job.save()
+        for number, (request, image) in enumerate(stream):
+            if number == 0:
+                job.save()
             sink.write(request, image)
             bar.update()
 

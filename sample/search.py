@@ -132,6 +132,9 @@ class Search:
             raise ValueError(f"sharpness must be a number, 0 or more, got {self.sharpness}")
         if self.enough is not None and not isfinite(self.enough):
             raise ValueError(f"enough must be a number, got {self.enough}")
+        if not all(0 <= scale <= self.steps[-1].scale for scale in self.also_score):
+            given = ", ".join(map(str, self.also_score))
+            raise ValueError(f"also_score must be scales of 0 to {self.steps[-1].scale}, got {given}")
         if self.decode_batch < 1:
             raise ValueError(f"decode_batch must be 1 or more, got {self.decode_batch}")
         if self.rounds < 1 or (self.rounds > 1 and self.enough is None):

@@ -142,8 +142,6 @@ def make_search(
         candidates, steps = fit_budget(args.search, args.budget, num_scales, cost)
     search = Search(candidates=candidates, steps=steps, pictures=args.show_search, **options)
     check_idle(args, candidates, steps)
-    if max(search.also_score, default=0) >= num_scales:
-        raise ValueError(f"--also-score must be scales of 0 to {num_scales - 1}, got {max(search.also_score)}")
     return search
 
 
