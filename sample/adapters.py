@@ -19,6 +19,7 @@ from tokenizer import convert_bitwise as bitwise_keys
 from tokenizer.model import MultiScaleVQ
 from tokenizer.schedule import ScaleSchedule
 from var import convert as var_keys
+from var import convert_hmar as hmar_keys
 from var import convert_infinity as infinity_keys
 from var.transformer import NextScaleTransformer
 
@@ -80,10 +81,22 @@ VAR = Adapter(
         "level_table": None,
         "level_every": 0,
         "bitwise": False,
+        "sequential_layers": 0,
+        "masked_layers": 0,
     },
 )
 
-
+HMAR = Adapter(
+    "HMAR transformer",
+    NextScaleTransformer,
+    hmar_keys.ROOTS,
+    hmar_keys.BUFFERS,
+    hmar_keys.read_config,
+    hmar_keys.official_name,
+    hmar_keys.official_shape,
+    hmar_keys.official_buffers,
+    needs={name: wanted for name, wanted in VAR.needs.items() if name != "masked_layers"} | {"mask": "block_diagonal"},
+)
 BSQ = Adapter(
     "Infinity tokenizer (MultiScaleBSQ)",
     MultiScaleVQ,

@@ -29,6 +29,7 @@ def convert(
     vae: str | Path,
     transformer: str | Path,
     refiner: str | Path | None = None,
+    masked: str | Path | None = None,
     flags: Flags | None = None,
     text_encoder: str | Path | None = None,
     overwrite: bool = False,
@@ -43,8 +44,9 @@ def convert(
     Raises:
         FileNotFoundError, ValueError: as `load_official`; and if `out` exists and `overwrite` is not set.
     """
-    components, settings = read_components(family, vae=vae, transformer=transformer, refiner=refiner, flags=flags)
-    with finished_folder(out, overwrite=overwrite, reads=[vae, transformer, refiner]) as folder:
+    files = {"vae": vae, "transformer": transformer, "refiner": refiner, "masked": masked}
+    components, settings = read_components(family, **files, flags=flags)
+    with finished_folder(out, overwrite=overwrite, reads=list(files.values())) as folder:
         for name, component in components.items():
             component.on_meta().save_config(folder / name)
             write_safetensors(folder / name / WEIGHTS, component.weights)
@@ -82,7 +84,7 @@ def convert_back(
 
     Args:
         model: made by `convert` or `save_pretrained`, or a training run (its newest export).
-        family: "var" (and CoDe) or "infinity".
+        family: "var" (and CoDe), "hmar" (the whole model in one file) or "infinity".
         chunks: of Infinity: chunks the blocks are in (8 in 2B and 8B, 4 in the others).
 
     Raises:
@@ -96,7 +98,8 @@ def convert_back(
     model, written = model_folder(model), []
     with finished_folder(out, overwrite=overwrite, reads=[model]) as folder:
         bitwise = family == "infinity"
-        networks = (adapters.BSQ, adapters.INFINITY) if bitwise else (adapters.VQVAE, adapters.VAR)
+        others = {"infinity": (adapters.BSQ, adapters.INFINITY), "hmar": (adapters.VQVAE, adapters.HMAR)}
+        networks = others.get(family, (adapters.VQVAE, adapters.VAR))
         for name, adapter in zip(("vqvae", "transformer", "refiner"), (*networks, networks[1])):
             if name == "refiner" and not (model / name).is_dir():
                 continue

@@ -6,19 +6,22 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+SQUARES = {"from var", "from code", "from hmar"}  # a codebook, and a class model of square scales
+FILES = SQUARES | {"from infinity"}
 ONLY = {  # options that mean something to some of the conversions alone
-    "vae": {"from var", "from code", "from infinity"},
-    "transformer": {"from var", "from code", "from infinity"},
+    "vae": FILES,
+    "transformer": FILES,
     "refiner": {"from code"},
-    "model": {"to var", "to infinity"},
+    "masked": {"from hmar"},
+    "model": {"to var", "to hmar", "to infinity"},
     "text_encoder": {"from infinity"},
-    "schedule": {"from var", "from code"},
-    "heads": {"from var", "from code", "from infinity"},
-    "depth": {"from var", "from code", "from infinity"},
-    "phi_ratio": {"from var", "from code"},
-    "cosine": {"from var", "from code"},
-    "beta": {"from var", "from code"},
-    "norm_eps": {"from var", "from code", "from infinity"},
+    "schedule": SQUARES,
+    "heads": FILES,
+    "depth": FILES,
+    "phi_ratio": SQUARES,
+    "cosine": SQUARES,
+    "beta": SQUARES,
+    "norm_eps": FILES,
     "handover": {"from code"},
     "size": {"from infinity"},
     "level_every": {"from infinity"},
@@ -33,12 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Sizes are read off the tensors; options name only what they cannot tell, with the official values."
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=["var", "code", "infinity"], help="what the files are")
-    direction.add_argument("--to", dest="target", choices=["var", "infinity"], help="what to write")
+    families = ["var", "code", "hmar", "infinity"]
+    direction.add_argument("--from", dest="source", choices=families, help="what the files are")
+    direction.add_argument("--to", dest="target", choices=["var", "hmar", "infinity"], help="what to write")
     files = parser.add_argument_group("files")
     files.add_argument("--vae", metavar="FILE", help="the tokenizer: .pth, .safetensors or hf://OWNER/NAME/FILE")
-    files.add_argument("--transformer", "--drafter", metavar="FILE", help="the VAR transformer, or CoDe's drafter")
+    files.add_argument("--transformer", "--drafter", metavar="FILE", help="VAR's or HMAR's, or CoDe's drafter")
     files.add_argument("--refiner", metavar="FILE", help="CoDe's refiner")
+    files.add_argument("--masked", metavar="FILE", help="HMAR's second training, where it has a file of its own")
     files.add_argument("--model", metavar="DIR", help="the folder to write as official files (--to)")
     files.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
     files.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         transformer=args.transformer,
         refiner=args.refiner,
+        masked=args.masked,
         flags=Flags(**{name: value for name, value in told.items() if value is not None}),
         text_encoder=args.text_encoder,
         overwrite=args.overwrite,
@@ -114,6 +120,6 @@ def _need(args: argparse.Namespace, option: str, *names: str) -> None:
 
 def _described(config: dict) -> str:
     sizes = ("depth", "width", "heads", "num_classes", "qk_norm", "shared_ada", "channels", "num_phis", "phi_ratio")
-    sizes += ("vocab_size", "latent_channels")
+    sizes += ("vocab_size", "latent_channels", "masked_layers")
     sides = ",".join(str(h) if h == w else f"{h}x{w}" for h, w in config["schedule"])
     return ", ".join(f"{name} {config[name]}" for name in sizes if name in config) + f", scales {sides}"

@@ -64,9 +64,9 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True
         continues = before is not None and stage.continues(before)
         for k in stage.scales:
             work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens)
-            if k == stage.scales.start and k and not continues:
+            if k == stage.scales.start and k and not continues and stage.model.reads_earlier:
                 work += step_work(stage, range(k), rows, text_tokens)
-            made.append(work + head_work(stage, k, batch) if head else work)
+            made.append(work + head_work(stage, k, batch, text_tokens) if head else work)
         before = stage
     return made
 
@@ -90,10 +90,11 @@ def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
     per_token = 2 * (4 * D * D + 2 * D * hidden + (2 * D * D if cross else 0))
     itemsize = next(model.parameters()).element_size()
     budgets = getattr(stage.new_cache() if stage.new_cache else None, "budgets", None)
+    earlier = begin if model.reads_earlier else 0
     fed = end - max(begin, schedule.ends[0])  # the first scale has no input to project
     total = Work(linear=2 * rows * fed * model.config.latent_channels * D)
     for layer in sorted(stage.active):
-        S = length + (begin if budgets is None else min(begin, budgets[layer][scales.start]))
+        S = length + (earlier if budgets is None else min(earlier, budgets[layer][scales.start]))
         total += Work(
             blocks=1,
             linear=rows * length * per_token,
@@ -104,12 +105,18 @@ def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
     return total
 
 
-def head_work(stage: Stage, k: int, batch: int) -> Work:
-    """The work of one scale's logits and draw; guidance mixes before the projection."""
+def head_work(stage: Stage, k: int, batch: int, text_tokens: int = 0) -> Work:
+    """The work of one scale's logits and draw, masked passes included; guidance mixes before the projection."""
     config, length = stage.model.config, stage.pyramid.lengths[k]
     drawn = batch * length * (2 * config.latent_channels if config.bitwise else config.vocab_size)
     work = Work(drawn=drawn, linear=2 * drawn * config.width)
-    return work + sequential_work(stage, length, batch) if stage.in_turn(k) else work
+    if stage.in_turn(k):
+        return work + sequential_work(stage, length, batch)
+    again = Work(steps=1) + step_work(stage, range(k, k + 1), batch, text_tokens) + work
+    again += Work(linear=2 * batch * length * config.latent_channels * config.width)  # the tokens are embedded, too
+    for _ in stage.settled(k)[1:]:  # masked passes, without guidance
+        work += again
+    return work
 
 
 def sequential_work(stage: Stage, length: int, batch: int) -> Work:
@@ -131,6 +138,9 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
     """Most bytes of keys and values alive at once: the plan's own caches, run on tensors without storage."""
     rows, peak, before, cache = batch * (2 if plan.guided else 1), 0, None, None
     for stage in plan.stages:
+        if not stage.model.reads_earlier:
+            before = stage
+            continue
         continues = before is not None and stage.continues(before)
         if continues:
             cache.free_layers(before.active - stage.active)

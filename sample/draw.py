@@ -33,6 +33,15 @@ def image_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int = 1)
     return torch.rand(schedule.total, draws_per_token, generator=generator, dtype=torch.float32, device="cpu")
 
 
+def pass_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int, passes: int) -> torch.Tensor:
+    """`image_uniforms` for several passes over each scale, (L, passes * draws_per_token): the first pass comes first.
+
+    What the first pass draws does not depend on the others.
+    """
+    streams = [seed, *(derive_seed(seed, step, 0, 0) for step in range(1, passes))]
+    return torch.cat([image_uniforms(stream, schedule, draws_per_token) for stream in streams], dim=-1)
+
+
 @dataclass(frozen=True)
 class Filter:
     """Which tokens may be drawn: temperature, then top-k, then top-p (the official order of filters).

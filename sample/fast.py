@@ -139,16 +139,19 @@ def _exchange_residual_blocks(vqvae: nn.Module, resnet: Callable[[Any], nn.Modul
 
 def accelerate_transformer(model: nn.Module, settings: FastSettings) -> None:
     """The part of `accelerate` that exchanges a transformer's."""
+    masked = [] if model.masked is None else [model.masked]
     if settings.attention:
         for attn in (module for module in model.modules() if isinstance(module, SelfAttention)):
             attn.attend = fast_cpu.half_attention
     if settings.kernels:
         fast_cuda.fuse_all(list(model.blocks), chained=settings.few_rows)
-        if model.dtype != torch.float32:
-            fast_cuda.fuse_head(model.head)
+        for part in masked:
+            fast_cuda.fuse_all(list(part.blocks))
+        for part in (model, *masked) if model.dtype != torch.float32 else ():
+            fast_cuda.fuse_head(part.head)
     if settings.linears:
-        exchange(model.blocks, _has_no_adapter, fast_cpu.FastFeedForward)
-        for part in (model.blocks, model.head):
+        for part in (model.blocks, model.head, *masked):
+            exchange(part, _has_no_adapter, fast_cpu.FastFeedForward)
             exchange(part, lambda module: type(module) is nn.Linear, fast_cpu.PackedLinear)
 
 

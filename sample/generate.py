@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from einops import repeat
 
-from sample.draw import check_seeds, derive_seed, draw, image_uniforms, smooth_weights
+from sample.draw import check_seeds, derive_seed, draw, pass_uniforms, smooth_weights
 from sample.guidance import mix
+from sample.masked import redraw
 from sample.plan import Plan
 from sample.state import GenerationState, Hook
 from tokenizer.quantizer import PyramidQuantizer
@@ -43,7 +44,7 @@ def start(
             raise ValueError(f"tokenizer and transformer do not belong together: {name} is {mine} and {theirs}")
     device = next(plan.stages[0].model.parameters()).device
     draws = quantizer.draws_per_token
-    uniforms = torch.stack([image_uniforms(seed, plan.schedule, draws) for seed in seeds]).to(device)
+    uniforms = torch.stack([pass_uniforms(seed, plan.schedule, draws, plan.passes) for seed in seeds]).to(device)
     f_hat = quantizer.start(len(seeds), plan.schedule, device)
     return GenerationState(plan, quantizer, prompt, negative, seeds, uniforms, f_hat)
 
@@ -86,6 +87,8 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
             for hook in hooks:
                 hook.on_scale_begin(state, k)
             logits, drawn = draw_in_turn(state, k) if stage.in_turn(k) else draw_at_once(state, k)
+            if len(stage.settled(k)) > 1:
+                logits, drawn = redraw(state, k, logits, drawn)
             tokens = drawn
             for hook in hooks:
                 tokens = hook.on_tokens(state, k, logits, tokens)

@@ -59,6 +59,9 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     yield "transformer", f"{millions(model)}; {shape}"
     if model.sequential is not None:
         yield "head", f"{millions(model.sequential)}; draws the first {config.sequential_scales} scales token by token"
+    if model.masked is not None:
+        again = f"{config.masked_layers} layers and a head of their own; {passes(pipeline)}"
+        yield "masked", f"{millions(model.masked)}; {again}"
     if pipeline.refiner is not None:
         border = pipeline.config.handover
         takes = "takes over where a plan says" if border is None else f"takes over after {border} scales"
@@ -94,6 +97,17 @@ def sampling(pipeline: NextScalePipeline) -> str:
         ", ".join(f"{name} {value}" for name, value in own.items())
         or "none of its own (guidance 1.5, growing; all tokens)"
     )
+
+
+def passes(pipeline: NextScalePipeline) -> str:
+    """Which scales masked prediction goes over again."""
+    stage = pipeline.make_plan().stages[0]
+    more = [
+        f"{'x'.join(map(str, stage.pyramid.sides[k]))} in {len(stage.settled(k))}"
+        for k in stage.scales
+        if len(stage.settled(k)) > 1
+    ]
+    return f"scales of several passes: {', '.join(more)}" if more else "every scale in one pass"
 
 
 def millions(module: torch.nn.Module) -> str:

@@ -84,7 +84,7 @@ def predict(
     image = 2 * batch * 3 * h * w * torch.empty((), dtype=dtype).element_size()
     decoder = decoder_bytes(vqvae, min(batch, decode_batch or batch), dtype, (h, w)) + image
     rows, size = batch * (2 if plan.guided else 1), torch.empty((), dtype=dtype).element_size()
-    read = [2 * rows * text_tokens * model.config.width * len(model.blocks) * size for model in models]
+    read = [2 * rows * text_tokens * model.config.width * len(model.all_blocks) * size for model in models]
     cache = cache_peak(plan, batch, dtype) + max(read)
     return Memory(weights, cache, step, decoder, decoder_weights)
 

@@ -18,6 +18,7 @@ from tokenizer import convert_bitwise as bitwise_keys
 from tokenizer.aspects import aspect_schedule
 from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
+from var import convert_hmar as hmar_keys
 from var import convert_infinity as infinity_keys
 from var.presets import VAR_SAMPLING
 
@@ -38,10 +39,12 @@ class Family:
 FAMILIES = {
     "var": Family(("transformer",), VAR_SAMPLING),
     "code": Family(("transformer", "refiner"), {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96}),  # and CODE_HEAT
+    "hmar": Family(("transformer",), {"guidance_scale": 1.6, "top_k": 650, "top_p": 0.99}),  # or HMAR_SAMPLING
     "infinity": Family(  # cfg 3 on every scale
         ("transformer",), {"guidance_scale": 2.0, "guidance_ramp": "constant", "top_p": 0.97, "temperature": 0.5}
     ),
 }
+HMAR_SAMPLING = {16: (1.7, 1000), 20: (1.9, 950), 24: (2.1, 900), 30: (1.6, 650)}  # guidance and top-k by depth
 CODE_HEAT = {"temperature": [1.1] * 7 + [1.0] * 3, "temperature_last": True}  # of its ten scales
 INFINITY_TOKENIZERS = {  # (depth, width, bits) of a published transformer: the tokenizer it was trained on
     (32, 2048, 32): "infinity_vae_d32reg.pth",
@@ -116,21 +119,23 @@ def load_official(
     vae: str | Path,
     transformer: str | Path,
     refiner: str | Path | None = None,
+    masked: str | Path | None = None,
     family: str | None = None,
     flags: Flags | None = None,
 ) -> dict[str, object]:
     """Official checkpoint files as the arguments of `NextScalePipeline`: models in memory and sampling defaults.
 
     Args:
-        vae, transformer, refiner: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE for one on the Hub.
-        family: "var" or "code"; told by `refiner` when None.
+        vae, transformer, refiner, masked: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE for one on the Hub.
+        family: one of `FAMILIES`; "code" if there is a `refiner`, "hmar" if there is a `masked`, else "var" when None.
 
     Raises:
         FileNotFoundError: if a file does not exist.
         ValueError: if a file is not what it should be, keys are missing or unknown, or files do not belong together.
     """
-    family = family or ("code" if refiner is not None else "var")
-    components, settings = read_components(family, vae=vae, transformer=transformer, refiner=refiner, flags=flags)
+    family = family or ("code" if refiner is not None else "hmar" if masked is not None else "var")
+    files = {"vae": vae, "transformer": transformer, "refiner": refiner, "masked": masked}
+    components, settings = read_components(family, **files, flags=flags)
     return {name: component.load() for name, component in components.items()} | settings
 
 
@@ -140,9 +145,13 @@ def read_components(
     vae: str | Path,
     transformer: str | Path,
     refiner: str | Path | None = None,
+    masked: str | Path | None = None,
     flags: Flags | None = None,
 ) -> tuple[dict[str, Component], dict[str, object]]:
     """The networks of a family by our component names, checked against each other, with no weight read yet.
+
+    Args:
+        masked: of HMAR: the file of its second training, where it is not in `transformer`.
 
     Returns:
         The components, and what `NextScalePipeline` takes beside its models.
@@ -153,26 +162,45 @@ def read_components(
     files = {name: file for name, file in (("transformer", transformer), ("refiner", refiner)) if file is not None}
     if set(files) != set(parts):
         raise ValueError(f"the {family} family needs the files vae, {', '.join(parts)}; got vae, {', '.join(files)}")
+    if masked is not None and family != "hmar":
+        raise ValueError(f"the {family} family has no file of masked prediction: leave out {masked}")
     if family == "infinity":
         return _read_infinity(vae, transformer, flags)
-    sources = {
-        name: partial(read_state, fetch(file), adapters.VAR.roots, adapters.VAR.what) for name, file in files.items()
-    }
+    adapter = adapters.HMAR if family == "hmar" else adapters.VAR
+    sources = {name: partial(read_state, fetch(file), adapter.roots, adapter.what) for name, file in files.items()}
+    if family == "hmar":
+        sources["transformer"] = _hmar_source(sources["transformer"], transformer, masked)
     schedule = _schedule(sources["transformer"], transformer, flags)
     tokenizer = {"phi_ratio": flags.phi_ratio, "cosine": flags.cosine, "beta": flags.beta}
     source = partial(read_state, fetch(vae), adapters.VQVAE.roots, adapters.VQVAE.what)
     components = {"vqvae": _component(adapters.VQVAE, source, vae, schedule=schedule, **tokenizer)}
     for name in parts:
         own = {"heads": flags.heads if name == "transformer" else None, "norm_eps": flags.norm_eps}
-        components[name] = _component(adapters.VAR, sources[name], files[name], schedule=schedule, **own)
+        components[name] = _component(adapter, sources[name], files[name], schedule=schedule, **own)
     _check_together(components, flags)
     sampling = dict(FAMILIES[family].sampling)
     if family == "code" and len(CODE_HEAT["temperature"]) == len(schedule):
         sampling |= CODE_HEAT
+    if family == "hmar" and components["transformer"].config["depth"] in HMAR_SAMPLING:
+        names, values = ("guidance_scale", "top_k"), HMAR_SAMPLING[components["transformer"].config["depth"]]
+        sampling |= dict(zip(names, values))
     settings: dict[str, object] = {"sampling": sampling}
     if "refiner" in parts:
         settings["handover"] = _handover(files, len(schedule), flags)
     return components, settings
+
+
+def _hmar_source(source: Callable[[], State], file: str | Path, masked: str | Path | None) -> Callable[[], State]:
+    """The state dict of a whole HMAR model, out of one file or two."""
+    second = None if masked is None else partial(read_state, fetch(masked), adapters.HMAR.roots, adapters.HMAR.what)
+
+    def whole() -> State:
+        try:
+            return hmar_keys.normalized(source(), None if second is None else second())
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    return whole
 
 
 def _read_infinity(

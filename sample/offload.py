@@ -57,7 +57,10 @@ def keep_on_cpu(pipeline: NextScalePipeline, how: str, device: torch.device) -> 
 
 def drawing_units(models: Iterable[NextScaleTransformer], how: str) -> list[list[nn.Module]]:
     """The units of transformers; see `keep_on_cpu`."""
-    of_model = [[part for part in model.blocks.modules() if isinstance(part, nn.Linear)] for model in models]
+    of_model = [
+        [part for block in model.all_blocks for part in block.modules() if isinstance(part, nn.Linear)]
+        for model in models
+    ]
     return of_model if how == "model" else [[linear] for linears in of_model for linear in linears]
 
 

@@ -45,7 +45,7 @@ SHORT_TEXT = 128  # tokens up to which all texts are padded alike in half precis
 PLAN_WORDS = ("plan", "depth", "cache")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
 SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", "sequential")
-SAMPLING += PLAN_WORDS
+SAMPLING += ("mask_schedule", *PLAN_WORDS)
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 StepCallback = Callable[["NextScalePipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -161,15 +161,24 @@ class NextScalePipeline(DiffusionPipeline):
 
     @classmethod
     def from_official(
-        cls, *, vae: str, transformer: str, refiner: str | None = None, flags: Flags | None = None
+        cls,
+        *,
+        vae: str,
+        transformer: str,
+        refiner: str | None = None,
+        masked: str | None = None,
+        family: str | None = None,
+        flags: Flags | None = None,
     ) -> Self:
-        """The pipeline of official VAR or, with a refiner, CoDe checkpoint files; see `sample.official.load_official`.
+        """The pipeline of official VAR, CoDe (with a refiner) or HMAR checkpoint files; see `load_official`.
 
         Args:
-            vae, transformer, refiner: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE for one on the Hub.
+            vae, transformer, refiner, masked: `.pth` or `.safetensors` files, or hf://OWNER/NAME/FILE on the Hub.
+            family: "hmar" for a whole HMAR model in one file; told by the files when None.
             flags: what the tensors cannot tell.
         """
-        return cls(**load_official(vae=vae, transformer=transformer, refiner=refiner, flags=flags))
+        files = {"vae": vae, "transformer": transformer, "refiner": refiner, "masked": masked}
+        return cls(**load_official(**files, family=family, flags=flags))
 
     @torch.no_grad()
     def __call__(
@@ -192,6 +201,7 @@ class NextScalePipeline(DiffusionPipeline):
         aspect: str | float | None = None,
         size: str | None = None,
         sequential: int | None = None,
+        mask_schedule: str | Sequence[Sequence[int]] | None = None,
         smooth: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -226,6 +236,9 @@ class NextScalePipeline(DiffusionPipeline):
                 model with rotary positions; its own scales when both are None (see `tokenizer.aspects`).
             sequential: draw the first so many scales token by token, with a model that has a head for that
                 (`var.sequential`); 0 draws every scale at once, None as many as the head was trained for.
+            mask_schedule: how many tokens each pass over a scale settles, by a model of masked prediction (HMAR):
+                [[1], [1, 3], [1, 1, 2, 5]] or "1/1,3/1,1,2,5", later scales in one pass; "off" for one pass each, None
+                for the model's own, else the published ones (`sample.masked`).
             smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
             generator: names the images by drawing a seed from it for each; or one generator an image.
             seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
@@ -253,7 +266,7 @@ class NextScalePipeline(DiffusionPipeline):
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
-        settings |= {"sequential": sequential}
+        settings |= {"sequential": sequential, "mask_schedule": mask_schedule}
         plan = self.make_plan(plan, **{name: _listed(value) for name, value in settings.items() if value is not None})
         num_images_per_prompt = _listed(num_images_per_prompt)
         if image is not None and self.by_class and class_labels is None:
@@ -401,9 +414,9 @@ class NextScalePipeline(DiffusionPipeline):
             plan = PlanConfig(**words, **({} if plan is None else {"plan": plan}))
         elif words:
             raise ValueError(f"plan is a PlanConfig, which says {' and '.join(words)} too")
-        sequential = settings.pop("sequential", None)
+        steps = {name: settings.pop(name, None) for name in ("sequential", "mask_schedule")}
         filters = scale_filters(len(schedule or self.transformer.schedule), **settings)
-        made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule, "sequential": sequential}
+        made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule, **steps}
         return plan.build(self.transformer, refiner=self.refiner, **made)
 
     def _schedule(self, aspect: str | float | None, size: str | None) -> ScaleSchedule | None:

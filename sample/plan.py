@@ -8,6 +8,7 @@ from typing import Any
 
 from sample.draw import Filter
 from sample.guidance import Guidance
+from sample.masked import MaskSchedule
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.transformer import NextScaleTransformer
@@ -32,6 +33,8 @@ class Stage:
         recompute: prefill in any case: these layers read what they themselves make of the earlier scales.
         sequential: the first so many scales are drawn token by token, by a model with a head for that; as many as it
             was trained for when None, 0 for none.
+        mask_schedule: how many tokens each pass over each scale settles, by a model of masked prediction; as
+            `sample.masked.read_mask_schedule`. One pass each when None.
     """
 
     model: NextScaleTransformer
@@ -44,6 +47,7 @@ class Stage:
     schedule: ScaleSchedule | None = None
     recompute: bool = False
     sequential: int | None = None
+    mask_schedule: MaskSchedule | None = None
 
     @property
     def pyramid(self) -> ScaleSchedule:
@@ -65,6 +69,12 @@ class Stage:
         if self.model.sequential is None or len(self.active) < len(self.model.blocks):
             return False
         return k < (self.model.config.sequential_scales if self.sequential is None else self.sequential)
+
+    def settled(self, k: int) -> tuple[int, ...]:
+        """How many tokens each pass over scale k settles; several passes only where all blocks run, as in training."""
+        if self.model.masked is None or self.mask_schedule is None or len(self.active) < len(self.model.blocks):
+            return (self.pyramid.lengths[k],)
+        return self.mask_schedule[k]
 
     def filter(self, k: int) -> Filter:
         """The filter of scale k."""
@@ -102,12 +112,19 @@ class Plan:
         """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again."""
         place = next(i for i, own in enumerate(self.stages) if own is stage)
         after = self.stages[place + 1] if place + 1 < len(self.stages) else None
+        if not stage.model.reads_earlier:
+            return [0] * len(stage.model.blocks)
         staying = after.active if after is not None and after.continues(stage) else frozenset()
         last, schedule = stage.scales[-1], self.schedule
         return [
             schedule.ends[last] if layer in staying else schedule.begins[last] if layer in stage.active else 0
             for layer in range(len(stage.model.blocks))
         ]
+
+    @property
+    def passes(self) -> int:
+        """The most passes over a scale: how often a token may be drawn."""
+        return max(len(stage.settled(k)) for stage in self.stages for k in stage.scales)
 
     @property
     def guided(self) -> bool:
@@ -215,6 +232,13 @@ def _check_stage(stage: Stage, first: Stage) -> None:
     if asked is not None and (asked < 0 or stage.scales.start < asked > trained):
         allowed = f"0..{trained} scales of this model" if trained else "0, as this model has no head for it"
         raise ValueError(f"sequential must be {'in ' if trained else ''}{allowed}, got {asked}")
+    if stage.mask_schedule is not None:
+        if stage.model.masked is None:
+            raise ValueError("mask_schedule is for a model of masked prediction, and this one has no part for it")
+        if tuple(map(sum, stage.mask_schedule)) != tuple(stage.pyramid.lengths):
+            raise ValueError(
+                f"mask_schedule must settle {list(stage.pyramid.lengths)} tokens, got {stage.mask_schedule}"
+            )
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale

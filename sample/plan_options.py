@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
-SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size", "sequential")
+SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size", "sequential", "mask_schedule")
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
@@ -28,6 +28,11 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--sequential", type=int, metavar="N", help="draw the first N scales token by token (as the model was trained)"
+    )
+    parser.add_argument(
+        "--mask-schedule",
+        metavar="LIST",
+        help="tokens that each pass over a scale settles, from the first scale on: 1/1,3/1,1,2,5; or off (HMAR)",
     )
     parser.add_argument("--guidance-ramp", choices=["linear", "constant"], help="guidance over the scales")
     parser.add_argument(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sample.draw import Filter
 from sample.guidance import Guidance
+from sample.masked import OFF, read_mask_schedule
 from sample.plan import Plan, Stage, check_count
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
@@ -75,6 +76,7 @@ class PlanConfig:
         filters: Filter | Sequence[Filter] | None = None,
         schedule: ScaleSchedule | None = None,
         sequential: int | None = None,
+        mask_schedule: str | Sequence[Sequence[int]] | None = None,
     ) -> Plan:
         """The plan for a model, and a refiner where the plan has one.
 
@@ -82,6 +84,8 @@ class PlanConfig:
             filters: one for all scales, or one a scale.
             schedule: the scales, where they are not the model's own (another aspect ratio).
             sequential: the first so many scales are drawn token by token, see `Stage`.
+            mask_schedule: how many tokens each pass over a scale settles, for models of masked prediction; the
+                published one when None (`sample.masked.read_mask_schedule`).
 
         Raises:
             ValueError: if the plan does not fit the models.
@@ -92,6 +96,8 @@ class PlanConfig:
         second = refiner if self.kind == "code" and refiner is not None else model
         if self.kind == "code" and refiner is None and not self.depths:
             raise ValueError(f"plan {self.plan} needs a refiner, or a depth for the model to refine its own work with")
+        if mask_schedule not in (None, OFF) and all(m.masked is None for m in (model, second)):
+            raise ValueError(f"mask_schedule {mask_schedule} is for a model of masked prediction (masked_layers)")
         caches = {id(m): cache_factory(self.cache, m, schedule) for m in (model, second)}
         shared = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
 
@@ -103,6 +109,8 @@ class PlanConfig:
             layers = None if depth is None else equidistant(len(model.blocks), depth)
             common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)], "schedule": schedule}
             common["sequential"] = sequential
+            if model.masked is not None:
+                common["mask_schedule"] = read_mask_schedule(mask_schedule, schedule or model.schedule)
             return Stage(model, scales, layers=layers, recompute=recompute, **common)
 
         border = self.border

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sample.draw import derive_seed, image_uniforms
+from sample.draw import derive_seed, pass_uniforms
 from sample.plan import Plan, Stage
 from tokenizer.quantizer import PyramidQuantizer
 from var.cache import KVCache
@@ -27,7 +27,7 @@ class GenerationState:
         prompt: of each image.
         negative: what guidance pushes away from; each model's own null prompt when None.
         seeds: the name of each image.
-        uniforms_BLn: float32 in [0, 1), one row of draws per token.
+        uniforms_BLn: float32 in [0, 1), one row of draws per token; those of a second pass after those of the first.
         f_hat_BCHW: the running reconstruction, float32.
         tokens: int64 (B, l) of every finished scale.
         inputs: float32 (B, l, C), the transformer input of scales 1.. made so far (one more than finished scales - 1).
@@ -86,13 +86,14 @@ class GenerationState:
             self.cond = self._condition(stage)
             self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
         self._reserve()
-        if self.scale and not continues:
+        if self.scale and not continues and stage.model.reads_earlier:
             self._prefill(stage)
 
-    def uniforms(self, k: int) -> torch.Tensor:
-        """This scale's draws: (B, l) or, with several draws a token, (B, l, n)."""
-        schedule = self.plan.schedule
-        return self.uniforms_BLn[:, schedule.begins[k] : schedule.ends[k]].squeeze(-1)
+    def uniforms(self, k: int, step: int = 0) -> torch.Tensor:
+        """The draws of a pass over this scale: (B, l) or, with several draws a token, (B, l, n)."""
+        schedule, count = self.plan.schedule, self.quantizer.draws_per_token
+        of_scale_Bln = self.uniforms_BLn[:, schedule.begins[k] : schedule.ends[k]]
+        return of_scale_Bln[..., step * count : (step + 1) * count].squeeze(-1)
 
     def given(self, k: int) -> torch.Tensor | None:
         """This scale's given tokens, (B, l) or, bitwise, (B, l, n), -1 where there is none; None without any."""
@@ -152,7 +153,8 @@ class GenerationState:
                 origin = self.origins[row]
                 self.copies[origin] += 1
                 key = derive_seed(self.seeds[row], self.scale, self.copies[origin])
-                fresh = image_uniforms(key, self.plan.schedule, self.uniforms_BLn.shape[-1])
+                draws, passes = self.quantizer.draws_per_token, self.plan.passes
+                fresh = pass_uniforms(key, self.plan.schedule, draws, passes)
                 self.uniforms_BLn[place, begin:] = fresh[begin:].to(self.uniforms_BLn)
             seen.add(row)
 

@@ -428,11 +428,11 @@ def test_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
         ),
         (
             "--from infinity --vae vae.pth --transformer var.pth --cosine",
-            "--cosine goes with --from code or --from var",
+            "--cosine goes with --from code or --from hmar or --from var",
         ),
         (
             "--to var --model ours --vae vae.pth",
-            "--vae goes with --from code or --from infinity or --from var, not with",
+            "--vae goes with --from code or --from hmar or --from infinity or --from var, not with",
         ),
         ("--to var", "--to needs --model"),
         ("--to var --model nowhere", "model nowhere is no folder"),

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_hmar import FAMILIES as MASKED_FAMILIES
 from golden_infinity import FAMILIES as BITWISE_FAMILIES
 from golden_outputs import FAMILIES as INDEX_FAMILIES
 from golden_outputs import Golden, Tensors
 
-FAMILIES = INDEX_FAMILIES | BITWISE_FAMILIES
+FAMILIES = INDEX_FAMILIES | MASKED_FAMILIES | BITWISE_FAMILIES
 DEFAULT = Path(__file__).parent / "goldens"
 
 # Largest absolute error by what a tensor went through; integers must be equal. First match wins.

@@ -97,10 +97,11 @@ def test_backends_of_attention_agree(options, backend):
 def test_groups_are_the_small_scales_and_each_large_one():
     schedule = ScaleSchedule.of("var256")
     groups = attention_mask(schedule, range(10), "cpu", backend="grouped")
-    assert groups.spans == ((0, 91), (91, 155), (155, 255), (255, 424), (424, 680)) and groups.first_nn.shape == (
-        91,
-        91,
-    )
+    places = [(0, 91), (91, 155), (155, 255), (255, 424), (424, 680)]
+    assert groups.spans == tuple((begin, end, 0) for begin, end in places) and groups.first_nn.shape == (91, 91)
+    diagonal = attention_mask(schedule, range(10), "cpu", kind="block_diagonal", backend="grouped")
+    assert diagonal.spans == tuple((begin, end, begin) for begin, end in places)
+    assert attention_mask(schedule, range(3, 4), "cpu", kind="block_diagonal") is None
     assert attention_mask(schedule, range(3, 10), "cpu", backend="grouped", cached=True).shape == (666, 680)
 
 

@@ -139,6 +139,15 @@ class PyramidQuantizer(nn.Module, ABC):
             return f_hat_BCHW + self.spread(code_BChw, k, schedule)
 
     @torch.no_grad()
+    def scale_code(self, ids_Bl: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
+        """What the tokens of scale k alone add to the reconstruction, at their own size: (B, l, channels) float32.
+
+        A masked pass reads it beside the scale's input (HMAR, section 4.2).
+        """
+        with torch.autocast(ids_Bl.device.type, enabled=False):
+            return self.next_input(self.spread(self.lookup(ids_Bl, k, schedule), k, schedule), k, schedule)
+
+    @torch.no_grad()
     def teacher_inputs(self, ids: list[torch.Tensor], schedule: ScaleSchedule) -> torch.Tensor:
         """Transformer inputs of scales 1.. for known tokens: (B, L - l of scale 0, C) float32."""
         f_hat = self.start(len(ids[0]), schedule, ids[0].device)

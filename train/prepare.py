@@ -24,12 +24,14 @@ def preparer(
     *,
     flips: float = 0.0,
     noise: float = 0.0,
+    codes: bool = False,
     seed: int = 0,
 ) -> Callable[[Batch], Batch]:
     """What turns a batch of images or cached tokens into an objective's batch, with frozen models.
 
     `read` makes the text entries of captions (`train.text.text_reader` or a `TextCache`); None without text. With
-    `flips` (bits) or `noise` (codes) a batch for training has the ids and inputs of self-correction.
+    `flips` (bits) or `noise` (codes) a batch for training has the ids and inputs of self-correction. With `codes` a
+    batch has "codes" (B, L - l of scale 0, C), too: what the tokens of each scale add, for masked prediction.
     """
 
     def prepare(batch: Batch) -> Batch:
@@ -52,6 +54,9 @@ def preparer(
             ids = quantizer.encode(f_BCHW, schedule) if cached is None else list(cached)
             made["inputs"] = quantizer.teacher_inputs(ids, schedule)
         made["ids"] = torch.cat(ids, dim=1)
+        if codes:
+            own = [quantizer.scale_code(ids[k], k, schedule) for k in range(1, len(schedule))]
+            made["codes"] = torch.cat(own, dim=1)
         return made if read is None else made | read(list(batch["caption"]), device)
 
     return prepare

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from sample.load import load_tokenizer
 from tokenizer.aspects import schedule_of
 from tokenizer.model import MultiScaleVQ
+from train.masked import with_masked, without_masked
 from train.new_classes import relabelled
 from train.sequential import with_head, without_head
 from train.token_cache import DECODING
@@ -52,14 +53,18 @@ def build_transformer(
     rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
     changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
     given = given_sizes(config.transformer)
-    if "drop_path" in given:
-        changed["drop_path"] = given.pop("drop_path")
+    changed |= {name: given.pop(name) for name in ("drop_path", "mask") if name in given}  # of the same weights
     model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
     if config.sequential.layers:
         model = with_head(model, config.sequential, vqvae.quantizer)
     elif model.sequential is not None:
         print(f"start_from {config.start_from!r}: its sequential head is left out, train another", file=sys.stderr)
         model = without_head(model)
+    if config.masked.layers:
+        model = with_masked(model, config.masked.layers)
+    elif model.masked is not None:
+        print(f"start_from {config.start_from!r}: its masked prediction is left out, train another", file=sys.stderr)
+        model = without_masked(model)
     for name, wanted in given.items():
         if listed(getattr(model.config, name)) != listed(wanted):
             raise ValueError(

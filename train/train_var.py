@@ -27,6 +27,7 @@ from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.images import CorruptLog
 from train.loop import run
+from train.masked import MaskedConfig, MaskedObjective
 from train.optimizers import OptimizerConfig
 from train.prepare import preparer
 from train.progressive import ProgressiveConfig, ProgressiveObjective
@@ -85,7 +86,7 @@ def parser():
     made.add_class_arguments(AspectConfig, "aspects")
     made.add_class_arguments(TokensConfig, "tokens")
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
-    given |= {"sequential_layers", "sequential_scales"}
+    given |= {"sequential_layers", "sequential_scales", "masked_layers"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument(
         "--start_from", type=str | None, default=None, help="transformer to fine-tune: its folder, or a run or pipeline"
@@ -102,6 +103,7 @@ def parser():
     made.add_class_arguments(SupernetConfig, "supernet")
     made.add_class_arguments(CollaborationConfig, "code")
     made.add_class_arguments(SequentialConfig, "sequential")
+    made.add_class_arguments(MaskedConfig, "masked")
     made.add_class_arguments(OptimizerConfig, "optimizer")
     return made
 
@@ -119,7 +121,7 @@ def open_tokenizer(config) -> MultiScaleVQ:
 
 
 def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
-    """The plain loss, or what `progressive`, `supernet.depths`, `code.role` or `sequential.layers` ask for.
+    """The plain loss, or what `progressive`, `supernet.depths`, `code.role`, `sequential` or `masked.layers` ask for.
 
     Raises:
         ValueError: if two of them are asked for, or they do not fit the model.
@@ -127,6 +129,7 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
     common = (transformer, config.loss, config.optimizer, text_encoder)
     asked = {"progressive": config.progressive.is_on, "supernet.depths": config.supernet.depths}
     asked |= {"code.role": config.code.role, "sequential.layers": config.sequential.layers}
+    asked |= {"masked.layers": config.masked.layers}
     several = [name for name, value in asked.items() if value]
     if len(several) > 1:
         raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
@@ -138,6 +141,8 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
         return SupernetObjective(*common, supernet=config.supernet)
     if config.sequential.layers:
         return SequentialObjective(*common)
+    if config.masked.layers:
+        return MaskedObjective(*common)
     if config.code.role == "drafter":
         return DrafterObjective(*common, code=config.code)
     if config.code.role == "refiner":
@@ -181,8 +186,9 @@ def exporter(
 
 def previewer(vqvae: MultiScaleVQ, prepare: Callable[[Batch], Batch], val_data: Dataset, count: int):
     """Samples for the first validation prompts, seeds 0, 1, ...: guidance 2 over the real prompts."""
+    from sample.draw import Filter
     from sample.generate import generate
-    from sample.plan import plain
+    from sample.plan_text import PlanConfig
 
     items = [val_data[i] for i in range(min(count, len(val_data)))]
 
@@ -191,7 +197,7 @@ def previewer(vqvae: MultiScaleVQ, prepare: Callable[[Batch], Batch], val_data: 
         batch = torch.utils.data.default_collate(items)
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         prompt = objective.prompt(prepare({**batch, "counter": range(len(items))}))
-        plan = plain(objective.transformer, guidance=2.0, top_p=0.95)
+        plan = PlanConfig().build(objective.transformer, guidance=2.0, filters=Filter(top_p=0.95))
         state = generate(plan, vqvae.quantizer, prompt, list(range(len(items))))
         return {"samples": vqvae.to(device).decode(state.f_hat_BCHW)}
 
@@ -259,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
-    prepare = preparer(vqvae, read, flips=built.tokens.flips, noise=built.tokens.noise, seed=run_config.seed)
+    disturbed = {"flips": built.tokens.flips, "noise": built.tokens.noise, "codes": built.masked.layers > 0}
+    prepare = preparer(vqvae, read, **disturbed, seed=run_config.seed)
     for name in vars(config.transformer):  # what the file says is what is trained, with start_from, too
         config.transformer[name] = getattr(transformer.config, name)
     task = Task(

@@ -72,9 +72,10 @@ class Conditioning:
 
     Attributes:
         start_BD: what the tokens of the first scale start from.
-        blocks: modulation (B, 6, D) of each block.
+        blocks: modulation (B, 6, D) of each block; those of masked prediction follow the others.
         head_B2D: modulation of the head.
-        memory: cross-attention keys and values (B, H, T, d) of each block; empty without text.
+        masked_head_B2D: that of the head of masked prediction; None where there is none.
+        memory: cross-attention keys and values (B, H, T, d) of each block, in the same order; empty without text.
         memory_mask_B11T: bool, True = a real text token; None without text.
     """
 
@@ -83,11 +84,12 @@ class Conditioning:
     head_B2D: torch.Tensor
     memory: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     memory_mask_B11T: torch.Tensor | None = None
+    masked_head_B2D: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.start_BD)
 
-    def select(self, rows: torch.Tensor) -> Conditioning:
+    def select(self, rows: torch.Tensor | slice) -> Conditioning:
         """The conditioning of some rows (int64, duplicates allowed)."""
         return replace(
             self,
@@ -96,6 +98,7 @@ class Conditioning:
             head_B2D=self.head_B2D[rows],
             memory=tuple((k[rows], v[rows]) for k, v in self.memory),
             memory_mask_B11T=None if self.memory_mask_B11T is None else self.memory_mask_B11T[rows],
+            masked_head_B2D=None if self.masked_head_B2D is None else self.masked_head_B2D[rows],
         )
 
 

@@ -38,7 +38,10 @@ def attention(
 ) -> torch.Tensor:
     """Softmax attention to (B, l, H*d): flex_attention where the mask is a BlockMask, else SDPA, a call a group."""
     if isinstance(mask, Groups):
-        groups = [(q_BHld[:, :, begin:end], k_BHSd[:, :, :end], v_BHSd[:, :, :end]) for begin, end in mask.spans]
+        groups = [
+            (q_BHld[:, :, begin:end], k_BHSd[:, :, first:end], v_BHSd[:, :, first:end])
+            for begin, end, first in mask.spans
+        ]
         masks = (mask.first_nn, *(None for _ in groups[1:]))
         return torch.cat([attention(*group, own, scale) for group, own in zip(groups, masks)], dim=1)
     if mask is None or isinstance(mask, torch.Tensor):

@@ -30,17 +30,17 @@ OWN_CALL = 64  # tokens that a scale needs for a call of its own to be worth it
 
 @dataclass(frozen=True)
 class Groups:
-    """Block-causal attention as few calls: the first scales under a mask, each later one over all before it without.
+    """Attention as few calls: the first scales under a mask, each later one without, over all that it sees.
 
     Nothing that is masked is computed there, and what takes no mask can use the fastest kernels.
 
     Attributes:
         first_nn: the mask of the first scales' tokens; None where only the very first is among them.
-        spans: where each group of tokens begins and ends.
+        spans: of each group of tokens, where it begins and ends, and the first token that it sees.
     """
 
     first_nn: torch.Tensor | None
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int, int], ...]
 
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | Groups"
@@ -59,9 +59,9 @@ def attention_mask(
     """The mask for queries of `scales`, against keys of the same scales or, with `cached`, of all scales from 0.
 
     Returns:
-        None where nothing is masked (one scale that sees everything before it); else for "sdpa" a bool (Q, S)
-        tensor, True = may attend; for "flex" a BlockMask; for "grouped" Groups, or the bool tensor where scales do not
-        see all before them.
+        None where nothing is masked (one scale, and no keys but those it sees); else for "sdpa" a bool (Q, S) tensor,
+        True = may attend; for "flex" a BlockMask; for "grouped" Groups, or the bool tensor where the scales do not
+        begin with the first.
 
     Raises:
         ValueError: on an unknown kind or backend.
@@ -70,14 +70,14 @@ def attention_mask(
         raise ValueError(f"mask kind must be one of {', '.join(PREDICATES)}, got {kind!r}")
     if backend not in BACKENDS:
         raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if len(scales) == 1 and kind == "block_causal":
+    if len(scales) == 1 and (kind == "block_causal" or not cached):
         return None
     first_key = 0 if cached else schedule.begins[scales.start]
     end = schedule.ends[scales.stop - 1]
     levels = schedule.level_ids
     if backend == "grouped":
-        if scales.start == 0 and kind == "block_causal":
-            return _groups(schedule, scales.stop, str(device))
+        if scales.start == 0:
+            return _groups(schedule, scales.stop, str(device), kind)
         backend = "sdpa"
     return _mask(levels[schedule.begins[scales.start] : end], levels[first_key:end], str(device), kind, backend)
 
@@ -98,9 +98,10 @@ def _mask(
 
 @cache
 @torch.inference_mode(False)
-def _groups(schedule: ScaleSchedule, count: int, device: str) -> Groups:
+def _groups(schedule: ScaleSchedule, count: int, device: str, kind: str) -> Groups:
     """The groups of the first `count` scales."""
     small = next((k for k in range(1, count) if schedule.lengths[k] >= OWN_CALL), count)
     levels = schedule.level_ids[: schedule.ends[small - 1]]
-    mask = None if small == 1 else _mask(levels, levels, device, "block_causal", "sdpa")
-    return Groups(mask, tuple(pairwise((0, *(schedule.ends[k] for k in range(small - 1, count))))))
+    mask = None if small == 1 else _mask(levels, levels, device, kind, "sdpa")
+    borders = pairwise((0, *(schedule.ends[k] for k in range(small - 1, count))))
+    return Groups(mask, tuple((begin, end, begin if kind == "block_diagonal" else 0) for begin, end in borders))

@@ -22,6 +22,7 @@ from var.cache import KVCache
 from var.conditioning import ClassConditioner, Conditioning, Prompt, TextConditioner
 from var.heads import BitwiseHead, CategoricalHead
 from var.layers import AdaLinear, Block, rope_table
+from var.masked import MaskedPrediction
 from var.masks import PREDICATES, Mask, attention_mask
 from var.sequential import SequentialHead
 
@@ -56,6 +57,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
         sequential_layers: layers of a head that draws the tokens of the first `sequential_scales` scales one after the
             other (`var.sequential`); 0 for no such head.
+        masked_layers: last layers of which there is a second set, with a head, that draws some tokens of a scale again
+            given the others (`var.masked`, HMAR); 0 for none. Needs mask block_diagonal.
     """
 
     _supports_gradient_checkpointing = True
@@ -93,6 +96,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         selectivity: list[list[float]] | None = None,
         sequential_layers: int = 0,
         sequential_scales: int = 0,
+        masked_layers: int = 0,
     ):
         super().__init__()
         if depth < 1 or width < 1 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
@@ -127,9 +131,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.level_embedding = nn.Embedding(level_table or len(self.schedule), width)
         self.position_1LD = nn.Parameter(torch.empty(1, self.schedule.total, width)) if positions != "rope" else None
 
-        self.ada_shared = AdaLinear(width, 6) if shared_ada else None
-        self.blocks = nn.ModuleList(
-            Block(
+        def block(i: int) -> Block:
+            return Block(
                 width,
                 heads,
                 round(width * mlp_ratio),
@@ -140,10 +143,16 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 drop_path=drop_path * i / max(depth - 1, 1),
                 norm_eps=norm_eps,
             )
-            for i in range(depth)
-        )
+
+        self.ada_shared = AdaLinear(width, 6) if shared_ada else None
+        self.blocks = nn.ModuleList(block(i) for i in range(depth))
         make_head, size = (BitwiseHead, latent_channels) if bitwise else (CategoricalHead, vocab_size)
         self.head = make_head(width, size, norm_eps=norm_eps)
+        self.masked = None
+        if masked_layers:
+            _check_masked(masked_layers, depth, mask=mask, bitwise=bitwise, sequential=bool(sequential_layers))
+            last = [block(i) for i in range(depth - masked_layers, depth)]
+            self.masked = MaskedPrediction(last, CategoricalHead(width, size, norm_eps=norm_eps), width)
         self.sequential = None
         if sequential_layers:
             _check_sequential(sequential_layers, sequential_scales, len(self.schedule), bitwise=bitwise)
@@ -157,15 +166,26 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """The unconditional prompt of the same shape, for classifier-free guidance."""
         return self.conditioner.null(prompt)
 
+    @property
+    def reads_earlier(self) -> bool:
+        """Whether attention reads earlier scales, so that their keys and values are kept (not HMAR's)."""
+        return self.config.mask != "block_diagonal"
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks, then those of masked prediction: the order of what `condition` makes for them."""
+        return [*self.blocks, *(self.masked.blocks if self.masked is not None else ())]
+
     def condition(self, prompt: Prompt) -> Conditioning:
         """Everything the blocks need of a prompt, once an image: start token, modulations, cross-attention keys."""
         cond_BD, memory_BTD, mask_B11T = self.conditioner(prompt)
-        shared = None if self.ada_shared is None else self.ada_shared(cond_BD)
+        shared, blocks = None if self.ada_shared is None else self.ada_shared(cond_BD), self.all_blocks
         return Conditioning(
             start_BD=cond_BD,
-            blocks=tuple(block.modulation(cond_BD, shared) for block in self.blocks),
+            blocks=tuple(block.modulation(cond_BD, shared) for block in blocks),
             head_B2D=self.head.modulation(cond_BD),
-            memory=() if memory_BTD is None else tuple(block.cross.memory(memory_BTD) for block in self.blocks),
+            masked_head_B2D=None if self.masked is None else self.masked.head.modulation(cond_BD),
+            memory=() if memory_BTD is None else tuple(block.cross.memory(memory_BTD) for block in blocks),
             memory_mask_B11T=mask_B11T,
         )
 
@@ -188,7 +208,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x_BlC: the quantiser's inputs of `scales`, scale 0 having none (None when only scale 0 is asked for).
             cond: from `condition`.
             scales: consecutive scales to run; all of them when None (training).
-            cache: holds the scales before `scales.start`, and takes the new ones.
+            cache: holds the scales before `scales.start`, and takes the new ones; not used without `reads_earlier`.
             layers: the blocks to run, the others pass their input on; all when None.
             bridge: scales that run all blocks whatever `layers` says; `scales` must begin at 0 then.
             attention_backend: "sdpa", "flex" or "grouped", see `var.masks`.
@@ -199,7 +219,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ValueError: on a bridge that is none, or as `check_schedule`.
         """
         schedule = self.check_schedule(schedule)
-        scales = scales if scales is not None else range(len(schedule))
+        scales, cache = scales if scales is not None else range(len(schedule)), cache if self.reads_earlier else None
         h = self._embed(x_BlC, cond, scales, schedule)
         mask = attention_mask(
             schedule, scales, h.device, kind=self.config.mask, backend=attention_backend, cached=cache is not None
@@ -226,6 +246,40 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if after and i in after:  # of skipped blocks as well: guidance does not go with a subnet
                 h = after[i](h)
         return h
+
+    def masked_logits(
+        self,
+        x_BlC: torch.Tensor | None,
+        code_BlC: torch.Tensor | None,
+        masked_Bl: torch.Tensor | None,
+        cond: Conditioning,
+        *,
+        scales: range | None = None,
+        attention_backend: str = "sdpa",
+    ) -> torch.Tensor:
+        """Logits (B, l, V), float32, of tokens given the others of their scale (HMAR, section 4.2).
+
+        Args:
+            x_BlC: the inputs of `scales`, as in `forward`.
+            code_BlC: what the tokens of each scale add there, at its own size (`PyramidQuantizer.scale_code`); scale 0
+                has none and is never masked.
+            masked_Bl: bool, the tokens that are not seen; as long as `code_BlC`.
+            scales: consecutive scales; all of them when None (training).
+        """
+        scales = scales if scales is not None else range(len(self.schedule))
+        beside_BlD = None
+        if code_BlC is not None:
+            embedded_BlD = nn.functional.linear(code_BlC.to(self.input_proj.weight.dtype), self.input_proj.weight)
+            beside_BlD = self.masked.beside(embedded_BlD, masked_Bl)
+        h = self._embed(x_BlC, cond, scales, self.schedule, beside_BlD)
+        mask = attention_mask(self.schedule, scales, h.device, kind=self.config.mask, backend=attention_backend)
+        rope, every, own = self._rope(self.schedule, scales, h.device), self.config.level_every, len(self.masked.blocks)
+        chain = [*enumerate(self.blocks[:-own]), *enumerate(self.masked.blocks, len(self.blocks))]
+        for place, (i, block) in enumerate(chain):
+            if every and place and place % every == 0:
+                h = h + self._levels(self.schedule, scales)
+            h = self._run(block, h, cond, i, mask, rope, None, 0)
+        return self.masked.head.project(self.masked.head.features(h, cond.masked_head_B2D))
 
     def _run(
         self,
@@ -288,13 +342,19 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return schedule
 
     def _embed(
-        self, x_BlC: torch.Tensor | None, cond: Conditioning, scales: range, schedule: ScaleSchedule
+        self,
+        x_BlC: torch.Tensor | None,
+        cond: Conditioning,
+        scales: range,
+        schedule: ScaleSchedule,
+        beside_BlD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         parts = []
         if scales.start == 0:
             parts.append(cond.start_BD[:, None] + self.start_position_1lD)
         if x_BlC is not None:
-            parts.append(self.input_proj(x_BlC.to(self.input_proj.weight.dtype)))
+            projected_BlD = self.input_proj(x_BlC.to(self.input_proj.weight.dtype))
+            parts.append(projected_BlD if beside_BlD is None else projected_BlD + beside_BlD)
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         h = h + self._levels(schedule, scales)
         if self.position_1LD is not None:
@@ -334,7 +394,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if isinstance(self.conditioner, TextConditioner):
             nn.init.trunc_normal_(self.conditioner.pool.query_Hd, std=std)
             nn.init.trunc_normal_(self.conditioner.null_text_TE, std=1.2 / sqrt(self.config.text_width))
-        for block in self.blocks:
+        for block in self.blocks:  # those of masked prediction become their copies
             block.attn.to_out.weight.div_(sqrt(2 * depth))
             block.ffn.fc2.weight.div_(sqrt(2 * depth))
             if hasattr(block, "cross"):
@@ -350,6 +410,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.head.ada[1].weight.mul_(ada_gain)
         if self.sequential is not None:
             self.sequential.init_weights()
+        if self.masked is not None:
+            self.masked.init_weights(self.blocks[-len(self.masked.blocks) :], self.head)
 
 
 @cache  # not bounded: a recorded CUDA graph reads these again
@@ -366,6 +428,15 @@ def _check_sequential(layers: int, scales: int, most: int, *, bitwise: bool) -> 
         )
     if bitwise:
         raise ValueError("sequential_layers must be 0 for bitwise tokens: the head draws codes")
+
+
+def _check_masked(layers: int, depth: int, *, mask: str, bitwise: bool, sequential: bool) -> None:
+    if not 0 < layers < depth:
+        raise ValueError(f"masked_layers must be in 0..{depth - 1}, as the first layer is shared, got {layers}")
+    if mask != "block_diagonal" or bitwise or sequential:
+        raise ValueError(
+            "masked_layers must be 0 unless mask is block_diagonal, tokens are codes and sequential_layers is 0"
+        )
 
 
 def _check_sizes(width: int, heads: int, pool_heads: int, *, conditioning: str, positions: str) -> None:

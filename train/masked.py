@@ -1,0 +1,141 @@
+"""Training masked prediction on a finished next-scale transformer that stays as it is (HMAR, section 4.2, phase 2).
+
+Shapes: B images, N tokens of all scales but the first, L all tokens, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokenizer.schedule import ScaleSchedule
+from train.optimizers import OptimizerConfig
+from train.order import image_draws
+from train.session import Batch, Clock, Metrics
+from train.var_objective import VarLossConfig, VarObjective
+from var.transformer import NextScaleTransformer
+
+
+@dataclass(kw_only=True)
+class MaskedConfig:
+    """Masked prediction for the block_diagonal transformer of `start_from`.
+
+    Args:
+        layers: last layers that get a second set (HMAR: 8); 0 trains the transformer.
+    """
+
+    layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ValueError(f"masked.layers must be 0 or more, got {self.layers}")
+
+
+class MaskedObjective(VarObjective):
+    """The cross-entropy of masked tokens, given the other tokens of their scale.
+
+    Every scale of an image is masked by the share that is drawn for it, evenly from 0 to 1; scale 0 never is. All
+    masked tokens weigh the same. HMAR draws one share and the same places for a whole batch; here they are keyed by
+    image, so that training does not depend on how images are split over processes.
+
+    Raises:
+        ValueError: if the transformer has no masked prediction, or the text encoder is to train along.
+    """
+
+    def __init__(
+        self,
+        transformer: NextScaleTransformer,
+        config: VarLossConfig,
+        optimizer: OptimizerConfig,
+        text_encoder: nn.Module | None = None,
+    ):
+        super().__init__(transformer, config, optimizer, text_encoder)
+        if transformer.masked is None:
+            raise ValueError("masked.layers trains on a finished transformer: give start_from")
+        if text_encoder is not None:
+            raise ValueError("masked.layers trains a part alone: it needs text.train=false")
+        transformer.requires_grad_(False)
+        transformer.masked.requires_grad_(True)
+        self.find_unused = False
+
+    def train(self, mode: bool = True) -> MaskedObjective:
+        """The transformer but for masked prediction stays in eval mode."""
+        super().train(mode)
+        self.transformer.eval()
+        self.transformer.masked.train(mode)
+        return self
+
+    def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
+        """Loss, and loss and accuracy of masked tokens by scale."""
+        model, first = self.transformer, self.transformer.schedule.lengths[0]
+        masked_BN = draw_masked(batch["counter"], model.schedule, seed=clock.seed, device=batch["ids"].device)
+        cond = model.condition(self.training_prompt(batch, clock))
+        logits_BLV = self.masked_logits(batch, masked_BN, cond)
+        targets_BN, logits_BNV = batch["ids"][:, first:], logits_BLV[:, first:]
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss_BN = F.cross_entropy(logits_BNV.mT, targets_BN, reduction="none", label_smoothing=smoothing) * masked_BN
+        correct_BN = (logits_BNV.detach().argmax(dim=-1) == targets_BN) & masked_BN
+        expected = len(masked_BN) * sum((n + 1) / 2 for n in model.schedule.lengths[1:])
+        sums = {"loss": loss_BN.detach(), "accuracy": correct_BN}
+        means = {
+            f"{name}_{scale}": own_Bl.sum() / count_Bl.sum().clamp(min=1)
+            for name, value_BN in sums.items()
+            for scale, own_Bl, count_Bl in zip(
+                model.schedule.names[1:],
+                value_BN.split(model.schedule.lengths[1:], dim=1),
+                masked_BN.split(model.schedule.lengths[1:], dim=1),
+            )
+        }
+        return loss_BN.sum() / expected, {"accuracy": correct_BN.sum() / masked_BN.sum(), **means}
+
+    def masked_logits(self, batch: Batch, masked_BN: torch.Tensor, cond: Any) -> torch.Tensor:
+        """Logits (B, L, V) of all tokens, by this objective's backend of attention."""
+        backend = self.attention if torch.is_grad_enabled() else "sdpa"
+        return self.transformer.masked_logits(
+            batch["inputs"], batch["codes"], masked_BN, cond, attention_backend=backend
+        )
+
+
+def draw_masked(
+    counters: torch.Tensor, schedule: ScaleSchedule, *, seed: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Which tokens of scales 1.. are masked: bool (B, N), keyed by (seed, image counter).
+
+    Of a scale of n tokens ceil(p n) are, at least one, with one p for all scales of an image.
+    """
+    lengths = schedule.lengths[1:]
+    u_BN = image_draws(counters, 1 + sum(lengths), seed, 7, device=device)
+    share_B1, parts = u_BN[:, :1], u_BN[:, 1:].split(lengths, dim=1)
+    ranks = [part_Bl.argsort(dim=1).argsort(dim=1) for part_Bl in parts]
+    return torch.cat([rank_Bl < (share_B1 * n).ceil().clamp(min=1) for rank_Bl, n in zip(ranks, lengths)], dim=1)
+
+
+def with_masked(model: NextScaleTransformer, layers: int) -> NextScaleTransformer:
+    """The transformer with new masked prediction that begins as its own last layers; itself if it has such.
+
+    Raises:
+        ValueError: if it has other masked prediction, or reads earlier scales.
+    """
+    if model.config.masked_layers == layers:
+        return model
+    if model.config.masked_layers:
+        raise ValueError(f"masked.layers is {layers}, and start_from has {model.config.masked_layers}")
+    made = _rebuilt(model, layers)
+    made.masked.init_weights(made.blocks[-layers:], made.head)
+    return made
+
+
+def without_masked(model: NextScaleTransformer) -> NextScaleTransformer:
+    """The transformer alone: masked prediction does not go with other weights below it."""
+    return model if model.masked is None else _rebuilt(model, 0)
+
+
+def _rebuilt(model: NextScaleTransformer, layers: int) -> NextScaleTransformer:
+    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    made = NextScaleTransformer(**sizes | {"masked_layers": layers})
+    made.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("masked.")}, strict=False)
+    return made
