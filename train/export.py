@@ -34,6 +34,7 @@ class ExportConfig:
         top_p: the model's own, in (0, 1]. One number, or one a scale.
         temperature: the model's own. One number, or one a scale.
         guidance_ramp: the model's own, linear or constant.
+        mask_schedule: the model's own passes over its scales, like 1/1,3/1,1,2,5, or off; the published ones if null.
     """
 
     model: str
@@ -46,6 +47,7 @@ class ExportConfig:
     top_p: float | list[float] = 1.0
     temperature: float | list[float] = 1.0
     guidance_ramp: str = "linear"
+    mask_schedule: str | None = None
 
 
 def export(config: ExportConfig) -> float:
@@ -64,8 +66,8 @@ def export(config: ExportConfig) -> float:
     pipeline = load_pipeline(config.model, dtype=torch.float32, device="cpu")
     if config.vqvae is not None:
         pipeline.register_modules(vqvae=same_tokens(pipeline.vqvae, config.vqvae))
-    names = ("guidance_scale", "top_k", "top_p", "temperature", "guidance_ramp")
-    sampling = {name: getattr(config, name) for name in names}
+    names = ("guidance_scale", "top_k", "top_p", "temperature", "guidance_ramp", "mask_schedule")
+    sampling = {name: value for name in names if (value := getattr(config, name)) is not None}
     pipeline.make_plan(**sampling)  # raises, as sampling would
     pipeline.register_to_config(sampling=sampling)
     for part in (pipeline.transformer, pipeline.refiner, pipeline.vqvae, pipeline.text_encoder):
