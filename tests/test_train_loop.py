@@ -145,6 +145,18 @@ def test_run_settings_are_checked(changes, message):
         RunConfig(**changes)
 
 
+@pytest.mark.parametrize("words", [["--config={file}"], ["--run.precision=no"]])
+def test_a_bare_no_is_read_as_it_is_meant(tmp_path, words):
+    """YAML says false for it."""
+    (tmp_path / "run.yaml").write_text("run: {precision: no}\n")
+    from train import train_var
+
+    made = train_var.parser()
+    given = [word.format(file=tmp_path / "run.yaml") for word in words]
+    config = made.parse_args([*given, "--tokens.tokenizer=x", "--data.source=scenes"])
+    assert made.instantiate(config).run.precision == "no"
+
+
 def test_batch_must_split_evenly():
     with pytest.raises(ValueError, match="multiple of micro_batch x processes = 3 x 2"):
         RunConfig(batch_size=32, micro_batch=3).check_split(2)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sample.processes import check_group, works_on_cpu
 from train import train_var
-from train.config import exit_code
+from train.config import exit_code, yaml_word
 from train.stream import StreamDataset
 from train.text import load_text_encoder, text_reader
 from train.text_cache import DTYPES, TextCache, begin_cache, describe, write_states
@@ -40,7 +40,7 @@ class EncodeConfig:
     batch_size: int = 64
     file_size: int = 4096
     dtype: str = "float16"
-    precision: str = "no"
+    precision: str | bool = "no"
     cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +49,7 @@ class EncodeConfig:
                 raise ValueError(f"encode.{name} must be 1 or more, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"encode.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        self.precision = yaml_word(self.precision)
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"encode.precision must be no, bf16 or fp16, got {self.precision!r}")
 

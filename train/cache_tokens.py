@@ -24,7 +24,7 @@ from sample.load import load_tokenizer
 from sample.processes import check_group, works_on_cpu
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
-from train.config import base_parser, exit_code
+from train.config import base_parser, exit_code, yaml_word
 from train.data import DataConfig, build_dataset
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
 from train.train_tokenizer import to_images
@@ -53,7 +53,7 @@ class CacheConfig:
     shard_size: int = 8192
     batch_size: int = 64
     workers: int = 0
-    precision: str = "no"
+    precision: str | bool = "no"
     fast: bool = True
     latents: bool = False
     seed: int = 0
@@ -62,6 +62,7 @@ class CacheConfig:
         for name in ("passes", "shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"cache.{name} must be 1 or more, got {getattr(self, name)}")
+        self.precision = yaml_word(self.precision)
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"cache.precision must be no or bf16, got {self.precision!r}")
 

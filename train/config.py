@@ -53,7 +53,7 @@ class RunConfig:
     batch_size: int = 64
     micro_batch: int | None = None
     seed: int = 0
-    precision: str | None = None
+    precision: str | bool | None = None
     half_stream: bool = False
     ema: float = 0.999
     log_every: int = 50
@@ -76,6 +76,7 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be 1 or more, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"run.micro_batch must be 1 or more, got {self.micro_batch}")
+        self.precision = yaml_word(self.precision)
         if self.precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"run.precision must be no, bf16 or fp16, got {self.precision!r}")
         if not 0 <= self.ema < 1:
@@ -120,6 +121,11 @@ class RunConfig:
                 f"run.batch_size {self.batch_size} must be a multiple of micro_batch x processes = "
                 f"{self.micro(processes)} x {processes}"
             )
+
+
+def yaml_word(value: str | bool | None) -> str | bool | None:
+    """What is meant by a value that YAML reads as false where it says a bare no."""
+    return "no" if value is False else value
 
 
 def base_parser(description: str) -> ArgumentParser:
