@@ -49,7 +49,7 @@ COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "info": ("sample.info", "what a model is, and what it can be asked for"),
-    "evaluate": ("evaluation.cli", "measure images or a model"),
+    "evaluate": ("evaluation.evaluate_cli", "measure images or a model"),
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),
     "report": ("evaluation.report_cli", "one page about runs and results"),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from evaluation import guards
+from evaluation.evaluate_options import METRICS
 from evaluation.extractors import ClipFeatures, DinoFeatures, clip_scores, cmmd
 from evaluation.features import Described, Describer, describe_all
 from evaluation.figures import (
@@ -29,7 +30,6 @@ from evaluation.figures import (
 from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
 from evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, InceptionFeatures
 from evaluation.intervals import mean_interval
-from evaluation.options import METRICS
 from evaluation.scene_features import load_scene_features, scene_reference
 from evaluation.scenes import TAGS, fresh_scenes, render
 from evaluation.sources import (
@@ -56,7 +56,7 @@ NETWORKS = {  # network -> metrics on it
 class Measure:
     """Which distribution metrics to take, and what they need: networks and a reference.
 
-    metrics: some of `evaluation.options.METRICS`.  networks: those of `NETWORKS` that are needed.
+    metrics: some of `evaluation.evaluate_options.METRICS`.  networks: those of `NETWORKS` that are needed.
     reference: real images; None where no metric looks at them.  reference_path: their file, which may hold statistics.
     resamples: behind intervals; None for the default.
     """

@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.distributions import Measure
+from evaluation.evaluate_options import defaults
 from evaluation.geneval import read_results, read_suite, result_cautions, suite, summarize
-from evaluation.options import defaults
 from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
@@ -42,7 +42,7 @@ PICTURES = 48  # in the picture beside a result
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Do what a checked command line says (see `evaluation.options`); 0.
+    """Do what a checked command line says (see `evaluation.evaluate_options`); 0.
 
     Raises ValueError and FileNotFoundError as its parts do, before images are made where that is possible.
     """

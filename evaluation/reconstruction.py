@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from evaluation.distributions import NETWORKS, chosen_metrics, load_network
+from evaluation.evaluate_options import TOKENIZER_METRICS, defaults
 from evaluation.features import Described, Describer, describe_all
 from evaluation.figures import paired_figures
 from evaluation.frechet import FEW
 from evaluation.guards import few_cautions
 from evaluation.intervals import mean_interval
-from evaluation.options import TOKENIZER_METRICS, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.sources import FileImages, Images, open_images, progress
 from evaluation.tokenizer_quality import (

@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.command import Parser, in_one_line
+from evaluation.evaluate_options import check, configure, defaults
 from evaluation.intervals import mean_interval
 from evaluation.judge import judge_report
-from evaluation.options import check, configure, defaults
 from evaluation.report import command_line, portable, result, table, write_result
 from evaluation.scenes import TAGS, Scene, fresh_scenes, render
 from sample.files import write_png

@@ -472,7 +472,7 @@ def test_several_processes_count_what_all_of_them_found(text_folder, tmp_path, c
 
 @pytest.mark.parametrize(("command", "words"), [("sample", ["x"]), ("edit", ["x"]), ("evaluate", [])])
 def test_lists_that_begin_with_a_minus_are_values(command, words):
-    from evaluation import options
+    from evaluation import evaluate_options as options
     from sample import cli, edit_cli
 
     parser = argparse.ArgumentParser()

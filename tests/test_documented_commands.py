@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import nextscale
-from evaluation import options, run
+from evaluation import evaluate_options as options
+from evaluation import run
 from sample import cli, search_options
 from sample.scene_reward import Caption
 

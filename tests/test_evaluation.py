@@ -17,7 +17,8 @@ from PIL import Image
 from scipy import ndimage
 
 import nextscale
-from evaluation import binding, calibration, judge, options, run, search_benchmark, tokenizer_quality
+from evaluation import binding, calibration, judge, run, search_benchmark, tokenizer_quality
+from evaluation import evaluate_options as options
 from evaluation.features import describe_all
 from evaluation.frechet import (
     Moments,
@@ -456,7 +457,8 @@ def test_an_interruption_is_one_line_and_exit_code_130(module, part, kept, capsy
 
 
 def test_options_are_read_without_torch():
-    code = "import sys; from evaluation import cli, options; options.defaults(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from evaluation import evaluate_cli as c, evaluate_options as o; o.defaults(); "
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(nextscale.__file__).parent).returncode == 0
 
 

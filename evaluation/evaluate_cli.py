@@ -2,7 +2,7 @@
 
 import argparse
 
-from evaluation.options import check, configure
+from evaluation.evaluate_options import check, configure
 
 __all__ = ["configure", "run"]
 
