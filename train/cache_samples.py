@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_validation(validation, manifest)
     folder = Path(config.folder) / "train"
     folder.mkdir(parents=True, exist_ok=True)
-    check_plan(folder, manifest, accelerator)
+    check_plan(folder, manifest, accelerator, option="samples.folder")
     candidates, steps = make_steps("best", config.candidates, len(pipeline.vqvae.schedule))
     reward = load_reward(config.reward, device=device)
     search = Search(candidates=candidates, steps=steps, reward=reward, enough=config.enough)

@@ -124,8 +124,11 @@ def encode_split(
             print(unreadable, file=sys.stderr)
 
 
-def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
+def check_plan(folder: Path, manifest: dict, accelerator: Accelerator, *, option: str = "cache.folder") -> None:
     """Refuse to mix shards of different plans in one folder; the plan is kept beside the shards.
+
+    Args:
+        option: what the folder is called where it is given.
 
     Raises:
         ValueError: naming the first difference.
@@ -136,7 +139,7 @@ def check_plan(folder: Path, manifest: dict, accelerator: Accelerator) -> None:
         for name, value in json.loads(json.dumps(manifest)).items():  # as it is read: lists for tuples
             if kept.get(name, value) != value:  # older caches do not say all
                 raise ValueError(
-                    f"cache.folder {folder} was begun with other data or settings, {name} is {value} and was "
+                    f"{option} {folder} was begun with other data or settings, {name} is {value} and was "
                     f"{kept[name]}: remove it or give another one"
                 )
     accelerator.wait_for_everyone()
