@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from copy import deepcopy
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, getsignal
 from threading import Barrier
@@ -13,7 +14,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from benchmarks import growth, growth_runs, memory, sampling, startup, tokenizer, training
+from benchmarks import growth, growth_runs, markov, memory, sampling, startup, tokenizer, training
 from benchmarks.models import image_flops, random_pipeline
 from benchmarks.reference import check_checkout
 from benchmarks.speed_picture import draw_growth, draw_sampling
@@ -177,6 +178,18 @@ def test_growth_runs(tmp_path, monkeypatch):
     assert rows[-1]["images_per_s_exponent"] == pytest.approx(0.5) and rows[-1]["images_per_s_theory"] == 1
     assert out.with_suffix(".png").stat().st_size and out.with_suffix(".md").stat().st_size
     draw_growth(rows[:-3], tmp_path / "again.png")  # as on a GPU
+
+
+def test_rows_of_attention_within_scales(tmp_path, monkeypatch, tiny_class_model):
+    """The same weights under both masks; what is not stored is not counted, masked passes are."""
+    monkeypatch.setattr(markov, "random_transformer", lambda size, schedule: deepcopy(tiny_class_model))
+    assert markov.main(["--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "markov.json")]) == 0
+    rows = {row["row"]: row for row in json.loads((tmp_path / "markov.json").read_text())["rows"]}
+    assert list(rows) == ["VAR", "HMAR, one pass a scale", "HMAR", "training step, VAR", "training step, HMAR"]
+    assert rows["VAR"]["speed"] == 1 == rows["training step, VAR"]["speed"]
+    assert rows["VAR"]["peak_cache_mib"] > 0 == rows["HMAR"]["peak_cache_mib"]
+    assert rows["HMAR, one pass a scale"]["flops_ceiling"] > 1 > rows["HMAR"]["flops_ceiling"]
+    assert (tmp_path / "markov.md").read_text().startswith("| row | seconds |")
 
 
 def test_published_sizes_in_the_memory_benchmark():
