@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from sample import kernels
 from tokenizer.schedule import ScaleSchedule
 
+NOT_FINITE = "logits are not finite: the weights are damaged, or float32 is needed as dtype"
+
 
 def derive_seed(*key: int) -> int:
     """A 63-bit seed from non-negative integers; different keys of one length, below 2**32, give independent streams."""
@@ -112,6 +114,23 @@ def _may_ask(logits: torch.Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
+def watch(values: torch.Tensor, finite: torch.Tensor | None) -> torch.Tensor | None:
+    """`finite` (bool, no dimensions) and whether these values are, for `check_finite` after the loop.
+
+    None on a CPU, where `draw` looks at once.
+    """
+    if _may_ask(values):
+        return finite
+    found = values.isfinite().all()
+    return found if finite is None else finite & found
+
+
+def check_finite(finite: torch.Tensor | None) -> None:
+    """Raise ValueError if what was drawn from was not finite, as `watch` noted it; waits for the device."""
+    if finite is not None and not finite:
+        raise ValueError(NOT_FINITE)
+
+
 def least_likely(ordered: torch.Tensor, p: float) -> torch.Tensor:
     """Which of ascending logits (..., V) are jointly at most 1 - p, as bool; never the last one."""
     drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
@@ -157,16 +176,18 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     A token of probability 0 is never drawn, whatever rounding does to the cumulative sum.
 
     Raises:
-        ValueError: on a CPU, if a row of logits has no likeliest token: some are nan, or too large for the dtype.
+        ValueError: on a CPU, if a row of logits has no likeliest token: some are nan, or too large for the dtype. On
+            other devices `check_finite` tells, after the loop.
     """
     if _has_kernel(logits):
         return kernels.draw(logits, uniforms)
     cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)
     total = cdf[..., -1:]
     if _may_ask(logits) and not total.isfinite().all():
-        raise ValueError("logits are not finite: the weights are damaged, or float32 is needed as dtype")
+        raise ValueError(NOT_FINITE)
     target = torch.minimum(uniforms[..., None].to(cdf) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[..., 0]
+    tokens = torch.searchsorted(cdf, target, right=True)[..., 0]
+    return tokens if _may_ask(logits) else tokens.clamp(max=logits.shape[-1] - 1)  # of what is not finite, too
 
 
 def smooth_weights(logits_BlV: torch.Tensor, ratio: float, generator: torch.Generator) -> torch.Tensor:

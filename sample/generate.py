@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from einops import repeat
 
-from sample.draw import check_seeds, derive_seed, draw, pass_uniforms, smooth_weights
+from sample.draw import check_finite, check_seeds, derive_seed, draw, pass_uniforms, smooth_weights, watch
 from sample.guidance import mix
 from sample.masked import redraw
 from sample.plan import Plan
@@ -72,11 +72,16 @@ def generate(
 
     Returns:
         The final state: `f_hat_BCHW` is ready for the decoder, `tokens` holds every scale.
+
+    Raises:
+        ValueError: as `start`, or if logits are not finite.
     """
     state = start(plan, quantizer, prompt, seeds, negative=negative)
     for hook in hooks:
         hook.on_start(state)
-    return play(state, hooks, smooth=smooth)
+    play(state, hooks, smooth=smooth)
+    check_finite(state.finite)
+    return state
 
 
 def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = False) -> GenerationState:
@@ -145,7 +150,9 @@ def scale_features(state: GenerationState, k: int) -> torch.Tensor:
         schedule=schedule,
         after=inside,
     )
-    return model.head.features(hidden, state.cond.head_B2D)
+    features_RlD = model.head.features(hidden, state.cond.head_B2D)
+    state.finite = watch(features_RlD, state.finite)
+    return features_RlD
 
 
 def guided(state: GenerationState, k: int, doubled: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sample.draw import check_finite
 from sample.generate import play, start
 from sample.plan import Plan
 from sample.state import GenerationState
@@ -113,7 +114,7 @@ class GraphedSampler:
 
     @torch.no_grad()
     def generate(self, plan: Plan, prompt: Prompt, seeds: Sequence[int]) -> GenerationState:
-        """As `sample.generate.generate`: the final state."""
+        """As `sample.generate.generate`: the final state, checked when all is drawn."""
         quantizer = self.vqvae.quantizer
         state = start(plan, quantizer, prompt, seeds)
         names = [field.name for field in fields(prompt)]
@@ -122,10 +123,12 @@ class GraphedSampler:
             begun = quantizer.start(len(uniforms_BLn), plan.schedule, uniforms_BLn.device)
             again = type(prompt)(**dict(zip(names, parts)))
             made = play(GenerationState(plan, quantizer, again, None, state.seeds, uniforms_BLn, begun))
-            return [made.f_hat_BCHW, *made.tokens]
+            finite = torch.ones((), dtype=torch.bool) if made.finite is None else made.finite
+            return [made.f_hat_BCHW, finite, *made.tokens]
 
         given = [state.uniforms_BLn, *(getattr(prompt, name) for name in names)]
-        state.f_hat_BCHW, *state.tokens = self.recorder.run(plan, loop, given)
+        state.f_hat_BCHW, state.finite, *state.tokens = self.recorder.run(plan, loop, given)
+        check_finite(state.finite)
         return state
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sample.draw import draw
+from sample.draw import draw, watch
 from tokenizer.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
@@ -93,4 +93,5 @@ def masked_logits(state: GenerationState, k: int, tokens_Bl: torch.Tensor, maske
     cond = state.cond.select(slice(len(state))) if state.doubled else state.cond
     code_BlC = state.quantizer.scale_code(tokens_Bl, k, schedule)
     logits_BlV = stage.model.masked_logits(state.inputs[k - 1], code_BlC, masked_Bl, cond, scales=range(k, k + 1))
+    state.finite = watch(logits_BlV, state.finite)
     return stage.filter(k)(logits_BlV)

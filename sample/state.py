@@ -36,6 +36,7 @@ class GenerationState:
         copies: rows made of each origin by duplication, for fresh streams.
         extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given" (B, L) int64
             are tokens that hold whatever is drawn, -1 where there is none.
+        finite: whether what was drawn from was finite so far, on the device; None where the draw itself looks (CPU).
         narrows: scales after which rows will go (a search); until then the cache has room for no later ones.
     """
 
@@ -54,6 +55,7 @@ class GenerationState:
     origins: list[int] = field(default_factory=list)
     copies: Counter = field(default_factory=Counter)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    finite: torch.Tensor | None = None
     narrows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 from sample import fast, fast_cpu
 from sample.costs import plan_flops
 from sample.draw import Filter, keep_likeliest, keep_top_k, keep_top_p
-from sample.generate import generate
+from sample.generate import generate, play, start
+from sample.graphs import GraphedSampler, Recorder
 from sample.ledger import call_flops
 from sample.load import load_pipeline, resolve_dtype
 from sample.pipeline import NextScalePipeline
@@ -305,11 +307,31 @@ def test_nothing_is_read_back_inside_the_loop(monkeypatch):
     monkeypatch.setattr("sample.draw._may_ask", lambda logits: False)  # as on a GPU
     whole = pipeline()
     plan, prompt = plain(whole.transformer, guidance=2.0, top_p=0.8), ClassPrompt(torch.tensor([0, 1]))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
-        generate(plan, whole.vqvae.quantizer, prompt, [1, 2])
+    state = start(plan, whole.vqvae.quantizer, prompt, [1, 2])
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        play(state)
+    assert state.finite.shape == () and bool(state.finite)
     names = {event.key for event in run.key_averages()}
     assert "aten::softmax" in names
     assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_logits_that_are_not_finite_are_told_after_the_loop(monkeypatch, graphed):
+    """Where the draw cannot look: a damaged model is refused there, too, plainly and replayed."""
+    monkeypatch.setattr("sample.draw._may_ask", lambda logits: False)
+    whole = pipeline()
+    plan, prompt = plain(whole.transformer), ClassPrompt(torch.tensor([0, 1]))
+    recorder = Recorder(record=lambda function, _: lambda given: list(function(*given)))
+    sampler = GraphedSampler(whole.vqvae, recorder)
+    for damaged in (False, False, True, True):
+        if damaged:
+            whole.transformer.blocks[0].ffn.fc2.bias.data[0] = torch.nan
+        with pytest.raises(ValueError, match="logits are not finite") if damaged else nullcontext():
+            if graphed:
+                sampler.generate(plan, prompt, [1, 2])
+            else:
+                generate(plan, whole.vqvae.quantizer, prompt, [1, 2])
 
 
 def test_help_does_not_import_torch():
