@@ -30,7 +30,8 @@ from evaluation.scaling import (
     write_points,
 )
 from tokenizer.schedule import ScaleSchedule
-from train.scaling import AT_WORK, Ladder, Rung, climb, climb_all, tokens_of_a_step
+from train.ladder import Ladder, Rung
+from train.scaling import AT_WORK, climb, climb_all, tokens_of_a_step
 
 # VAR, section 4.2: (scale, exponent) in billions of parameters, and in PFlops of training compute.
 VAR_IN_N = {"L_last": (2.0, -0.23), "L_avg": (2.5, -0.20), "Err_last": (4.9e2, -0.016), "Err_avg": (6.5e2, -0.010)}
