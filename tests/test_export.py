@@ -56,3 +56,19 @@ def test_defaults_that_cannot_be_are_refused(class_folder, tmp_path, capsys):
     given = ["--model", str(class_folder), "--out", str(tmp_path / "out"), "--top_p=2"]
     assert exit_code(main, given) == 2 and not (tmp_path / "out").exists()
     assert "top_p must be in (0, 1], got 2.0" in capsys.readouterr().err
+
+
+def test_a_place_where_nothing_can_be_written_is_found_first(tmp_path, capsys):
+    """Before the model, which is not there at all, is looked for."""
+    (tmp_path / "file").write_text("")
+    for out, message in (("", "out must name a folder"), (tmp_path / "file/out", "out must be in a folder, got")):
+        assert exit_code(main, ["--model", "nowhere", f"--out={out}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_mask_schedule_is_kept_and_checked(class_folder, tmp_path, capsys):
+    given = ["--model", str(class_folder), "--out", str(tmp_path / "out")]
+    assert exit_code(main, [*given, "--mask_schedule=off"]) == 0
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["sampling"]["mask_schedule"] == "off"
+    assert exit_code(main, [*given, "--overwrite=true", "--mask_schedule=1/1,3"]) == 2
+    assert "mask_schedule 1/1,3 is for a model of masked prediction" in capsys.readouterr().err

@@ -314,6 +314,8 @@ def test_text_cache_goes_on_adds_and_refuses(vqvae_folder, tmp_path, capfd):
     assert len(TextCache(cache)) > count
     assert encode_texts(vqvae_folder, tmp_path / "other", cache) == 2
     assert "was made with another encoder" in capfd.readouterr().err
+    assert encode_texts(vqvae_folder, tmp_path / "nowhere", files[1] / "cache") == 2
+    assert "text.cache must be in a folder, got" in capfd.readouterr().err
     for argument, words in (
         (f"--text.pretrained={tmp_path}/other", "was made with another encoder"),
         ("--transformer.text_length=48", "was made with another text_length (32, not 48)"),

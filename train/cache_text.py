@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from sample.files import check_place
 from sample.processes import check_group, works_on_cpu
 from train import train_var
 from train.config import exit_code, yaml_word
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"transformer.conditioning must be text, got {built.transformer.conditioning!r}")
     if text.pretrained is None or text.cache is None:
         raise ValueError("text.pretrained and text.cache must say which encoder's states go where")
+    check_place("text.cache", text.cache, folder=True)
     on_cpu = config.cpu or built.run.cpu or works_on_cpu()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
     check_group(accelerator)

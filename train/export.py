@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sample.files import check_place
 from sample.load import DTYPES, PARTS, load_pipeline, load_tokenizer, silent_loading
 from train.config import base_parser, exit_code
 
@@ -55,10 +56,13 @@ def export(config: ExportConfig) -> float:
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: on an unknown dtype, a tokenizer that makes other tokens, or a pipeline in `out` that is not to be
-            overwritten.
+        ValueError: on an unknown dtype, a tokenizer that makes other tokens, an `out` where nothing can be written, or
+            a pipeline in it that is not to be overwritten.
     """
     out = Path(config.out)
+    if not config.out:
+        raise ValueError("out must name a folder, got ''")
+    check_place("out", out, folder=True)
     if (out / "model_index.json").exists() and not config.overwrite:
         raise ValueError(f"out {config.out!r} holds a pipeline: name another folder, or set --overwrite=true")
     if config.dtype not in DTYPES:
