@@ -123,6 +123,12 @@ class NextScalePipeline(DiffusionPipeline):
             super().to(*places, **kwargs)
         return self
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """How it is copied (`copy.deepcopy`) and pickled; not when its weights are laid out for this processor."""
+        if self.accelerated is not None or self.offloaded is not None:
+            raise TypeError("an accelerated or offloaded pipeline cannot be copied or pickled: load the model again")
+        return super().__reduce_ex__(protocol)
+
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """diffusers' name of `load_pipeline(offload="model")`, see `sample.offload`."""
         keep_on_cpu(self.to("cpu"), "model", _gpu(gpu_id, device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -332,6 +334,16 @@ def test_logits_that_are_not_finite_are_told_after_the_loop(monkeypatch, graphed
                 sampler.generate(plan, prompt, [1, 2])
             else:
                 generate(plan, whole.vqvae.quantizer, prompt, [1, 2])
+
+
+def test_a_plain_pipeline_can_be_copied_and_an_accelerated_one_says_that_it_cannot():
+    ours = pipeline()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(**CALL).images, ours(**CALL).images)
+    fast.accelerate(ours)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled: load the model again"):
+            duplicate(ours)
 
 
 def test_help_does_not_import_torch():
