@@ -93,14 +93,19 @@ def measure_selectivity(
         prompts: texts, or classes of a class model; `per_prompt` images of each, with the model's own settings.
         model: measured instead of the pipeline's transformer (its refiner).
         top: share of the history whose weight counts as narrow, in (0, 1].
+
+    Raises:
+        ValueError: of a model that keeps nothing of earlier scales (block_diagonal).
     """
     from sample.plan import Plan
     from var.scalekv import SelectivityCache
 
     model = model or pipeline.transformer
+    if not model.reads_earlier:
+        raise ValueError("this model's attention stays within each scale: there is no cache to calibrate")
     caches: list[SelectivityCache] = []
 
-    first = replace(pipeline.make_plan("var").stages[0], model=model)
+    first = replace(pipeline.make_plan("var").stages[0], model=model, mask_schedule=None)
 
     def recorder() -> SelectivityCache:
         caches.append(SelectivityCache(len(model.blocks), first.pyramid, top=top))

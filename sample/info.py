@@ -70,8 +70,12 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     if pipeline.text_encoder is not None:
         yield "text encoder", f"{millions(pipeline.text_encoder)}; {type(pipeline.text_encoder).__name__}"
     yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
-    calibrated = config.selectivity is not None
-    yield "--cache", "ScaleKV (calibrated)" if calibrated else "window, streaming, snapkv; ScaleKV after calibrate"
+    if not model.reads_earlier:
+        yield "--cache", "none: attention stays within each scale, so nothing is kept"
+    elif config.selectivity is not None:
+        yield "--cache", "ScaleKV (calibrated)"
+    else:
+        yield "--cache", "window, streaming, snapkv; ScaleKV after calibrate"
     yield "memory", memory(pipeline)
 
 

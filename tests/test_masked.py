@@ -310,7 +310,11 @@ def test_the_command_takes_it(pipeline, tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text("mask_schedule: 1/1,3\n")
     assert main([*common, "--out", str(tmp_path / "on"), "--plan", str(tmp_path / "plan.yaml")]) == 2
     assert main(["info", str(tmp_path / "model")]) == 0
-    assert "2 layers and a head of their own; scales of several passes: 2x2 in 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 layers and a head of their own; scales of several passes: 2x2 in 2" in said
+    assert "--cache       none: attention stays within each scale" in said
+    assert main(["calibrate", "--model", str(tmp_path / "model"), "--class", "1"]) == 2
+    assert "there is no cache to calibrate" in capsys.readouterr().err
 
 
 @pytest.fixture
