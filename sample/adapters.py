@@ -93,7 +93,7 @@ HMAR = Adapter(
     hmar_keys.BUFFERS,
     hmar_keys.read_config,
     hmar_keys.official_name,
-    hmar_keys.official_shape,
+    var_keys.official_shape,
     hmar_keys.official_buffers,
     needs={name: wanted for name, wanted in VAR.needs.items() if name != "masked_layers"} | {"mask": "block_diagonal"},
 )

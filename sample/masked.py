@@ -1,9 +1,9 @@
 """Drawing the least certain tokens of a scale again, given its other tokens (HMAR, section 4.2).
 
 A mask schedule says for every scale how many tokens each pass settles: (1, 3) settles one token of four by next-scale
-prediction and draws the other three, those of the least probability, again by a masked pass. Each pass masks the least
-probable tokens that the scale has then, fewer from pass to pass; masked passes are not guided, as in the official code
-(which guides with a millionth of the weight).
+prediction and draws the other three, those of the least probability, again by a masked pass. Each further pass masks
+fewer of the same tokens, those that were drawn with the least probability then. Masked passes are not guided, as in the
+official code (which guides with a millionth of the weight).
 
 Shapes: B images, l tokens of one scale, V codes.
 """
@@ -38,7 +38,7 @@ def read_mask_schedule(given: str | Sequence[Sequence[int]] | None, schedule: Sc
         ValueError: if it is none of these, or the numbers of a scale do not sum to its tokens.
     """
     if given is None:
-        return tuple(PUBLISHED.get(tokens, (tokens,)) for tokens in schedule.lengths)
+        return tuple(PUBLISHED.get(tokens, (tokens,)) if k else (tokens,) for k, tokens in enumerate(schedule.lengths))
     if isinstance(given, str):
         if given != OFF and not re.fullmatch(r"\d+([,/]\d+)*", given):
             raise ValueError(f"mask_schedule must be off, or tokens a pass like 1/1,3/1,1,2,5, got {given!r}")
@@ -59,16 +59,17 @@ def redraw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and tokens of scale k after the masked passes of its stage; both of the pass that drew a token last.
 
-    Tokens that are given count as certain, stay what they are, and are seen by the others.
+    Tokens that are given count as settled, stay what they are, and are seen by the others.
 
     Args:
         logits_BlV: filtered logits that `tokens_Bl` were drawn from.
     """
     settled, given_Bl = state.stage.settled(k), state.given(k)
+    masked_Bl = torch.ones_like(tokens_Bl, dtype=torch.bool)
+    if given_Bl is not None:
+        masked_Bl, tokens_Bl = given_Bl < 0, torch.where(given_Bl >= 0, given_Bl, tokens_Bl)
     for step in range(1, len(settled)):
-        if given_Bl is not None:
-            tokens_Bl = torch.where(given_Bl >= 0, given_Bl, tokens_Bl)
-        masked_Bl = least_certain(logits_BlV, tokens_Bl, sum(settled[step:]), given_Bl)
+        masked_Bl = least_certain(logits_BlV, tokens_Bl, sum(settled[step:]), masked_Bl)
         again_BlV = masked_logits(state, k, tokens_Bl, masked_Bl)
         tokens_Bl = torch.where(masked_Bl, draw(again_BlV, state.uniforms(k, step)), tokens_Bl)
         logits_BlV = torch.where(masked_Bl[..., None], again_BlV, logits_BlV)
@@ -76,15 +77,12 @@ def redraw(
 
 
 def least_certain(
-    logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor, count: int, given_Bl: torch.Tensor | None = None
+    logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor, count: int, among_Bl: torch.Tensor
 ) -> torch.Tensor:
-    """The `count` tokens of each image with the least probability, as bool (B, l); given tokens last."""
+    """The `count` tokens of each image with the least probability, as bool (B, l); none but those of `among_Bl`."""
     chosen_Bl = logits_BlV.softmax(dim=-1).gather(-1, tokens_Bl[..., None])[..., 0]
-    if given_Bl is not None:
-        chosen_Bl = chosen_Bl.masked_fill(given_Bl >= 0, torch.inf)
-    places = chosen_Bl.topk(count, dim=-1, largest=False).indices
-    masked_Bl = torch.zeros_like(tokens_Bl, dtype=torch.bool).scatter(-1, places, True)
-    return masked_Bl if given_Bl is None else masked_Bl & (given_Bl < 0)
+    places = chosen_Bl.masked_fill(~among_Bl, torch.inf).topk(count, dim=-1, largest=False).indices
+    return torch.zeros_like(among_Bl).scatter(-1, places, True) & among_Bl
 
 
 def masked_logits(state: GenerationState, k: int, tokens_Bl: torch.Tensor, masked_Bl: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,9 @@ class MaskedConfig:
 class MaskedObjective(VarObjective):
     """The cross-entropy of masked tokens, given the other tokens of their scale.
 
-    Every scale of an image is masked by the share that is drawn for it, evenly from 0 to 1; scale 0 never is. All
-    masked tokens weigh the same. HMAR draws one share and the same places for a whole batch; here they are keyed by
-    image, so that training does not depend on how images are split over processes.
+    Every scale of an image is masked by the share that is drawn for it, evenly from 0 to 1; scale 0 never is. Each
+    image weighs the same, and in it each masked token. HMAR draws one share and the same places for a whole batch; here
+    they are keyed by image, so that training does not depend on how images are split over processes.
 
     Raises:
         ValueError: if the transformer has no masked prediction, or the text encoder is to train along.
@@ -79,7 +79,7 @@ class MaskedObjective(VarObjective):
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss_BN = F.cross_entropy(logits_BNV.mT, targets_BN, reduction="none", label_smoothing=smoothing) * masked_BN
         correct_BN = (logits_BNV.detach().argmax(dim=-1) == targets_BN) & masked_BN
-        expected = len(masked_BN) * sum((n + 1) / 2 for n in model.schedule.lengths[1:])
+        loss_B = loss_BN.sum(dim=1) / masked_BN.sum(dim=1)
         sums = {"loss": loss_BN.detach(), "accuracy": correct_BN}
         means = {
             f"{name}_{scale}": own_Bl.sum() / count_Bl.sum().clamp(min=1)
@@ -90,7 +90,7 @@ class MaskedObjective(VarObjective):
                 masked_BN.split(model.schedule.lengths[1:], dim=1),
             )
         }
-        return loss_BN.sum() / expected, {"accuracy": correct_BN.sum() / masked_BN.sum(), **means}
+        return loss_B.mean(), {"accuracy": correct_BN.sum() / masked_BN.sum(), **means}
 
     def masked_logits(self, batch: Batch, masked_BN: torch.Tensor, cond: Any) -> torch.Tensor:
         """Logits (B, L, V) of all tokens, by this objective's backend of attention."""

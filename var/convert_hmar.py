@@ -26,7 +26,7 @@ _HEADS = [
     (r"^masked\.head\.proj\.", "mask_head."),
     (r"^head\.ada\.", "ns_head_nm.ada_lin."),
     (r"^head\.proj\.", "ns_head."),
-    (r"^masked\.mask_D$", "mask_embed.weight"),
+    (r"^masked\.mask_1D$", "mask_embed.weight"),
     (r"^masked\.blocks\.", "mask_blocks."),
     (r"^input_proj\.bias$", "word_embed_bias"),
 ]
@@ -124,11 +124,6 @@ def official_name(key: str, config: Mapping) -> str:
     if block:
         key = _whole_name(key, config["depth"] - config["masked_layers"])
     return var_keys.official_name(key, config)
-
-
-def official_shape(key: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The official shape of a tensor of ours."""
-    return (1, *shape) if key == "mask_embed.weight" else var_keys.official_shape(key, shape)
 
 
 def official_buffers(config: Mapping, dtype: torch.dtype) -> State:

@@ -10,6 +10,7 @@ Shapes: B images, l tokens of the scales at hand, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import torch
 from torch import nn
@@ -30,17 +31,17 @@ class MaskedPrediction(nn.Module):
 
     def __init__(self, blocks: Sequence[Block], head: CategoricalHead, width: int):
         super().__init__()
-        self.mask_D = nn.Parameter(torch.empty(width))
+        self.mask_1D = nn.Parameter(torch.empty(1, width))
         self.blocks = nn.ModuleList(blocks)
         self.head = head
 
     def beside(self, embedded_BlD: torch.Tensor, masked_Bl: torch.Tensor) -> torch.Tensor:
         """What is added to a scale's inputs (B, l, D): its embedded tokens, or the mask where `masked_Bl` (bool) is."""
-        return torch.where(masked_Bl[..., None], self.mask_D.to(embedded_BlD.dtype), embedded_BlD)
+        return torch.where(masked_Bl[..., None], self.mask_1D.to(embedded_BlD.dtype), embedded_BlD)
 
     @torch.no_grad()
     def init_weights(self, blocks: Sequence[Block], head: CategoricalHead) -> None:
         """Begin as the transformer's own last blocks and head, as HMAR's second training does."""
-        nn.init.trunc_normal_(self.mask_D, std=0.02)
+        nn.init.trunc_normal_(self.mask_1D, std=sqrt(1 / (3 * self.mask_1D.shape[1])))
         for own, source in zip((*self.blocks, self.head), (*blocks, head), strict=True):
             own.load_state_dict(source.state_dict())
