@@ -48,7 +48,7 @@ def neighbourhoods(
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     recalled, covered = [], []
     for rows in torch.arange(len(reference)).split(BLOCK):
-        distances = _squared_distances(reference[rows], samples)
+        distances = _squared_distances(reference[rows], samples) - _room(reference[rows], samples)
         precise |= (distances <= reference_radii[rows, None]).any(0)
         dense = distances <= density_radii[rows, None]
         inside += dense.sum(0)
@@ -66,15 +66,18 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.addmm(b.square().sum(1)[None] + a.square().sum(1)[:, None], a, b.T, alpha=-2).clamp(min=0)
 
 
+def _room(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What rounding may add to squared distances: they are differences of sums of these sizes."""
+    return 4 * torch.finfo(a.dtype).eps * (b.square().sum(1)[None] + a.square().sum(1)[:, None])
+
+
 def _radii(features_ND: torch.Tensor, ks: tuple[int, ...]) -> list[torch.Tensor]:
-    """Squared distances (N,) of each row to its k-th nearest other row, for each k, with room for rounding."""
+    """Squared distances (N,) of each row to its k-th nearest other row, for each k."""
     found: list[list[torch.Tensor]] = [[] for _ in ks]
-    norms = features_ND.square().sum(1)
-    room = 4 * torch.finfo(features_ND.dtype).eps * norms
     for rows in torch.arange(len(features_ND)).split(BLOCK):
         distances = _squared_distances(features_ND[rows], features_ND)
         distances[torch.arange(len(rows)), rows] = -1  # itself, before any copy of it
         nearest = distances.topk(max(ks) + 1, largest=False).values
         for radii, k in zip(found, ks, strict=True):
-            radii.append(nearest[:, k] + room[rows])
+            radii.append(nearest[:, k])
     return [torch.cat(radii) for radii in found]

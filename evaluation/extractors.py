@@ -29,9 +29,23 @@ def square_inputs(
         size = (max(side, round(h * scale)), max(side, round(w * scale)))
         x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = ((length - side) // 2 for length in x.shape[-2:])
-    x = x[..., top : top + side, left : left + side]
-    centre, spread = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return (x - centre) / spread
+    return _normalised(x[..., top : top + side, left : left + side], mean, std)
+
+
+def squeezed_inputs(
+    images_BCHW: torch.Tensor, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> torch.Tensor:
+    """uint8 (B, 3, h, w) to normalised floats (B, 3, side, side), whatever the shape: antialiased bicubic, unclamped.
+
+    What EDM2's FD-DINOv2 does.
+    """
+    x = F.interpolate(images_BCHW.to(device, torch.float32), (side, side), mode="bicubic", antialias=True)
+    return _normalised(x / 255, mean, std)
+
+
+def _normalised(x_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    centre, spread = (torch.tensor(values, device=x_BCHW.device).view(3, 1, 1) for values in (mean, std))
+    return (x_BCHW - centre) / spread
 
 
 class DinoFeatures:
@@ -53,8 +67,8 @@ class DinoFeatures:
 
     @torch.no_grad()
     def describe(self, images_BCHW: torch.Tensor) -> Described:
-        """uint8 (B, 3, h, w) of any size. There are no classes: the log-posterior has no columns."""
-        x = square_inputs(images_BCHW, self.side, IMAGENET_MEAN, IMAGENET_STD, self.network.device)
+        """uint8 (B, 3, h, w) of any size, squeezed to a square. There are no classes: no log-posterior's columns."""
+        x = squeezed_inputs(images_BCHW, self.side, IMAGENET_MEAN, IMAGENET_STD, self.network.device)
         features = self.network(pixel_values=x).pooler_output.double()
         return Described(features, features.new_zeros(len(features), 0))
 

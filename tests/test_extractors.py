@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nextscale
-from evaluation.extractors import ClipFeatures, DinoFeatures, clip_scores, cmmd, square_inputs
+from evaluation.extractors import ClipFeatures, DinoFeatures, clip_scores, cmmd, square_inputs, squeezed_inputs
 from evaluation.features import describe_all
 
 
@@ -47,6 +47,16 @@ def test_images_are_squared_by_their_middle():
     assert torch.allclose(square_inputs(x, 10, (0, 0, 0), (1, 1, 1), torch.device("cpu")), torch.ones(1, 3, 10, 10))
     shrunk = square_inputs(x, 5, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
     assert shrunk.shape == (1, 3, 5, 5) and float(shrunk.mean()) > 0.8
+
+
+def test_dino_sees_the_whole_picture_squeezed():
+    """As EDM2's: of other shapes too, and beyond black and white where bicubic weights overshoot."""
+    x = torch.randint(2, (2, 3, 20, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) * 255
+    seen = squeezed_inputs(x, 14, (0, 0, 0), (1, 1, 1), torch.device("cpu"))
+    wanted = torch.nn.functional.interpolate(x.float(), (14, 14), mode="bicubic", antialias=True) / 255
+    assert torch.equal(seen, wanted)
+    bright = squeezed_inputs(x, 60, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    assert float(bright.min()) < -1 and float(bright.max()) > 1
 
 
 def test_features_do_not_depend_on_batches(dino, clip):

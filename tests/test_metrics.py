@@ -81,6 +81,17 @@ def test_neighbourhoods_are_those_counted_by_hand(monkeypatch, block):
     assert neighbourhoods(samples, reference) == pytest.approx(expected, abs=1e-12)
 
 
+def test_neighbours_at_equal_distances_count():
+    """Small whole numbers, many of them alike: distances are exact, and on the edge of many balls."""
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = (torch.randint(3, (n, 3), generator=generator).double() for n in (40, 30))
+    squared = torch.cdist(reference, samples).square().round()
+    own = torch.cdist(reference, reference).square().round().fill_diagonal_(torch.inf)
+    radii = own.sort(dim=1).values[:, 4]
+    expected = int((squared <= radii[:, None]).sum()) / 5 / 40
+    assert neighbourhoods(samples, reference)["density"] == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_set_covers_itself_and_nothing_far_away():
     own = features(50) + 300
     found = neighbourhoods(own, own.flip(0))
