@@ -95,11 +95,16 @@ def crop(
     Returns uint8 (3, h, w) in [0, 255].  VAR's training transform (utils/data.py) for a square size.
     """
     height, width = size
-    scale = max(round(resize_factor * height) / image.height, round(resize_factor * width) / image.width)
-    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    least_h, least_w = round(resize_factor * height), round(resize_factor * width)
+    if (
+        least_h * image.width >= least_w * image.height
+    ):  # its height decides; the other side is cut off to a whole number
+        resized = max(least_w, least_h * image.width // image.height), least_h
+    else:
+        resized = least_w, max(least_h, least_w * image.height // image.width)
     room_w, room_h = resized[0] - width, resized[1] - height
     if uniforms is None:
-        left, top = room_w // 2, room_h // 2
+        left, top = round(room_w / 2), round(room_h / 2)
     else:
         top, left = int(uniforms[0] * (room_h + 1)), int(uniforms[1] * (room_w + 1))
     if resized != image.size:

@@ -149,6 +149,23 @@ def test_crop_always_has_the_size(w, h, th, tw, u):
         assert out.amax((1, 2)).tolist() == [9, 8, 7]
 
 
+@pytest.mark.parametrize("wh, resized", [((335, 500), (288, 429)), ((500, 335), (429, 288)), ((256, 256), (288, 288))])
+def test_the_short_side_is_resized_as_torchvision_does(wh, resized, monkeypatch):
+    """The other one is cut off to a whole number, and the centre is rounded half to even."""
+    seen, plain = [], Image.Image.resize
+
+    def resize(image, size, *more):
+        seen.append(size)
+        return plain(image, size, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    crop(Image.new("RGB", wh), (256, 256))
+    assert seen == [resized]
+    values = np.zeros((4, 7, 3), np.uint8)
+    values[:, :, 0] = np.arange(7)
+    assert crop(Image.fromarray(values), (4, 4), resize_factor=1.0)[0, 0].tolist() == [2, 3, 4, 5]  # 1.5 to 2
+
+
 def test_centre_crop_and_mirror():
     values = np.zeros((4, 8, 3), np.uint8)
     values[:, :, 0] = np.arange(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from training_toys import in_child
 from benchmarks.training import random_batch
 from benchmarks.training_gpu import our_steps
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective, distillation_scores
-from train.loop import clip_gradients
-from train.optimizers import OptimizerConfig
+from train.loop import LARGEST_SCALE, clip_gradients, update
+from train.optimizers import Branch, OptimizerConfig, build_optimizers
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.session import Clock, Meter, Processes
 from train.supernet import SupernetConfig, SupernetObjective
@@ -130,3 +131,17 @@ def test_compiled_scores_are_the_plain_ones(bits):
             loss_L.sum().backward()
             made.append((loss_L, correct_L, logits.grad))
         assert all(torch.allclose(plain, fast, atol=1e-5) for plain, fast in zip(*made))
+
+
+def test_the_scale_of_the_loss_is_capped_under_fp16():
+    """As VAR's: looked at now and then, as asking for it waits for the device."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    branch = Branch(OptimizerConfig(), [("weight", weight)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17)
+    session = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), branches={"main": branch}, progress=0.0)
+    session.optimizers = {"main": build_optimizers(branch)}
+    for session.step, expected in ((99, 2.0**17), (100, LARGEST_SCALE), (101, LARGEST_SCALE)):
+        scaler.scale(weight.sum()).backward()
+        update(session, {})
+        assert scaler.get_scale() == expected
+    assert LARGEST_SCALE == 32768

@@ -105,6 +105,17 @@ def test_groups_are_the_small_scales_and_each_large_one():
     assert attention_mask(schedule, range(3, 10), "cpu", backend="grouped", cached=True).shape == (666, 680)
 
 
+def test_inputs_are_embedded_in_float32_under_autocast():
+    """As in the official code; the blocks are in half precision."""
+    model, dtypes = make(), {}
+    for name in ("input_proj", "blocks.0.ffn.fc1"):
+        hook = lambda _, __, out, name=name: dtypes.__setitem__(name, out.dtype)  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(inputs_for(model), model.condition(prompt_for(model)))
+    assert dtypes == {"input_proj": torch.float32, "blocks.0.ffn.fc1": torch.bfloat16}
+
+
 @torch.no_grad()
 def test_text_padding_changes_nothing():
     model = make(conditioning="text", text_width=12, text_length=9)

@@ -42,6 +42,9 @@ from train.stopping import catch_signals, check_finite, must_stop, stopped_by
 from train.stream import StreamDataset, StreamLoader
 from train.workers import leave_signals_to_parent
 
+LARGEST_SCALE = 2.0**15  # of the loss under fp16, as VAR has it: gradients overflow above 65504
+SCALE_CHECKED = 100  # steps: asking for it waits for the device
+
 
 def run(task: Task, config: RunConfig) -> dict[str, float]:
     """Train until `config.total_images`, resuming from the run's newest checkpoint; returns the last validation.
@@ -109,7 +112,7 @@ def start(task: Task, config: RunConfig) -> Session:
     """Set up precision, processes, optimisers and averaging; checks the arithmetic of batch sizes."""
     handlers = [
         DistributedDataParallelKwargs(find_unused_parameters=task.objective.find_unused),
-        GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),  # VAR's
+        GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),  # VAR's, with `LARGEST_SCALE`
     ]
     on_cpu = config.cpu or works_on_cpu()
     accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, cpu=on_cpu)
@@ -299,6 +302,8 @@ def update(session: Session, means: Metrics) -> None:
         means[f"grad_norm{suffix}"] = norm.detach()
     if scaler is not None:
         scaler.update()
+        if session.step % SCALE_CHECKED == 0 and scaler.get_scale() > LARGEST_SCALE:
+            scaler.update(LARGEST_SCALE)
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> torch.Tensor:

@@ -150,7 +150,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.head = make_head(width, size, norm_eps=norm_eps)
         self.masked = None
         if masked_layers:
-            _check_masked(masked_layers, depth, mask=mask, bitwise=bitwise, sequential=bool(sequential_layers))
+            others = {"bitwise": bitwise, "sequential": bool(sequential_layers), "scales": len(self.schedule)}
+            _check_masked(masked_layers, depth, mask=mask, **others)
             last = [block(i) for i in range(depth - masked_layers, depth)]
             self.masked = MaskedPrediction(last, CategoricalHead(width, size, norm_eps=norm_eps), width)
         self.sequential = None
@@ -269,8 +270,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         scales = scales if scales is not None else range(len(self.schedule))
         beside_BlD = None
         if code_BlC is not None:
-            embedded_BlD = nn.functional.linear(code_BlC.to(self.input_proj.weight.dtype), self.input_proj.weight)
-            beside_BlD = self.masked.beside(embedded_BlD, masked_Bl)
+            beside_BlD = self.masked.beside(self._project(code_BlC) - self.input_proj.bias, masked_Bl)
         h = self._embed(x_BlC, cond, scales, self.schedule, beside_BlD)
         mask = attention_mask(self.schedule, scales, h.device, kind=self.config.mask, backend=attention_backend)
         rope, every, own = self._rope(self.schedule, scales, h.device), self.config.level_every, len(self.masked.blocks)
@@ -353,7 +353,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if scales.start == 0:
             parts.append(cond.start_BD[:, None] + self.start_position_1lD)
         if x_BlC is not None:
-            projected_BlD = self.input_proj(x_BlC.to(self.input_proj.weight.dtype))
+            projected_BlD = self._project(x_BlC)
             parts.append(projected_BlD if beside_BlD is None else projected_BlD + beside_BlD)
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         h = h + self._levels(schedule, scales)
@@ -362,6 +362,11 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.half_stream and torch.is_autocast_enabled(h.device.type):
             return h.to(torch.get_autocast_dtype(h.device.type))
         return h
+
+    def _project(self, x_BlC: torch.Tensor) -> torch.Tensor:
+        """Inputs (B, l, C) to the width, in the weights' own precision also under autocast, as the official code."""
+        with torch.autocast(x_BlC.device.type, enabled=False):
+            return self.input_proj(x_BlC.to(self.input_proj.weight.dtype))
 
     def _levels(self, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
         begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
@@ -430,12 +435,13 @@ def _check_sequential(layers: int, scales: int, most: int, *, bitwise: bool) -> 
         raise ValueError("sequential_layers must be 0 for bitwise tokens: the head draws codes")
 
 
-def _check_masked(layers: int, depth: int, *, mask: str, bitwise: bool, sequential: bool) -> None:
+def _check_masked(layers: int, depth: int, *, mask: str, bitwise: bool, sequential: bool, scales: int) -> None:
     if not 0 < layers < depth:
         raise ValueError(f"masked_layers must be in 0..{depth - 1}, as the first layer is shared, got {layers}")
-    if mask != "block_diagonal" or bitwise or sequential:
+    if mask != "block_diagonal" or bitwise or sequential or scales < 2:
         raise ValueError(
-            "masked_layers must be 0 unless mask is block_diagonal, tokens are codes and sequential_layers is 0"
+            "masked_layers must be 0 unless mask is block_diagonal, tokens are codes of two scales or more, and "
+            "sequential_layers is 0"
         )
 
 
