@@ -19,10 +19,11 @@ from training_toys import curve, in_child
 import nextscale
 from train import cache_text, cache_tokens, export, train_var
 from train.config import exit_code
-from train.new_classes import VECTORS, relabelled
+from train.new_classes import relabelled
 from train.optimizers import OptimizerConfig
 from train.var_objective import VarLossConfig, VarObjective
 
+VECTORS = "conditioner.embedding.weight"
 TINY = ["--run.log_every=1", "--run.checkpoint_every=4", "--run.validate_every=4", "--run.workers=0", "--run.cpu=true"]
 TINY += ["--run.batch_size=4", "--run.total_images=16", "--run.validation_images=4", "--run.previews=2"]
 TINY += ["--run.bar_every=60", "--run.precision=no", "--data.source=scenes", "--data.size=8", "--data.num_scenes=24"]

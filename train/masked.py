@@ -124,18 +124,11 @@ def with_masked(model: NextScaleTransformer, layers: int) -> NextScaleTransforme
         return model
     if model.config.masked_layers:
         raise ValueError(f"masked.layers is {layers}, and start_from has {model.config.masked_layers}")
-    made = _rebuilt(model, layers)
+    made = model.resized(masked_layers=layers)
     made.masked.init_weights(made.blocks[-layers:], made.head)
     return made
 
 
 def without_masked(model: NextScaleTransformer) -> NextScaleTransformer:
     """The transformer alone: masked prediction does not go with other weights below it."""
-    return model if model.masked is None else _rebuilt(model, 0)
-
-
-def _rebuilt(model: NextScaleTransformer, layers: int) -> NextScaleTransformer:
-    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    made = NextScaleTransformer(**sizes | {"masked_layers": layers})
-    made.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("masked.")}, strict=False)
-    return made
+    return model if model.masked is None else model.resized(masked_layers=0)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from sample.classes import normal
 from var.transformer import NextScaleTransformer
 
-VECTORS = "conditioner.embedding.weight"  # of the classes and, last, of the null class, (C + 1, D)
-
 
 def relabelled(
     model: NextScaleTransformer, count: int, classes: Sequence[str] | None, known: Sequence[str] | None
@@ -22,13 +20,11 @@ def relabelled(
     Args:
         classes: names of the new classes; known: of the model's own, in any spelling. Without either, all are new.
     """
-    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    made, weights = NextScaleTransformer(**sizes | {"num_classes": count}), model.state_dict()
-    own_CD = weights.pop(VECTORS)
+    made, own_CD = model.resized(num_classes=count), model.conditioner.embedding.weight.detach()
     places = {normal(name): i for i, name in enumerate(known or ())}
     taken = [places.get(normal(name), len(own_CD) - 1) for name in classes or ()]
     taken += [len(own_CD) - 1] * (count + 1 - len(taken))  # labels without a name, and the null class itself
-    made.load_state_dict(weights | {VECTORS: own_CD[taken]})
+    made.conditioner.embedding.weight.data.copy_(own_CD[taken])  # those of the classes and, last, of the null class
     kept = [name for name in classes or () if normal(name) in places]
     print(
         f"new_classes: {count - len(kept)} of {count} begin as the null class, kept {names_of(kept)}", file=sys.stderr

@@ -108,7 +108,7 @@ def with_head(
         return model
     if own[0]:
         raise ValueError(f"sequential.layers and scales are {wanted}, and the head of start_from has {own}")
-    made = _rebuilt(model, *wanted)
+    made = model.resized(sequential_layers=config.layers, sequential_scales=config.scales)
     if quantizer.has_codebook:
         codes_VC = quantizer.codebook.weight.detach().float().cpu()
         turn_CD = torch.randn(codes_VC.shape[1], model.config.width, generator=torch.Generator().manual_seed(0))
@@ -119,11 +119,4 @@ def with_head(
 
 def without_head(model: NextScaleTransformer) -> NextScaleTransformer:
     """The transformer alone: what its head knows does not go with new weights below it."""
-    return model if model.sequential is None else _rebuilt(model, 0, 0)
-
-
-def _rebuilt(model: NextScaleTransformer, layers: int, scales: int) -> NextScaleTransformer:
-    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    made = NextScaleTransformer(**sizes | {"sequential_layers": layers, "sequential_scales": scales})
-    made.load_state_dict(model.state_dict(), strict=False)
-    return made
+    return model if model.sequential is None else model.resized(sequential_layers=0, sequential_scales=0)

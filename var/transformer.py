@@ -163,6 +163,15 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self.init_weights()
 
+    def resized(self, **sizes: object) -> NextScaleTransformer:
+        """A model of other sizes with the weights that are in both, in float32 on the CPU; others begin anew."""
+        own = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        made = NextScaleTransformer(**own | sizes)
+        wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if wanted.get(name) == tensor.shape}
+        made.load_state_dict(kept, strict=False)
+        return made
+
     def null_prompt(self, prompt: Prompt) -> Prompt:
         """The unconditional prompt of the same shape, for classifier-free guidance."""
         return self.conditioner.null(prompt)
