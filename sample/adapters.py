@@ -97,6 +97,8 @@ HMAR = Adapter(
     hmar_keys.official_buffers,
     needs={name: wanted for name, wanted in VAR.needs.items() if name != "masked_layers"} | {"mask": "block_diagonal"},
 )
+
+
 BSQ = Adapter(
     "Infinity tokenizer (MultiScaleBSQ)",
     MultiScaleVQ,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from sample.pipeline import NextScalePipeline
+    from sample.plan import Stage
 
 MIB = 2**20
 SHOWN = 8  # class names in a line
@@ -59,9 +60,10 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     yield "transformer", f"{millions(model)}; {shape}"
     if model.sequential is not None:
         yield "head", f"{millions(model.sequential)}; draws the first {config.sequential_scales} scales token by token"
-    if model.masked is not None:
-        again = f"{config.masked_layers} layers and a head of their own; {passes(pipeline)}"
-        yield "masked", f"{millions(model.masked)}; {again}"
+    for stage in pipeline.make_plan().stages:
+        if stage.model.masked is not None:
+            own = f"{stage.model.config.masked_layers} layers and a head of their own; {passes(stage)}"
+            yield "masked", f"{millions(stage.model.masked)}; {own}"
     if pipeline.refiner is not None:
         border = pipeline.config.handover
         takes = "takes over where a plan says" if border is None else f"takes over after {border} scales"
@@ -103,9 +105,8 @@ def sampling(pipeline: NextScalePipeline) -> str:
     )
 
 
-def passes(pipeline: NextScalePipeline) -> str:
+def passes(stage: Stage) -> str:
     """Which scales masked prediction goes over again."""
-    stage = pipeline.make_plan().stages[0]
     more = [
         f"{'x'.join(map(str, stage.pyramid.sides[k]))} in {len(stage.settled(k))}"
         for k in stage.scales

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,8 @@ def read_mask_schedule(given: str | Sequence[Sequence[int]] | None, schedule: Sc
             one pass. "off" for one pass each; None for the published passes of scales of 4 and of 9 tokens.
 
     Raises:
-        ValueError: if it is none of these, or the numbers of a scale do not sum to its tokens.
+        TypeError: if it is none of these.
+        ValueError: if the numbers of a scale do not sum to its tokens.
     """
     if given is None:
         return tuple(PUBLISHED.get(tokens, (tokens,)) if k else (tokens,) for k, tokens in enumerate(schedule.lengths))
@@ -43,15 +45,32 @@ def read_mask_schedule(given: str | Sequence[Sequence[int]] | None, schedule: Sc
         if given != OFF and not re.fullmatch(r"\d+([,/]\d+)*", given):
             raise ValueError(f"mask_schedule must be off, or tokens a pass like 1/1,3/1,1,2,5, got {given!r}")
         given = [] if given == OFF else [[int(n) for n in scale.split(",")] for scale in given.split("/")]
-    passes = [tuple(scale) if isinstance(scale, Sequence) else (scale,) for scale in given]
-    if len(passes) > len(schedule):
+    passes = [tuple(_listed(scale)) for scale in _listed(given)]
+    return check_mask_schedule((*passes, *((tokens,) for tokens in schedule.lengths[len(passes) :])), schedule)
+
+
+def check_mask_schedule(passes: MaskSchedule, schedule: ScaleSchedule) -> MaskSchedule:
+    """The schedule, if every scale's passes settle its tokens.
+
+    Raises:
+        ValueError: naming the first scale of which they do not.
+    """
+    if len(passes) != len(schedule):
         raise ValueError(f"mask_schedule must have at most {len(schedule)} scales, got {len(passes)}")
     for k, (settled, tokens) in enumerate(zip(passes, schedule.lengths)):
-        whole = all(isinstance(n, int) and n > 0 for n in settled)
+        whole = all(isinstance(n, Integral) and n > 0 for n in settled)
         if not whole or sum(settled) != tokens or (k == 0 and len(settled) > 1):
             rule = "takes one pass" if k == 0 else f"has {tokens} tokens, of which each pass settles one or more"
             raise ValueError(f"mask_schedule: scale {k} {rule}, got {list(settled)}")
-    return (*passes, *((tokens,) for tokens in schedule.lengths[len(passes) :]))
+    return passes
+
+
+def _listed(given: object) -> list:
+    """A sequence, an array or a tensor as the list that it holds."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"mask_schedule must hold a list of numbers for each scale, got {given!r}")
+    return list(given)
 
 
 def redraw(
@@ -90,6 +109,7 @@ def masked_logits(state: GenerationState, k: int, tokens_Bl: torch.Tensor, maske
     stage, schedule = state.stage, state.plan.schedule
     cond = state.cond.select(slice(len(state))) if state.doubled else state.cond
     code_BlC = state.quantizer.scale_code(tokens_Bl, k, schedule)
-    logits_BlV = stage.model.masked_logits(state.inputs[k - 1], code_BlC, masked_Bl, cond, scales=range(k, k + 1))
+    where = {"scales": range(k, k + 1), "schedule": schedule}
+    logits_BlV = stage.model.masked_logits(state.inputs[k - 1], code_BlC, masked_Bl, cond, **where)
     state.finite = watch(logits_BlV, state.finite)
     return stage.filter(k)(logits_BlV)

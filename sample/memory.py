@@ -108,7 +108,12 @@ def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
     kernel = not config.bitwise and values <= kernels.ROW and kernels.usable(stage.model.device)
     draw = batch * last * _draw_bytes(stage.filter(stage.scales[-1]), values, stage.model.device, kernel)
     draw += 2 * rows * last * D * FLOAT  # the head's features before and after its norm
-    return max(blocks, attention, draw)
+    if len(stage.settled(stage.scales[-1])) > 1:
+        draw += 2 * FLOAT * batch * last * values  # the logits of the pass before, and those of both together
+    own = 0
+    if not stage.model.reads_earlier:  # what is little beside a cache: keys and values of the scale, modulations
+        own = rows * D * size * (2 * last + 6 * len(stage.model.all_blocks))
+    return own + max(blocks, attention, draw)
 
 
 def _draw_bytes(filters: Filter, values: int, device: torch.device, kernel: bool) -> int:

@@ -195,10 +195,11 @@ def _hmar_source(source: Callable[[], State], file: str | Path, masked: str | Pa
     second = None if masked is None else partial(read_state, fetch(masked), adapters.HMAR.roots, adapters.HMAR.what)
 
     def whole() -> State:
+        one, two = source(), None if second is None else second()
         try:
-            return hmar_keys.normalized(source(), None if second is None else second())
+            return hmar_keys.normalized(one, two)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise ValueError(f"{file} and {masked}: {error}") from None
 
     return whole
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sample.draw import Filter
 from sample.guidance import Guidance
-from sample.masked import MaskSchedule
+from sample.masked import MaskSchedule, check_mask_schedule
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.transformer import NextScaleTransformer
@@ -235,10 +235,7 @@ def _check_stage(stage: Stage, first: Stage) -> None:
     if stage.mask_schedule is not None:
         if stage.model.masked is None:
             raise ValueError("mask_schedule is for a model of masked prediction, and this one has no part for it")
-        if tuple(map(sum, stage.mask_schedule)) != tuple(stage.pyramid.lengths):
-            raise ValueError(
-                f"mask_schedule must settle {list(stage.pyramid.lengths)} tokens, got {stage.mask_schedule}"
-            )
+        check_mask_schedule(stage.mask_schedule, stage.pyramid)
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale

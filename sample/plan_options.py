@@ -130,8 +130,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {name: read_setting(path, name, value) for name, value in held.items() if value not in NOTHING}
 
 
+def mask_schedule_text(value: Any) -> Any:
+    """A mask schedule as on the command line, of YAML's lists: [[1], [1, 3]] and ["1", "1,3"] are 1/1,3."""
+    if not isinstance(value, list):
+        return value
+    scales = [part if isinstance(part, str) else ",".join(map(str, part)) for part in value]
+    return "/".join(scales)
+
+
 def read_setting(path: Path, name: str, value: Any) -> Any:
     """One setting of a YAML file: a text, or a list of texts for all scales."""
+    value = mask_schedule_text(value) if name == "mask_schedule" else value
     text = ",".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
     try:
         if not isinstance(text, str):

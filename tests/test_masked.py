@@ -1,6 +1,7 @@
 """Masked prediction (HMAR): in the model, in the loop, in training, and from file to file."""
 
 import json
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import TINY, liven
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from test_supernet import last_validation, train
 
@@ -92,6 +94,32 @@ def test_a_masked_token_is_not_seen_and_the_others_of_its_scale_are(model, tiny_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sides", ["1x1,2x2,4x2", "1x1,1x2,2x4,3x4"])
+def test_other_shapes_have_their_own_places(sides):
+    """A rotary model on another schedule than its own: each scale by itself as all at once."""
+    model = make_model(positions="rope", rope_grid=[4, 4], level_table=5)
+    schedule = replace(ScaleSchedule.of(sides), grid=(4, 4))
+    generator = torch.Generator().manual_seed(0)
+    x, codes = torch.randn(2, 2, schedule.total - 1, 4, generator=generator)
+    masked = torch.rand(2, schedule.total - 1, generator=generator) < 0.5
+    cond = model.condition(ClassPrompt(torch.tensor([1, 2])))
+    whole = model.masked_logits(x, codes, masked, cond, schedule=schedule)
+    for k in range(1, len(schedule)):
+        here = slice(schedule.begins[k] - 1, schedule.ends[k] - 1)
+        given = (x[:, here], codes[:, here], masked[:, here], cond)
+        one = model.masked_logits(*given, scales=range(k, k + 1), schedule=schedule)
+        torch.testing.assert_close(one, whole[:, 1:][:, here], atol=1e-5, rtol=0)
+
+
+def test_another_aspect_is_drawn(tiny_vqvae):
+    schedule = ScaleSchedule.of("1x1,1x2,2x2")
+    model = make_model(positions="rope", rope_grid=[4, 4], level_table=5)
+    stage = replace(plain(model, schedule=schedule).stages[0], mask_schedule=((1,), (2,), (1, 3)))
+    state = generate(Plan((stage,)), tiny_vqvae.quantizer, ClassPrompt(torch.tensor([1])), [0])
+    assert [tokens.shape[1] for tokens in state.tokens] == [1, 2, 4]
+
+
+@torch.no_grad()
 def test_it_begins_as_the_last_layers(tiny_vqvae):
     """Without codes beside the inputs, and before any training, a masked pass is the plain pass."""
     model = with_masked(make_model(masked_layers=0), 2)
@@ -141,6 +169,8 @@ def test_schedules_are_read():
     assert read_mask_schedule(None, schedule) == published
     assert read_mask_schedule("1/1,3/1,1,2,5", schedule) == published
     assert read_mask_schedule([[1], [1, 3], [1, 1, 2, 5]], schedule) == published
+    for given_as in ([np.array([1]), torch.tensor([1, 3])], ((np.int64(1),), (1, 3))):
+        assert read_mask_schedule(given_as, schedule) == ((1,), (1, 3), (9,), (16,))
     assert read_mask_schedule("off", schedule) == ((1,), (4,), (9,), (16,)) == read_mask_schedule([], schedule)
     assert max(map(len, read_mask_schedule(None, ScaleSchedule.of("var256")))) == 4  # 14 forward passes in all
     assert sum(map(len, read_mask_schedule(None, ScaleSchedule.of("var256")))) == 14
@@ -161,6 +191,18 @@ def test_schedules_are_read():
 def test_mistakes_of_schedules_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         read_mask_schedule(wrong, ScaleSchedule.of("1,2,3,4"))
+
+
+@pytest.mark.parametrize("wrong", [3, [1, 1], ["1", "1,3"], [None]])
+def test_schedules_of_other_kinds_are_named(wrong):
+    with pytest.raises(TypeError, match="mask_schedule must hold a list of numbers for each scale, got"):
+        read_mask_schedule(wrong, ScaleSchedule.of("1,2,3,4"))
+
+
+@pytest.mark.parametrize("passes", [((1,), (5, -1), (16,)), ((1,), (0, 4), (16,)), ((1,), (4,))])
+def test_a_stage_checks_what_it_is_given(model, passes):
+    with pytest.raises(ValueError, match="mask_schedule"):
+        plan_of(model, passes)
 
 
 @given(st.data())
@@ -311,8 +353,12 @@ def test_the_command_takes_it(pipeline, tmp_path, capsys):
     assert "mask_schedule: scale 1 has 4 tokens" in capsys.readouterr().err
     assert main(["sample", "a red star", "--out", str(tmp_path / "more"), "--mask-schedule", "1/1,3"]) == 2
     assert "mask_schedule 1/1,3 is for a model of masked prediction" in capsys.readouterr().err
-    (tmp_path / "plan.yaml").write_text("mask_schedule: 1/1,3\n")
-    assert main([*common, "--out", str(tmp_path / "on"), "--plan", str(tmp_path / "plan.yaml")]) == 2
+    for text in ("1/1,3", "[[1], [1, 3]]", '["1", "1,3"]'):
+        (tmp_path / "plan.yaml").write_text(f"mask_schedule: {text}\n")
+        shutil.rmtree(tmp_path / "more", ignore_errors=True)
+        assert main([*common, "--out", str(tmp_path / "more"), "--plan", str(tmp_path / "plan.yaml")]) == 0
+        drawn = [np.asarray(Image.open(next((tmp_path / name).rglob("*.png")))) for name in ("more", "on")]
+        assert np.array_equal(*drawn)
     assert main(["info", str(tmp_path / "model")]) == 0
     said = capsys.readouterr().out
     assert "2 layers and a head of their own; scales of several passes: 2x2 in 2" in said
@@ -364,6 +410,9 @@ def test_a_first_training_alone_has_no_masked_prediction(official, tmp_path):
     convert(tmp_path / "ours", family="hmar", vae=official["vae"], transformer=official["first"])
     pipeline = load_pipeline(tmp_path / "ours", device="cpu")
     assert pipeline.transformer.masked is None and not pipeline.transformer.reads_earlier
+    convert_back(tmp_path / "ours", tmp_path / "back", family="hmar")
+    back, sent = torch.load(tmp_path / "back/transformer.pth"), torch.load(official["first"])
+    assert back.keys() == sent.keys() and all(torch.equal(back[key], sent[key]) for key in sent)
 
 
 def test_files_that_do_not_belong_together(official, tmp_path):
@@ -372,6 +421,11 @@ def test_files_that_do_not_belong_together(official, tmp_path):
         (first, second | {"pos_start": second["pos_start"] + 1}, "do not belong together: pos_start differs"),
         (first, first, r"must have changed the last blocks of 4, got \[\]"),
         (convert_hmar.normalized(first, second), second, "has masked prediction already"),
+        (
+            first,
+            {key: t.half() for key, t in second.items()},
+            r"must be of one precision: torch.float16, torch.float32",
+        ),
     ]
     for one, two, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -428,9 +482,19 @@ def test_it_is_trained_on_a_finished_transformer(tiny_vqvae, tmp_path, capfd):
     assert train(tmp_path / "on", vqvae, *again) == 0
     assert "its masked prediction is left out" in capfd.readouterr().err
     assert last_validation(tmp_path / "on")
+    head = ["--start_from=" + str(tmp_path / "masked"), "--sequential.layers=1", "--sequential.scales=2"]
+    assert train(tmp_path / "head", vqvae, *head) == 0  # masked prediction makes room for it
+    assert "its masked prediction is left out" in capfd.readouterr().err
+    assert train(tmp_path / "causal", vqvae) == 0
+    causal = "--start_from=" + str(tmp_path / "causal")
+    assert train(tmp_path / "changed", vqvae, causal, "--transformer.mask=block_diagonal") == 0
+    assert "mask block_causal becomes block_diagonal" in capfd.readouterr().err
     for more, message in (
         (["--transformer.mask=block_diagonal"], "give start_from"),
         ([*on, "--supernet.depths=[1]"], "leave one out"),
+        ([*head], "leave one out"),
+        ([causal, "--transformer.mask=block_diagonal"], "has mask block_causal: train it under block_diagonal first"),
+        ([*on, "--attention=flex"], "attention flex cannot train on a CPU"),
         (["--masked.layers=-1"], "masked.layers must be 0 or more"),
     ):
         assert train(tmp_path / "wrong", vqvae, "--masked.layers=1", *more) == 2

@@ -13,11 +13,14 @@ from tokenizer.model import MultiScaleVQ
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
 
+MARKOV = {"mask": "block_diagonal"}
+AGAIN = {**MARKOV, "masked_layers": 2}  # passes over the last scale, the largest
 
-def pipeline(*, vocab_size=64, depth=4, channels=(16, 16, 32), dtype=torch.float32):
+
+def pipeline(*, vocab_size=64, depth=4, channels=(16, 16, 32), dtype=torch.float32, **options):
     shared = {"vocab_size": vocab_size, "latent_channels": 8, "schedule": "1,2,4,8"}
     vqvae = MultiScaleVQ(channels=list(channels), layers_per_block=1, norm_groups=8, **shared).eval()
-    transformer = NextScaleTransformer(depth=depth, width=64, heads=4, num_classes=10, **shared).eval()
+    transformer = NextScaleTransformer(depth=depth, width=64, heads=4, num_classes=10, **shared, **options).eval()
     transformer.init_weights(head_gain=4.0)  # else logits are so flat that ties decide
     whole = NextScalePipeline(transformer, vqvae)
     whole.set_progress_bar_config(disable=True)
@@ -32,10 +35,18 @@ class CachePeak(Hook):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{}, {"depth": 9}, {"vocab_size": 2048}, {"channels": (32, 32, 32)}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({}, {"depth": 9}, {"vocab_size": 2048}, {"channels": (32, 32, 32)}),
+        *(MARKOV, MARKOV | {"vocab_size": 2048}, AGAIN, AGAIN | {"vocab_size": 2048}),
+    ],
+    ids=str,
+)
 def test_predicted_memory_is_that_of_the_tensors(sizes, dtype):
     whole, batch = pipeline(dtype=dtype, **sizes), 4
-    plan = whole.make_plan(guidance_scale=1.5, top_k=sizes.get("vocab_size", 64) // 4, top_p=0.9)
+    passes = {"mask_schedule": "1/4/16/16,16,32"} if "masked_layers" in sizes else {}
+    plan = whole.make_plan(guidance_scale=1.5, top_k=sizes.get("vocab_size", 64) // 4, top_p=0.9, **passes)
     predicted, account = predict(plan, whole.vqvae, batch, dtype), CachePeak()
     with LiveBytes() as live, torch.no_grad():
         made = whole(class_labels=[1] * batch, seed=0, plan=plan, hooks=[account], output_type="latent")

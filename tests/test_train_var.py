@@ -247,6 +247,14 @@ def test_a_class_model_takes_other_classes(tiny_class_model):
     assert all(torch.equal(vector_D, own_CD[-1]) for vector_D in numbered)
 
 
+def test_new_classes_need_a_training_of_the_whole_model(vqvae_folder, tmp_path, capfd):
+    given = [*TINY, f"--tokens.tokenizer={vqvae_folder}", "--transformer.mask=block_diagonal", "--transformer.depth=2"]
+    assert stage(train_var.main, *given, f"--run.run_dir={tmp_path}/base") == 0
+    more = [f"--start_from={tmp_path}/base", "--new_classes=true", "--masked.layers=1", f"--run.run_dir={tmp_path}/no"]
+    assert stage(train_var.main, *given, *more) == 2
+    assert "new_classes=true trains all of a model" in capfd.readouterr().err
+
+
 def test_a_model_to_start_from_keeps_its_sizes(vqvae_folder, tmp_path, capfd):
     """Other sizes are refused, stochastic depth is taken, and config.yaml says what is trained."""
     from var.transformer import NextScaleTransformer

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.schedule import ScaleSchedule
-from train.optimizers import OptimizerConfig
 from train.order import image_draws
+from train.part_objective import PartObjective
 from train.session import Batch, Clock, Metrics
-from train.var_objective import VarLossConfig, VarObjective
 from var.transformer import NextScaleTransformer
 
 
@@ -35,46 +33,24 @@ class MaskedConfig:
             raise ValueError(f"masked.layers must be 0 or more, got {self.layers}")
 
 
-class MaskedObjective(VarObjective):
+class MaskedObjective(PartObjective):
     """The cross-entropy of masked tokens, given the other tokens of their scale.
 
     Every scale of an image is masked by the share that is drawn for it, evenly from 0 to 1; scale 0 never is. Each
     image weighs the same, and in it each masked token. HMAR draws one share and the same places for a whole batch; here
-    they are keyed by image, so that training does not depend on how images are split over processes.
-
-    Raises:
-        ValueError: if the transformer has no masked prediction, or the text encoder is to train along.
+    they are keyed by image, so that training does not depend on how images are split over processes. `loss.weights`
+    has no say.
     """
 
-    def __init__(
-        self,
-        transformer: NextScaleTransformer,
-        config: VarLossConfig,
-        optimizer: OptimizerConfig,
-        text_encoder: nn.Module | None = None,
-    ):
-        super().__init__(transformer, config, optimizer, text_encoder)
-        if transformer.masked is None:
-            raise ValueError("masked.layers trains on a finished transformer: give start_from")
-        if text_encoder is not None:
-            raise ValueError("masked.layers trains a part alone: it needs text.train=false")
-        transformer.requires_grad_(False)
-        transformer.masked.requires_grad_(True)
-        self.find_unused = False
-
-    def train(self, mode: bool = True) -> MaskedObjective:
-        """The transformer but for masked prediction stays in eval mode."""
-        super().train(mode)
-        self.transformer.eval()
-        self.transformer.masked.train(mode)
-        return self
+    part = "masked"
 
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """Loss, and loss and accuracy of masked tokens by scale."""
         model, first = self.transformer, self.transformer.schedule.lengths[0]
         masked_BN = draw_masked(batch["counter"], model.schedule, seed=clock.seed, device=batch["ids"].device)
         cond = model.condition(self.training_prompt(batch, clock))
-        logits_BLV = self.masked_logits(batch, masked_BN, cond)
+        with self.attending(masked_BN.device) as how:
+            logits_BLV = model.masked_logits(batch["inputs"], batch["codes"], masked_BN, cond, **how)
         targets_BN, logits_BNV = batch["ids"][:, first:], logits_BLV[:, first:]
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss_BN = F.cross_entropy(logits_BNV.mT, targets_BN, reduction="none", label_smoothing=smoothing) * masked_BN
@@ -91,13 +67,6 @@ class MaskedObjective(VarObjective):
             )
         }
         return loss_B.mean(), {"accuracy": correct_BN.sum() / masked_BN.sum(), **means}
-
-    def masked_logits(self, batch: Batch, masked_BN: torch.Tensor, cond: Any) -> torch.Tensor:
-        """Logits (B, L, V) of all tokens, by this objective's backend of attention."""
-        backend = self.attention if torch.is_grad_enabled() else "sdpa"
-        return self.transformer.masked_logits(
-            batch["inputs"], batch["codes"], masked_BN, cond, attention_backend=backend
-        )
 
 
 def draw_masked(

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenizer.quantizer import MultiScaleQuantizer
-from train.optimizers import OptimizerConfig
+from train.part_objective import PartObjective
 from train.session import Batch, Clock, Metrics
-from train.var_objective import VarLossConfig, VarObjective, first_scales
+from train.var_objective import first_scales
 from var.transformer import NextScaleTransformer
 
 
@@ -36,37 +35,13 @@ class SequentialConfig:
             raise ValueError(f"sequential.layers must be 0 or more and sequential.scales 1 or more, got {given}")
 
 
-class SequentialObjective(VarObjective):
+class SequentialObjective(PartObjective):
     """The cross-entropy of the first scales' tokens, each given all coarser scales and those before it in its own.
 
     Only the head learns; what the loss is without it is in the metrics of validation as `loss_at_once`.
-
-    Raises:
-        ValueError: if the transformer has no such head, or the text encoder is to train along.
     """
 
-    def __init__(
-        self,
-        transformer: NextScaleTransformer,
-        config: VarLossConfig,
-        optimizer: OptimizerConfig,
-        text_encoder: nn.Module | None = None,
-    ):
-        super().__init__(transformer, config, optimizer, text_encoder)
-        if transformer.sequential is None:
-            raise ValueError("sequential.layers trains a head on a finished transformer: give start_from")
-        if text_encoder is not None:
-            raise ValueError("sequential.layers trains a head alone: it needs text.train=false")
-        transformer.requires_grad_(False)
-        transformer.sequential.requires_grad_(True)
-        self.find_unused = False
-
-    def train(self, mode: bool = True) -> SequentialObjective:
-        """The transformer below the head stays in eval mode."""
-        super().train(mode)
-        self.transformer.eval()
-        self.transformer.sequential.train(mode)
-        return self
+    part = "sequential"
 
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each token of these scales."""

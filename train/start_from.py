@@ -54,17 +54,13 @@ def build_transformer(
     changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
     given = given_sizes(config.transformer)
     changed |= {name: given.pop(name) for name in ("drop_path", "mask") if name in given}  # of the same weights
-    model = NextScaleTransformer.from_pretrained(config.start_from, **changed)
-    if config.sequential.layers:
-        model = with_head(model, config.sequential, vqvae.quantizer)
-    elif model.sequential is not None:
-        print(f"start_from {config.start_from!r}: its sequential head is left out, train another", file=sys.stderr)
-        model = without_head(model)
-    if config.masked.layers:
-        model = with_masked(model, config.masked.layers)
-    elif model.masked is not None:
-        print(f"start_from {config.start_from!r}: its masked prediction is left out, train another", file=sys.stderr)
-        model = without_masked(model)
+    own_mask = NextScaleTransformer.load_config(config.start_from).get("mask", "block_causal")
+    mask = changed.get("mask", own_mask)
+    if mask != own_mask:
+        if config.masked.layers or config.sequential.layers:
+            raise ValueError(f"start_from {config.start_from!r} has mask {own_mask}: train it under {mask} first")
+        print(f"start_from {config.start_from!r}: mask {own_mask} becomes {mask}", file=sys.stderr)
+    model = with_part(NextScaleTransformer.from_pretrained(config.start_from, **changed), config, vqvae)
     for name, wanted in given.items():
         if listed(getattr(model.config, name)) != listed(wanted):
             raise ValueError(
@@ -75,6 +71,8 @@ def build_transformer(
         if getattr(model.config, name) != wanted:
             raise ValueError(f"start_from {config.start_from!r} has {name} {getattr(model.config, name)}, not {wanted}")
     if config.new_classes:
+        if config.masked.layers or config.sequential.layers:
+            raise ValueError("new_classes=true trains all of a model: leave out masked.layers and sequential.layers")
         return relabelled(model, num_classes, classes, class_names_beside(config.start_from))
     if conditioning == "class" and model.config.num_classes < num_classes:
         raise ValueError(
@@ -82,6 +80,19 @@ def build_transformer(
             "new_classes=true gives it those of the data"
         )
     return model
+
+
+def with_part(model: NextScaleTransformer, config, vqvae: MultiScaleVQ) -> NextScaleTransformer:
+    """The transformer with the part that is to be trained, and without others: they know the weights below them."""
+    if model.sequential is not None and not config.sequential.layers:
+        print(f"start_from {config.start_from!r}: its sequential head is left out, train another", file=sys.stderr)
+        model = without_head(model)
+    if model.masked is not None and not config.masked.layers:
+        print(f"start_from {config.start_from!r}: its masked prediction is left out, train another", file=sys.stderr)
+        model = without_masked(model)
+    if config.sequential.layers:
+        model = with_head(model, config.sequential, vqvae.quantizer)
+    return with_masked(model, config.masked.layers) if config.masked.layers else model
 
 
 def class_names_beside(start_from: str) -> list[str] | None:

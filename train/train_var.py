@@ -120,13 +120,8 @@ def open_tokenizer(config) -> MultiScaleVQ:
     return vqvae
 
 
-def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
-    """The plain loss, or what `progressive`, `supernet.depths`, `code.role`, `sequential` or `masked.layers` ask for.
-
-    Raises:
-        ValueError: if two of them are asked for, or they do not fit the model.
-    """
-    common = (transformer, config.loss, config.optimizer, text_encoder)
+def check_training(config) -> None:
+    """Raise ValueError if two trainings are asked for, or one that is not for images of several shapes."""
     asked = {"progressive": config.progressive.is_on, "supernet.depths": config.supernet.depths}
     asked |= {"code.role": config.code.role, "sequential.layers": config.sequential.layers}
     asked |= {"masked.layers": config.masked.layers}
@@ -135,6 +130,15 @@ def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.
         raise ValueError(f"{' and '.join(several)} are different trainings: leave one out")
     if several and several[0] != "supernet.depths" and config.aspects.folder is not None:
         raise ValueError(f"{several[0]} trains the scales of one shape: leave out aspects.folder")
+
+
+def build_objective(config, transformer: NextScaleTransformer, text_encoder: nn.Module | None) -> VarObjective:
+    """The plain loss, or what `progressive`, `supernet.depths`, `code.role`, `sequential` or `masked.layers` ask for.
+
+    Raises:
+        ValueError: if they do not fit the model.
+    """
+    common = (transformer, config.loss, config.optimizer, text_encoder)
     if config.progressive.is_on:
         return ProgressiveObjective(*common, progressive=config.progressive)
     if config.supernet.depths:
@@ -243,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = made.instantiate(config)
     run_config: RunConfig = built.run
     run_config.check_named()
+    check_training(built)
     torch.manual_seed(run_config.seed)
     vqvae = open_tokenizer(built)
     if built.tokens.flips and not vqvae.config.bitwise:

@@ -142,19 +142,27 @@ class VarObjective(Objective):
         return TextPrompt(states, batch["mask"])
 
     def hidden(self, inputs: torch.Tensor | None, cond: Conditioning, **passes: Any) -> torch.Tensor:
-        """Hidden states (B, L, D) of all tokens.
+        """Hidden states (B, L, D) of all tokens."""
+        with self.attending(cond.start_BD.device) as how:
+            return self.transformer(inputs, cond, **{**passes, **how})
+
+    @contextlib.contextmanager
+    def attending(self, device: torch.device) -> Iterator[dict[str, str]]:
+        """What the transformer is told about attention, and PyTorch meanwhile.
 
         Raises:
             ValueError: if flex attention is to train on a CPU.
         """
+        how = {}
         if self.attention != "sdpa" and torch.is_grad_enabled():
-            if self.attention == "flex" and cond.start_BD.device.type == "cpu":
+            if self.attention == "flex" and device.type == "cpu":
                 raise ValueError("attention flex cannot train on a CPU (PyTorch has no backward pass of it): take sdpa")
-            passes = {**passes, "attention_backend": self.attention}
+            how = {"attention_backend": self.attention}
         if self.transformer.gradient_checkpointing:  # the backward pass recomputes outside of any block of code here
-            return self.transformer(inputs, cond, **passes)
-        with fast_cpu_attention(cond.start_BD.device):
-            return self.transformer(inputs, cond, **passes)
+            yield how
+            return
+        with fast_cpu_attention(device):
+            yield how
 
     def passes(self, clock: Clock) -> dict[str, Any]:
         """What the transformer is called with beside inputs and condition: an objective of subnets chooses layers."""

@@ -19,7 +19,7 @@ from var import convert as var_keys
 
 BLOCKS = ("base_blocks", "ns_blocks", "mask_blocks")
 ROOTS = (*var_keys.ROOTS, *(f"{name}." for name in BLOCKS), "ns_head", "mask_head", "mask_embed", "word_embed_bias")
-BUFFERS = re.compile(rf"lvl_1L|attn_bias_for_masking|({'|'.join(BLOCKS)})\.\d+\.attn\.zero_k_bias")
+BUFFERS = re.compile(rf"lvl_1L|attn_bias_for_masking|(blocks|{'|'.join(BLOCKS)})\.\d+\.attn\.zero_k_bias")
 
 _HEADS = [
     (r"^masked\.head\.ada\.", "mask_head_nm.ada_lin."),
@@ -47,22 +47,20 @@ def normalized(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Ten
     Args:
         state: of the whole model, or of the first training (VAR's keys).
         masked: of the second training, whole or only what it changed; None for the whole model, or for a model without
-            masked prediction.
+            masked prediction, which keeps VAR's keys.
 
     Raises:
         ValueError: if the two do not belong together, or a second file is given beside the whole model.
     """
-    if any(key.startswith("base_blocks.") for key in state):
-        if masked is not None:
-            raise ValueError("the transformer's file has masked prediction already: leave the second one out")
+    if masked is None:
         return dict(state)
-    depth = 1 + max((int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
-    shared = depth if masked is None else _shared_blocks(state, masked, depth)
+    if any(key.startswith("base_blocks.") for key in state):
+        raise ValueError("the transformer's file has masked prediction already: leave the second one out")
+    depth = _count(state, "blocks")
+    shared = _shared_blocks(state, masked, depth)
+    own = re.compile(rf"blocks\.({'|'.join(map(str, range(shared, depth)))})\.|head\.|head_nm\.|mask_embed\.")
     whole = {_whole_name(key, shared): tensor for key, tensor in state.items()}
-    if masked is not None:
-        own = re.compile(rf"blocks\.({'|'.join(map(str, range(shared, depth)))})\.|head\.|head_nm\.|mask_embed\.")
-        whole |= {_masked_name(key, shared): tensor for key, tensor in masked.items() if own.match(key)}
-    return whole
+    return whole | {_masked_name(key, shared): tensor for key, tensor in masked.items() if own.match(key)}
 
 
 def _shared_blocks(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor], depth: int) -> int:
@@ -73,6 +71,8 @@ def _shared_blocks(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch
         block = re.match(r"blocks\.(\d+)\.", key)
         if key.startswith(("head.", "head_nm.", "mask_embed.")) or (first is not None and torch.equal(tensor, first)):
             continue
+        if first is not None and tensor.dtype != first.dtype:
+            raise ValueError(f"the files of the two trainings must be of one precision: {tensor.dtype}, {first.dtype}")
         if block is None or int(block[1]) >= depth:
             raise ValueError(f"the files of the two trainings do not belong together: {key} differs")
         changed.add(int(block[1]))
@@ -107,6 +107,9 @@ def read_config(
         ValueError: if there are not as many blocks of masked prediction as last blocks, or as `var.convert`.
     """
     base, last, own = (_count(shapes, name) for name in BLOCKS)
+    if not base:  # of the first training alone
+        config = var_keys.read_config(shapes, schedule=schedule, heads=heads, norm_eps=norm_eps)
+        return config | {"mask": "block_diagonal", "masked_layers": 0}
     if last != own:
         raise ValueError(f"masked prediction must have as many blocks as there are ns_blocks, {last}, got {own}")
     as_var = {name: shapes[key] for name, key in _OF_VAR.items()}
@@ -118,10 +121,10 @@ def read_config(
 
 def official_name(key: str, config: Mapping) -> str:
     """The official key that holds our `key`; the weights of q, k and v share one."""
-    for pattern, replacement in _HEADS:
+    for pattern, replacement in _HEADS if config["masked_layers"] else ():
         key = re.sub(pattern, replacement, key)
     block = re.match(r"blocks\.(\d+)\.", key)
-    if block:
+    if block and config["masked_layers"]:
         key = _whole_name(key, config["depth"] - config["masked_layers"])
     return var_keys.official_name(key, config)
 
@@ -131,8 +134,8 @@ def official_buffers(config: Mapping, dtype: torch.dtype) -> State:
     levels_L = torch.tensor(ScaleSchedule.of(config["schedule"]).level_ids)
     allowed_LL = levels_L[:, None] == levels_L[None]
     mask_LL = torch.zeros(allowed_LL.shape, dtype=dtype).masked_fill(~allowed_LL, -torch.inf)
-    own = config["masked_layers"]
-    counts = zip(BLOCKS, (config["depth"] - own, own, own))
+    own, depth = config["masked_layers"], config["depth"]
+    counts = zip(BLOCKS, (depth - own, own, own)) if own else [("blocks", depth)]
     names = [f"{name}.{i}.attn.zero_k_bias" for name, count in counts for i in range(count)]
     zeros = {name: torch.zeros(config["width"], dtype=dtype) for name in names}
     return {"lvl_1L": levels_L[None], "attn_bias_for_masking": mask_LL[None, None], **zeros}

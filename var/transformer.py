@@ -266,6 +266,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         *,
         scales: range | None = None,
         attention_backend: str = "sdpa",
+        schedule: ScaleSchedule | None = None,
     ) -> torch.Tensor:
         """Logits (B, l, V), float32, of tokens given the others of their scale (HMAR, section 4.2).
 
@@ -275,18 +276,20 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 has none and is never masked.
             masked_Bl: bool, the tokens that are not seen; as long as `code_BlC`.
             scales: consecutive scales; all of them when None (training).
+            schedule: as in `forward`.
         """
-        scales = scales if scales is not None else range(len(self.schedule))
+        schedule = self.check_schedule(schedule)
+        scales = scales if scales is not None else range(len(schedule))
         beside_BlD = None
         if code_BlC is not None:
             beside_BlD = self.masked.beside(self._project(code_BlC) - self.input_proj.bias, masked_Bl)
-        h = self._embed(x_BlC, cond, scales, self.schedule, beside_BlD)
-        mask = attention_mask(self.schedule, scales, h.device, kind=self.config.mask, backend=attention_backend)
-        rope, every, own = self._rope(self.schedule, scales, h.device), self.config.level_every, len(self.masked.blocks)
+        h = self._embed(x_BlC, cond, scales, schedule, beside_BlD)
+        mask = attention_mask(schedule, scales, h.device, kind=self.config.mask, backend=attention_backend)
+        rope, every, own = self._rope(schedule, scales, h.device), self.config.level_every, len(self.masked.blocks)
         chain = [*enumerate(self.blocks[:-own]), *enumerate(self.masked.blocks, len(self.blocks))]
         for place, (i, block) in enumerate(chain):
             if every and place and place % every == 0:
-                h = h + self._levels(self.schedule, scales)
+                h = h + self._levels(schedule, scales)
             h = self._run(block, h, cond, i, mask, rope, None, 0)
         return self.masked.head.project(self.masked.head.features(h, cond.masked_head_B2D))
 
