@@ -121,11 +121,11 @@ def read_config(
 
 def official_name(key: str, config: Mapping) -> str:
     """The official key that holds our `key`; the weights of q, k and v share one."""
-    for pattern, replacement in _HEADS if config["masked_layers"] else ():
-        key = re.sub(pattern, replacement, key)
-    block = re.match(r"blocks\.(\d+)\.", key)
-    if block and config["masked_layers"]:
-        key = _whole_name(key, config["depth"] - config["masked_layers"])
+    if config["masked_layers"]:
+        for pattern, replacement in _HEADS:
+            key = re.sub(pattern, replacement, key)
+        if key.startswith("blocks."):
+            key = _whole_name(key, config["depth"] - config["masked_layers"])
     return var_keys.official_name(key, config)
 
 
