@@ -65,7 +65,7 @@ def test_progressive_training_is_a_flag():
         ["--config", str(CONFIGS / "var" / "imagenet256_d16.yaml"), "--progressive.until=0.5", "--supernet.depths=[4]"]
     )
     with pytest.raises(ValueError, match=r"progressive and supernet\.depths are different trainings: leave one out"):
-        train_var.build_objective(train_var.parser().instantiate(two), None, None)
+        train_var.check_training(train_var.parser().instantiate(two))
 
 
 def test_the_tokenizer_has_the_official_shape_and_serves_512_pixels(tmp_path, tiny_vqvae):
