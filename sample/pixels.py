@@ -5,6 +5,8 @@ Shape letters: 3 channels, H height, W width of the crop.
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -13,6 +15,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+LARGE = 2**24  # pixels of a resized image from which on it is not made whole
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb warning level: about 9,459 x 9,459
 
 
@@ -65,7 +68,7 @@ def decode(
         if isinstance(source, Image.Image):
             return to_rgb(source)
         file: BinaryIO | str | os.PathLike = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file) as image:
+        with unlimited(), Image.open(file) as image:  # our own limit follows, before any pixel is decoded
             width, height = image.size
             if width * height > max_pixels:
                 raise CorruptImage(f"{width}x{height} pixels are more than max_pixels={max_pixels}")
@@ -79,6 +82,16 @@ def decode(
         raise CorruptImage("no image format that Pillow knows") from None
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise CorruptImage(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """Pillow's limit of an image's size lifted meanwhile."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def crop(
@@ -96,9 +109,7 @@ def crop(
     """
     height, width = size
     least_h, least_w = round(resize_factor * height), round(resize_factor * width)
-    if (
-        least_h * image.width >= least_w * image.height
-    ):  # its height decides; the other side is cut off to a whole number
+    if least_h * image.width >= least_w * image.height:  # its height decides, the other side is rounded down
         resized = max(least_w, least_h * image.width // image.height), least_h
     else:
         resized = least_w, max(least_h, least_w * image.height // image.width)
@@ -107,7 +118,11 @@ def crop(
         left, top = round(room_w / 2), round(room_h / 2)
     else:
         top, left = int(uniforms[0] * (room_h + 1)), int(uniforms[1] * (room_w + 1))
-    if resized != image.size:
+    if resized[0] * resized[1] > LARGE:  # of a strip that much would be thrown away: only what is cut out is made
+        across, down = image.width / resized[0], image.height / resized[1]
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        image, left, top = image.resize((width, height), Image.Resampling.LANCZOS, box=box), 0, 0
+    elif resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)
     pixels = np.asarray(image)[top : top + height, left : left + width]
     if mirror:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from itertools import chain, islice
@@ -23,12 +24,14 @@ from train.data import (
     KeyedDataset,
     KeyedSampler,
     StreamLoader,
+    _pick_split,
     build_dataset,
     build_stream,
     permute,
 )
 from train.order import image_draws
 from train.prepare import normal_of
+from train.sources import FolderSource
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -166,6 +169,60 @@ def test_the_short_side_is_resized_as_torchvision_does(wh, resized, monkeypatch)
     assert crop(Image.fromarray(values), (4, 4), resize_factor=1.0)[0, 0].tolist() == [2, 3, 4, 5]  # 1.5 to 2
 
 
+def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch):
+    """Otherwise a file of a few bytes would be gigabytes; what is cut out is the same but for rounding."""
+    values = np.random.default_rng(0).integers(0, 256, (3, 400, 3), np.uint8)
+    strip, made = Image.fromarray(values), []
+    for large in (2**24, 1000):
+        monkeypatch.setattr("sample.pixels.LARGE", large)
+        made.append([crop(strip, (16, 16), uniforms=place).int() for place in (None, (0.3, 0.9))])
+    assert all((whole - part).abs().max() <= 1 for whole, part in zip(*made))
+    assert crop(Image.new("RGB", (30000, 1), (9, 8, 7)), (256, 256)).amax((1, 2)).tolist() == [9, 8, 7]
+
+
+def test_the_limit_of_pixels_is_ours(tmp_path):
+    """Pillow refuses some that `max_pixels` allows."""
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(CorruptImage, match="20000x10000 pixels are more than max_pixels=1000"):
+        decode(tmp_path / "large.png", max_pixels=1000)
+    assert decode(tmp_path / "large.png", max_pixels=10**9).size == (20000, 10000)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_names_of_any_bytes_and_links_to_where_they_are(tmp_path):
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+        picture(0).save(tmp_path / folder / "1.png")
+    (tmp_path / "cat/self").symlink_to(tmp_path / "cat")
+    (tmp_path / "cat/dogs").symlink_to(tmp_path / "dog")  # elsewhere is followed
+    os.link(tmp_path / "cat/1.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    source = FolderSource(tmp_path)
+    assert sorted(os.fsencode(source.name(i)) for i in range(len(source))) == [
+        *(b"cat/1.png", b"cat/caf\xe9.png", b"cat/dogs/1.png", b"dog/1.png")
+    ]
+    given = config("folder", str(tmp_path), tmp_path, val_fraction=0.3)
+    assert sum(len(build_dataset(given, split)) for split in ("train", "val")) == 4
+    log = CorruptLog(tmp_path / "log.txt")
+    log.add(os.fsdecode(b"caf\xe9.png"), "bad")
+    assert CorruptLog(tmp_path / "log.txt").names == [os.fsdecode(b"caf\xe9.png")]
+
+
+def test_what_is_trained_on_is_not_what_is_validated_on(tmp_path):
+    """A source of one split alone, whatever it is called, gives a share of it."""
+    (tmp_path / "val").mkdir()
+    for i in range(20):
+        picture(i).save(tmp_path / f"val/{i}.png")
+    given = config("folder", str(tmp_path), tmp_path, train_split="val", val_fraction=0.3)
+    train, val = (build_dataset(given, split) for split in ("train", "val"))
+    names = [{data.source.name(int(i)) for i in data.indices} for data in (train, val)]
+    assert names[1] and not names[0] & names[1] and len(names[0] | names[1]) == 20
+    with pytest.raises(ValueError, match="val_split='val' is what is trained on"):
+        build_dataset(config("folder", str(tmp_path), tmp_path, train_split="val", val_split="val"), "val")
+    assert _pick_split(["validation"], config("parquet", "x", tmp_path), "val") == ("validation", True)
+    assert _pick_split(["train", "validation"], config("parquet", "x", tmp_path), "val") == ("validation", False)
+
+
 def test_centre_crop_and_mirror():
     values = np.zeros((4, 8, 3), np.uint8)
     values[:, :, 0] = np.arange(8)
@@ -292,7 +349,12 @@ def test_texts_that_are_not_utf8_are_named_and_byte_order_marks_are_none(tmp_pat
     assert build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0) == ("a caf\u00e9",)
     (tmp_path / "0.txt").write_bytes(b"a caf\xe9")
     with pytest.raises(ValueError, match=r"caption .*0.txt must be text in UTF-8: byte 5"):
-        build_dataset(config("folder", str(tmp_path), tmp_path))[0]
+        build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0)
+    picture(1).save(tmp_path / "1.png")  # in training, one that cannot be read is left out, as an image is
+    data = build_dataset(config("folder", str(tmp_path), tmp_path, val_fraction=0.0))
+    with pytest.warns(UserWarning, match=r"first 0.png: caption .*0.txt must be text in UTF-8: byte 5"):
+        assert torch.equal(data[0]["image"], data[1]["image"])
+    (tmp_path / "1.png").unlink()
     (tmp_path / "metadata.csv").write_bytes("\ufefffile_name,text\n0.png,b\n".encode())
     assert build_dataset(config("folder", str(tmp_path), tmp_path)).captions(0) == ("b",)
     (tmp_path / "metadata.csv").unlink()

@@ -144,6 +144,19 @@ def test_lists_of_one_shape_are_read_one_after_the_other(lists: Path, tmp_path: 
     assert [data.captions(i) for i in (0, 4, 5, 12)] == [(f"short {i}", f"long {i}") for i in (0, 4, 5, 12)]
 
 
+def test_lines_that_cannot_be_read_are_left_out_like_images(lists: Path, tmp_path: Path) -> None:
+    (square,) = lists.glob("1.000*.jsonl")
+    rows = square.read_text().replace('"1.000', f'"{lists}/1.000').splitlines(keepends=True)
+    wrong = ["{cut\n", "\n", '{"image_path": null}\n', "[1]\n"]
+    (tmp_path / "1.000_a.jsonl").write_text("".join([*rows[:2], *wrong, *rows[4:6], "\n", " \n"]))
+    data = AspectImages(AspectConfig(folder=str(tmp_path), size="0.06M", val_fraction=0.0), "train", batch_size=1)
+    assert len(data) == 7  # blank lines are none
+    assert {data.at(i, 0)["caption"].split()[1] for i in range(7)} == {"0", "1", "4", "5"}
+    assert data.corrupt.count == 3 and data.corrupt.names[0] == "image 2 of the lists of shape 1"
+    with pytest.raises(ValueError, match=r"a line is no JSON \(.*\): \{cut"):
+        data.captions(2)
+
+
 def test_training_on_several_aspects(lists: Path, tmp_path: Path) -> None:
     sizes = {"layers_per_block": 1, "attention": False, "norm_groups": 4, "latent_channels": 6}
     vqvae = MultiScaleVQ(channels=[4, 4, 4, 4, 8], **sizes, schedule=aspect_schedule("1:1", "0.06M"), bitwise=True)

@@ -16,6 +16,7 @@ from conftest import liven
 from torch import nn
 from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
 
+from tokenizer.model import MultiScaleVQ
 from train.config import RunConfig, exit_code
 from train.loop import (
     begin_averaging,
@@ -26,11 +27,14 @@ from train.loop import (
     train_step,
     validate,
 )
-from train.optimizers import OptimizerConfig, build_optimizers
+from train.optimizers import Branch, OptimizerConfig, build_optimizers
+from train.order import spread_index
 from train.report import log_training
 from train.session import Clock, Processes, Session, Task
+from train.start_from import same_tokenizer
 from train.state import resume, save
 from train.text import TextConfig, build_text_encoder, tokenize
+from train.token_cache import tokenizer_hash
 from train.tokenizer_objective import TokenizerLossConfig, TokenizerObjective
 from train.var_objective import VarLossConfig, VarObjective, drop_prompts
 from var.conditioning import ClassPrompt, TextPrompt
@@ -397,6 +401,44 @@ def test_tokenizer_stage(tokenizer_run):
     train = curve(tokenizer_run, "train")[-1]
     assert {"usage_1x1", "usage_8x8", "adversarial", "grad_norm_adversary", "lr_main", "lr_adversary"} <= set(train)
     assert list((tokenizer_run / "images").glob("*.png"))
+
+
+def test_a_decoder_trains_on_the_tokens_that_there_are(tokenizer_run, tmp_path, capfd):
+    """Settings that weights do not show count, too: in the check, and in the name by which tokens are cached."""
+    only = ["--loss.decoder_only=true", f"--run.run_dir={tmp_path}/decoder"]
+    start = f"--start_from={tokenizer_run}/latest/vqvae"
+    assert stage("train_tokenizer", *TOKENIZER, *only) == 2
+    assert "loss.decoder_only=true trains the decoder of a finished tokenizer" in capfd.readouterr().err
+    assert stage("train_tokenizer", *TOKENIZER, *only, start, "--tokenizer.phi_ratio=0.1") == 2
+    assert "makes other tokens: it has" in capfd.readouterr().err
+    assert stage("train_tokenizer", *TOKENIZER, *only, start, "--tokenizer.vocab_size=48") == 2
+    assert "does not fit: quantizer.codebook.weight is missing or of another shape" in capfd.readouterr().err
+    assert stage("train_tokenizer", *TOKENIZER, *only, start) == 0
+    folders = (f"{tokenizer_run}/latest/vqvae", f"{tmp_path}/decoder/latest/vqvae")
+    before, after = map(MultiScaleVQ.from_pretrained, folders)
+    assert tokenizer_hash(before) == tokenizer_hash(after)
+    other = MultiScaleVQ.from_config({**before.config, "cosine": True})
+    other.load_state_dict(before.state_dict())
+    assert tokenizer_hash(before) != tokenizer_hash(other) and not same_tokenizer(before, other)
+
+
+def test_a_part_that_joins_late_has_its_own_warm_up():
+    branch = Branch(OptimizerConfig(), [], begin=0.2)
+    assert [branch.progress(p) for p in (0.0, 0.2, 0.6, 1.0)] == pytest.approx([0.0, 0.0, 0.5, 1.0])
+    assert Branch(OptimizerConfig(), []).progress(0.3) == 0.3
+    assert Branch(OptimizerConfig(), [], begin=1.0).progress(1.0) == 0
+
+
+def test_validation_looks_at_images_of_all_classes():
+    seen = [spread_index(i, 200) for i in range(200)]
+    assert sorted(seen) == list(range(200))
+    assert len({index // 10 for index in seen[:40]}) > 12  # of 20 folders of ten
+
+
+def test_widths_of_the_adversary_are_checked():
+    for width in (20, 24, 0):
+        with pytest.raises(ValueError, match=f"loss.adversary_width must be a multiple of 16, got {width}"):
+            TokenizerLossConfig(adversary_width=width)
 
 
 def test_a_finished_run_says_so(tokenizer_run, capfd):

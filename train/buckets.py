@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import mmap
+from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -48,15 +50,25 @@ class AspectConfig:
                 raise ValueError(f"aspects.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
+def places_of_lines(file: BinaryIO) -> np.ndarray:
+    """Where each line of a file begins and ends, but blank ones: (lines, 2) int64."""
+    places, end = array("q"), 0
+    for line in file:
+        begin, end = end, end + len(line)
+        if line.strip():
+            places.extend((begin, end))
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
 class Lines:
-    """The lines of some text files by number, one file after the other; only their places are held in memory."""
+    """The lines of some text files by number, one file after the other, without blank ones; only places are held."""
 
     def __init__(self, *paths: Path):
         self.paths, self.places = paths, []
         for path in paths:
             with path.open("rb") as file:
-                self.places.append(np.array([0, *accumulate(len(line) for line in file)], dtype=np.int64))
-        self.ends = list(accumulate(len(places) - 1 for places in self.places))
+                self.places.append(places_of_lines(file))
+        self.ends = list(accumulate(map(len, self.places)))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -65,7 +77,8 @@ class Lines:
         which = bisect_right(self.ends, index)
         places, index = self.places[which], index - (self.ends[which - 1] if which else 0)
         with self.paths[which].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            return whole[places[index] : places[index + 1]].decode("utf-8")
+            begin, end = places[index]
+            return whole[begin:end].decode("utf-8")
 
 
 class AspectImages(Dataset):
@@ -124,18 +137,31 @@ class AspectImages(Dataset):
         count = self.counts[ratio]
         tries = min(count, BAD_IN_A_ROW)
         for offset in range(tries):
-            row = json.loads(self.lists[ratio][self.first + (local + offset) % count])
+            number = self.first + (local + offset) % count
+            name = f"image {number} of the lists of shape {ratio:g}"
             try:
+                row = self._row(ratio, number)
+                name = row["image_path"]
                 return self._item(row, ratio, epoch, index + offset)
             except (CorruptImage, OSError) as error:
-                self.corrupt.add(str(row["image_path"]), str(error))
+                self.corrupt.add(name, str(error))
         raise ValueError(f"{tries} images in a row cannot be read; {self.corrupt.summary(3)}")
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions that item `index` may come with."""
         ratio, local = self._place(index)
-        short, long = _texts(json.loads(self.lists[ratio][self.first + local]))
+        short, long = _texts(self._row(ratio, self.first + local))
         return (short or long, long or short)
+
+    def _row(self, ratio: float, number: int) -> dict:
+        line = self.lists[ratio][number]
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CorruptImage(f"a line is no JSON ({error}): {line.strip()[:60]}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("image_path"), str):
+            raise CorruptImage(f"a line has no image_path: {line.strip()[:60]}")
+        return row
 
     def _place(self, index: int) -> tuple[float, int]:
         """The shape of an image, and its number among those of that shape."""

@@ -203,7 +203,7 @@ def hash_split(names: Iterable[str], fraction: float) -> np.ndarray:
 
     At least one of two or more is, so that a small folder can be validated; none if `fraction` is 0.
     """
-    keys = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
+    keys = np.array([zlib.crc32(os.fsencode(name)) for name in names], dtype=np.int64)
     chosen = keys < fraction * 2**32
     if fraction > 0 and len(keys) > 1 and not chosen.any():
         chosen[keys.argmin()] = True
@@ -212,14 +212,20 @@ def hash_split(names: Iterable[str], fraction: float) -> np.ndarray:
 
 def _pick_split(names: list[str], config: DataConfig, split: str) -> tuple[str, bool]:
     """(split name, hash it?) among the splits or sub-folders a source has."""
-    val = [name for name in ([config.val_split] if config.val_split else VAL_NAMES) if name in names]
-    if config.val_split and not val and config.val_path is None:
+    wanted = [config.val_split] if config.val_split else VAL_NAMES
+    if config.val_split and config.val_split not in names and config.val_path is None:
         raise ValueError(f"val_split={config.val_split!r} is not one of {', '.join(names)}")
+    if config.train_split in names:
+        train = config.train_split
+    elif len(names) == 1 or split == "val":  # of validation alone the other split matters where it is hashed
+        train = next((name for name in names if name not in wanted), names[0])
+    else:
+        raise ValueError(f"train_split={config.train_split!r} is not one of {', '.join(names)}")
+    if config.val_split == train and config.val_path is None:
+        raise ValueError(f"val_split={train!r} is what is trained on: leave it out, or name another train_split")
+    val = [name for name in wanted if name in names and name != train]
     if split == "val" and val:
         return val[0], False
-    if config.train_split not in names and len(names) > 1:
-        raise ValueError(f"train_split={config.train_split!r} is not one of {', '.join(names)}")
-    train = config.train_split if config.train_split in names else names[0]
     return train, not val and config.val_path is None
 
 

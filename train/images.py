@@ -29,7 +29,7 @@ class CorruptLog:
     def _read(self) -> dict[str, str]:
         if self.path is None or not self.path.is_file():
             return {}
-        lines = self.path.read_text("utf-8").splitlines()
+        lines = self.path.read_text("utf-8", errors="surrogateescape").splitlines()
         return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def add(self, name: str, reason: str) -> None:
@@ -39,7 +39,7 @@ class CorruptLog:
         self._reasons[name] = reason
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:  # names of any bytes
                 file.write(f"{name}\t{reason}\n")
         elif len(self._reasons) == 1:
             warnings.warn(f"skipping images that cannot be read, first {name}: {reason}", stacklevel=2)

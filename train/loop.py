@@ -34,7 +34,7 @@ from tokenizer.precision import set_product_precision
 from train.checkpoint import held_alone
 from train.config import RunConfig
 from train.optimizers import build_optimizers, set_rates
-from train.order import KeyedDataset, KeyedSampler, uniforms
+from train.order import KeyedDataset, KeyedSampler, spread_index, uniforms
 from train.report import log_training, open_tensorboard, progress_bar, write_metrics, write_pictures
 from train.session import Batch, Meter, Metrics, Session, Task, averaged_weights, parameters_of
 from train.state import resume, save
@@ -285,9 +285,10 @@ def update(session: Session, means: Metrics) -> None:
     """Clip and step every branch that has gradients; adds their gradient norms to `means`."""
     scaler = session.accelerator.scaler
     for name, optimizers in session.optimizers.items():
-        config = session.branches[name].config
+        branch = session.branches[name]
+        config = branch.config
         for optimizer in optimizers:
-            set_rates(optimizer, config, session.progress)
+            set_rates(optimizer, config, branch.progress(session.progress))
         parameters = [p for p in parameters_of(optimizers) if p.grad is not None]
         if not parameters:
             continue
@@ -356,8 +357,8 @@ def validation_batches(session: Session) -> Iterator[tuple[list[dict], int]]:
     else:
         total = min(config.validation_images, len(data))
         left = total % world
-        items = (data[i] for i in range(rank, total - left, world))
+        items = (data[spread_index(i, len(data))] for i in range(rank, total - left, world))
     while batch := list(islice(items, size)):
         yield batch, len(batch)
     if left:
-        yield [data[total - left + rank if rank < left else 0]], int(rank < left)
+        yield [data[spread_index(total - left + rank if rank < left else 0, len(data))]], int(rank < left)

@@ -68,13 +68,19 @@ class Branch:
     Attributes:
         config: how they move.
         named_parameters: (name, parameter) pairs; frozen ones are left out.
+        begin: share of training after which they move; their schedules are over the rest.
     """
 
     config: OptimizerConfig
     named_parameters: Iterable[tuple[str, nn.Parameter]] = field(repr=False)
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         self.named_parameters = [(name, p) for name, p in self.named_parameters if p.requires_grad]
+
+    def progress(self, whole: float) -> float:
+        """How far its own schedules are, in [0, 1], of the training's progress."""
+        return max(whole - self.begin, 0.0) / (1 - self.begin) if self.begin < 1 else 0.0
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

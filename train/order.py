@@ -52,6 +52,11 @@ def permute(position: int, n: int, *, seed: int, epoch: int) -> int:
             return position
 
 
+def spread_index(i: int, n: int) -> int:
+    """The i-th of n images to look at where not all are: any of them, always in the same order (files lie by class)."""
+    return permute(i, n, seed=0, epoch=0)
+
+
 def uniforms(count: int, *key: int) -> tuple[float, ...]:
     """`count` numbers in [0, 1) that depend on the non-negative integers of `key` alone."""
     words = np.random.SeedSequence(key).generate_state(count, np.uint64)

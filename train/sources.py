@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sample.files import read_text
-from sample.pixels import IMAGE_SUFFIXES
+from sample.pixels import IMAGE_SUFFIXES, CorruptImage
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_KEYS = ("label", "cls", "json.label", "json.cls")
@@ -135,7 +135,7 @@ class FolderSource:
             caption = self._captions[index]
         else:
             sidecar = path.with_suffix(".txt")
-            caption = read_text("caption", sidecar).strip() if sidecar.is_file() else None
+            caption = _sidecar(sidecar) if sidecar.is_file() else None
         return Record(name, path, label, class_caption(self.classes, label) if caption is None else caption)
 
     def caption(self, index: int) -> str | tuple[str, ...]:
@@ -143,12 +143,25 @@ class FolderSource:
         return self.record(index).caption
 
 
+def _sidecar(path: Path) -> str:
+    try:
+        return read_text("caption", path).strip()
+    except ValueError as error:
+        raise CorruptImage(str(error)) from None
+
+
 def _images(folder: Path):
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _returns(parent, name))
         for name in sorted(files):
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield os.path.join(parent, name)
+
+
+def _returns(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it is in."""
+    path = os.path.join(parent, name)
+    return os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve())
 
 
 def _scan(root: Path, classes: tuple[str, ...] | None) -> tuple[list[str], list[int], tuple[str, ...] | None]:

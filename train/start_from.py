@@ -18,7 +18,7 @@ from tokenizer.model import MultiScaleVQ
 from train.masked import with_masked, without_masked
 from train.new_classes import relabelled
 from train.sequential import with_head, without_head
-from train.token_cache import DECODING
+from train.token_cache import DECODING, unusual
 from var.transformer import NextScaleTransformer
 
 
@@ -134,6 +134,8 @@ def same_tokenizer(a: MultiScaleVQ, b: MultiScaleVQ) -> bool:
         for model in (a, b)
     )
     alike = [name for name in one.keys() & two.keys() if one[name].shape == two[name].shape]
+    if unusual(a) != unusual(b):
+        return False
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in alike)
 
 

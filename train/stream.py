@@ -5,6 +5,7 @@ handed out. A rolling buffer cannot be resumed without its contents; a window is
 """
 
 import copy
+import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -91,6 +92,9 @@ class StreamDataset(IterableDataset):
             yield from rows
         except tarfile.TarError as error:
             raise ValueError(f"{damaged_shard(self.shards)} is damaged: {error}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            where = ", ".join(map(str, self.shards))[:200]
+            raise ValueError(f"a caption or label in {where} cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[dict]:
         at = self._start

@@ -27,13 +27,22 @@ DECODING = ("decoder.", "post_quant_conv.")  # parts of a tokenizer that do not 
 
 
 def tokenizer_hash(vqvae: MultiScaleVQ) -> str:
-    """SHA-256 of the weights that decide tokens and the transformer's inputs: encoder, quantiser, schedule."""
+    """SHA-256 of what decides tokens and the transformer's inputs: encoder, quantiser, schedule, settings."""
     digest = hashlib.sha256(vqvae.schedule.text.encode())
+    digest.update(unusual(vqvae).encode())
     for name, tensor in sorted(vqvae.state_dict().items()):
         if not name.startswith(DECODING):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def unusual(vqvae: MultiScaleVQ) -> str:
+    """What decides tokens besides weights, where it is not as usual; empty of VAR's own settings."""
+    usual = {"phi_ratio": 0.5, "cosine": False, "norm_groups": 32, "token_patch": 1}
+    own = {name: vqvae.config.get(name, value) for name, value in usual.items()}
+    own["phi_ratio"] = abs(own["phi_ratio"])
+    return "".join(f" {name}={value}" for name, value in own.items() if value != usual[name])
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

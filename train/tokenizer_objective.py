@@ -81,6 +81,9 @@ class TokenizerLossConfig:
         for name in ("adversary_start", "restart_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"loss.{name} is a share of training in [0, 1], got {getattr(self, name)}")
+        widths = [self.adversary_width * min(2**i, 8) for i in range(1, self.adversary_layers + 1)]
+        if self.adversary_width < 1 or any(width % min(32, width) for width in widths):
+            raise ValueError(f"loss.adversary_width must be a multiple of 16, got {self.adversary_width}")
         if self.restart_every < 0 or self.dead_below < 0:
             given = f"{self.restart_every} and {self.dead_below}"
             raise ValueError(f"loss.restart_every and loss.dead_below must be 0 or more, got {given}")
@@ -146,7 +149,7 @@ class TokenizerObjective(Objective):
         found = {"main": Branch(self.optimizer, self.vqvae.named_parameters(prefix="vqvae"))}
         if self.discriminator is not None:
             named = self.discriminator.named_parameters(prefix="discriminator")
-            found["adversary"] = Branch(self.adversary_optimizer, named)
+            found["adversary"] = Branch(self.adversary_optimizer, named, begin=self.config.adversary_start)
         return found
 
     def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:

@@ -18,8 +18,10 @@ from train.config import RunConfig, base_parser, exit_code, save_config
 from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.optimizers import OptimizerConfig
+from train.order import spread_index
 from train.session import Batch, Task
 from train.state import settings_of
+from train.token_cache import unusual
 from train.tokenizer_objective import TokenizerLossConfig, TokenizerObjective
 
 
@@ -56,16 +58,23 @@ def export_weights(folder: Path, objective: TokenizerObjective, weights: dict | 
     copy.save_pretrained(folder / "vqvae")
 
 
-def begin_with(vqvae: MultiScaleVQ, folder: str) -> None:
-    """Copy the weights of the tokenizer in `folder`; a codebook of another size or new statistics stay as they are.
+def begin_with(vqvae: MultiScaleVQ, folder: str, *, same_tokens: bool = False) -> None:
+    """Copy the weights of the tokenizer in `folder`; a codebook or phis of another size, and new statistics, stay.
+
+    Args:
+        same_tokens: the quantiser must fit, too, and its settings be the same.
 
     Raises:
         ValueError: if its convolutions are of another shape; the message names the first one.
     """
-    given, own = load_tokenizer(folder).state_dict(), vqvae.state_dict()  # `own` shares memory with the weights
+    source = load_tokenizer(folder)
+    if same_tokens and unusual(source) != unusual(vqvae):
+        theirs, ours = (unusual(one).strip() or "the usual settings" for one in (source, vqvae))
+        raise ValueError(f"start_from {folder!r} makes other tokens: it has {theirs}, and tokenizer.* say {ours}")
+    given, own = source.state_dict(), vqvae.state_dict()  # `own` shares memory with the weights
     for name, tensor in own.items():
         fits = name in given and given[name].shape == tensor.shape
-        if not fits and not name.startswith("quantizer."):
+        if not fits and (same_tokens or not name.startswith("quantizer.")):
             raise ValueError(f"start_from {folder!r} does not fit: {name} is missing or of another shape")
         if fits:
             tensor.copy_(given[name])
@@ -91,11 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"tokenizer.schedule {vqvae.schedule.text}"
         )
     if config.start_from is not None:
-        begin_with(vqvae, config.start_from)
+        begin_with(vqvae, config.start_from, same_tokens=built.loss.decoder_only)
+    elif built.loss.decoder_only:
+        raise ValueError("loss.decoder_only=true trains the decoder of a finished tokenizer: give start_from")
     objective = TokenizerObjective(vqvae, built.loss, built.optimizer, built.adversary)
     unreadable = Path(run_config.run_dir) / "unreadable_images.txt"
     val_data = build_dataset(data, "val", seed=run_config.seed, corrupt_log=unreadable)
-    shown = torch.stack([val_data[i]["image"] for i in range(min(run_config.previews or 1, len(val_data)))])
+    chosen = [spread_index(i, len(val_data)) for i in range(min(run_config.previews or 1, len(val_data)))]
+    shown = torch.stack([val_data[i]["image"] for i in chosen])
 
     def preview(trained: TokenizerObjective) -> dict[str, torch.Tensor]:
         image = to_images({"image": shown.to(trained.vqvae.device)})["image"]

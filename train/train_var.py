@@ -29,6 +29,7 @@ from train.images import CorruptLog
 from train.loop import run
 from train.masked import MaskedConfig, MaskedObjective
 from train.optimizers import OptimizerConfig
+from train.order import spread_index
 from train.prepare import preparer
 from train.progressive import ProgressiveConfig, ProgressiveObjective
 from train.sequential import SequentialConfig, SequentialObjective
@@ -194,7 +195,7 @@ def previewer(vqvae: MultiScaleVQ, prepare: Callable[[Batch], Batch], val_data: 
     from sample.generate import generate
     from sample.plan_text import PlanConfig
 
-    items = [val_data[i] for i in range(min(count, len(val_data)))]
+    items = [val_data[spread_index(i, len(val_data))] for i in range(min(count, len(val_data)))]
 
     def preview(objective: VarObjective) -> dict[str, torch.Tensor]:
         device = objective.transformer.device
