@@ -38,7 +38,7 @@ class RunConfig:
         validate_every: steps between validations and preview grids.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints to keep.
-        validation_images: images a validation looks at.
+        validation_images: images a validation looks at, the same each time, from all over the validation data.
         previews: pictures in the grids that a validation draws; 0 draws none.
         workers: data loading processes per training process; 0 loads in the training process.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.

@@ -321,7 +321,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> torch.Tens
 
 @torch.no_grad()
 def validate(session: Session) -> dict[str, float]:
-    """Metrics of the averaged weights on the first `validation_images` of the validation data, and preview grids.
+    """Metrics of the averaged weights on `validation_images` of the validation data, and preview grids.
 
     It leaves the model in training mode.
     """

@@ -43,7 +43,7 @@ class TokenizerLossConfig:
             (needs the lpips extra).
         vq: of the quantiser's own loss.
         adversary: of the PatchGAN generator loss, before its adaptive weight; 0 builds no discriminator.
-        adversary_start: share of training after which the adversary joins, in [0, 1].
+        adversary_start: share of training after which the adversary joins, in [0, 1]; its learning rate begins then.
         adversary_width: channels of the discriminator's first layer.
         adversary_layers: strided layers of the discriminator.
         draw_codes: begin with every code at a vector of the first step's last micro-batch; false keeps those of
