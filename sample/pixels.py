@@ -120,7 +120,8 @@ def crop(
         top, left = int(uniforms[0] * (room_h + 1)), int(uniforms[1] * (room_w + 1))
     if resized[0] * resized[1] > LARGE:  # of a strip that much would be thrown away: only what is cut out is made
         across, down = image.width / resized[0], image.height / resized[1]
-        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+        box = (left * across, top * down, right, bottom)
         image, left, top = image.resize((width, height), Image.Resampling.LANCZOS, box=box), 0, 0
     elif resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)

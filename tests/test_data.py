@@ -5,7 +5,8 @@ import json
 import os
 import tarfile
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, islice, product
+from unittest import mock
 
 import numpy as np
 import PIL
@@ -146,8 +147,9 @@ def test_large_jpegs_are_decoded_small_but_not_below_the_need():
 @given(w=st.integers(1, 60), h=st.integers(1, 60), th=st.integers(1, 20), tw=st.integers(1, 20), u=st.floats(0, 0.999))
 @settings(max_examples=60, deadline=None)
 def test_crop_always_has_the_size(w, h, th, tw, u):
-    for place in (None, (u, 0.999 - u)):
-        out = crop(Image.new("RGB", (w, h), (9, 8, 7)), (th, tw), uniforms=place)
+    for place, large in product((None, (u, 0.999 - u), (0.999, 0.999)), (2**24, 1)):  # made whole, or what is cut out
+        with mock.patch("sample.pixels.LARGE", large):
+            out = crop(Image.new("RGB", (w, h), (9, 8, 7)), (th, tw), uniforms=place)
         assert out.shape == (3, th, tw) and out.dtype == torch.uint8 and out.is_contiguous()
         assert out.amax((1, 2)).tolist() == [9, 8, 7]
 
