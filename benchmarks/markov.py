@@ -65,8 +65,9 @@ def pair(options: argparse.Namespace) -> tuple[NextScaleTransformer, NextScaleTr
     return causal, with_masked(diagonal, min(LAYERS, len(causal.blocks) - 1)).eval()
 
 
-def drawing(model: NextScaleTransformer, plan: Plan, batch: int) -> Callable[[], object]:
+def drawing(plan: Plan, batch: int) -> Callable[[], object]:
     """A job: draw all tokens of a batch."""
+    model = plan.stages[0].model
     config, device = model.config, model.device
     quantizer = MultiScaleQuantizer(vocab_size=config.vocab_size, channels=config.latent_channels).to(device)
     prompt = ClassPrompt(torch.arange(batch, device=device) % config.num_classes)
@@ -121,8 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "HMAR, one pass a scale": PlanConfig().build(diagonal, mask_schedule="off"),
         "HMAR": PlanConfig().build(diagonal),
     }
-    owners = {"VAR": causal, "HMAR, one pass a scale": diagonal, "HMAR": diagonal}
-    jobs = {name: drawing(owners[name], plan, batch) for name, plan in plans.items()}
+    jobs = {name: drawing(plan, batch) for name, plan in plans.items()}
     steps = {f"training step, {name}": training(m, batch) for name, m in zip(("VAR", "HMAR"), trained)}
     times = timed(jobs | steps, options.rounds, device)
     rows = [row_of(name, own, times["VAR" if name in plans else "training step, VAR"]) for name, own in times.items()]

@@ -150,12 +150,12 @@ class GenerationState:
 
     def _refresh_copies(self, rows: list[int]) -> None:
         begin, seen = self.plan.schedule.ends[self.scale - 1] if self.scale else 0, set()
+        draws, passes = self.quantizer.draws_per_token, self.plan.passes
         for place, row in enumerate(rows):
             if row in seen:
                 origin = self.origins[row]
                 self.copies[origin] += 1
                 key = derive_seed(self.seeds[row], self.scale, self.copies[origin])
-                draws, passes = self.quantizer.draws_per_token, self.plan.passes
                 fresh = pass_uniforms(key, self.plan.schedule, draws, passes)
                 self.uniforms_BLn[place, begin:] = fresh[begin:].to(self.uniforms_BLn)
             seen.add(row)

@@ -49,6 +49,21 @@ def liven(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
+def quiet_pipeline(model: torch.nn.Module, vqvae: torch.nn.Module):
+    """A pipeline without a progress bar."""
+    from sample.pipeline import NextScalePipeline
+
+    made = NextScalePipeline(model, vqvae)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def drawn_tokens(pipeline, **options) -> torch.Tensor:
+    """The tokens (2, L) of two images of a class model, seeds 5 and 6."""
+    made = pipeline(class_labels=[1, 3], seed=5, output_type="latent", **options)
+    return torch.cat(made.tokens, dim=1)
+
+
 @pytest.fixture(scope="session")
 def tiny_vqvae():
     """A tokenizer of 8x8 images, stride 2."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, liven
+from conftest import TINY, liven, quiet_pipeline
+from conftest import drawn_tokens as tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -51,14 +52,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pipeline(model, tiny_vqvae):
-    made = NextScalePipeline(model, tiny_vqvae)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def tokens(pipeline, **options):
-    made = pipeline(class_labels=[1, 3], seed=5, output_type="latent", **options)
-    return torch.cat(made.tokens, dim=1)
+    return quiet_pipeline(model, tiny_vqvae)
 
 
 def plan_of(model, passes=PASSES, **options):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, liven
+from conftest import TINY, liven, quiet_pipeline
+from conftest import drawn_tokens as tokens
 from test_supernet import last_validation, train
 
 from sample.costs import plan_flops
@@ -34,14 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pipeline(model, tiny_vqvae):
-    made = NextScalePipeline(model, tiny_vqvae)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def tokens(pipeline, **options):
-    made = pipeline(class_labels=[1, 3], seed=5, output_type="latent", **options)
-    return torch.cat(made.tokens, dim=1)
+    return quiet_pipeline(model, tiny_vqvae)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])

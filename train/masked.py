@@ -56,17 +56,17 @@ class MaskedObjective(PartObjective):
         loss_BN = F.cross_entropy(logits_BNV.mT, targets_BN, reduction="none", label_smoothing=smoothing) * masked_BN
         correct_BN = (logits_BNV.detach().argmax(dim=-1) == targets_BN) & masked_BN
         loss_B = loss_BN.sum(dim=1) / masked_BN.sum(dim=1)
-        sums = {"loss": loss_BN.detach(), "accuracy": correct_BN}
-        means = {
-            f"{name}_{scale}": own_Bl.sum() / count_Bl.sum().clamp(min=1)
-            for name, value_BN in sums.items()
-            for scale, own_Bl, count_Bl in zip(
-                model.schedule.names[1:],
-                value_BN.split(model.schedule.lengths[1:], dim=1),
-                masked_BN.split(model.schedule.lengths[1:], dim=1),
-            )
-        }
-        return loss_B.mean(), {"accuracy": correct_BN.sum() / masked_BN.sum(), **means}
+        found = {"accuracy": correct_BN.sum() / masked_BN.sum()}
+        for scale, *parts in zip(
+            model.schedule.names[1:], *(self.of_scales(x) for x in (loss_BN, correct_BN, masked_BN))
+        ):
+            loss, correct, count = (part_Bl.detach().sum() for part_Bl in parts)  # every scale has a masked token
+            found |= {f"loss_{scale}": loss / count, f"accuracy_{scale}": correct / count}
+        return loss_B.mean(), found
+
+    def of_scales(self, value_BN: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of the tokens of scales 1.., (B, l) of each."""
+        return value_BN.split(self.transformer.schedule.lengths[1:], dim=1)
 
 
 def draw_masked(
