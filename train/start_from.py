@@ -50,13 +50,13 @@ def build_transformer(
         model = NextScaleTransformer(**sizes)
         model.init_weights(gate_gain=config.gate_gain, ada_gain=config.ada_gain)
         return model
-    rotary = NextScaleTransformer.load_config(config.start_from)["positions"] == "rope"
+    own = NextScaleTransformer.load_config(config.start_from)
+    rotary = own["positions"] == "rope"
     changed = {"schedule": tokens["schedule"]} if rotary else {}  # rotary positions go on at any size
     given = given_sizes(config.transformer)
     changed |= {name: given.pop(name) for name in ("drop_path", "mask") if name in given}  # of the same weights
-    own_mask = NextScaleTransformer.load_config(config.start_from).get("mask", "block_causal")
-    mask = changed.get("mask", own_mask)
-    if mask != own_mask:
+    mask, own_mask = changed.get("mask"), own.get("mask", "block_causal")
+    if mask not in (None, own_mask):
         if config.masked.layers or config.sequential.layers:
             raise ValueError(f"start_from {config.start_from!r} has mask {own_mask}: train it under {mask} first")
         print(f"start_from {config.start_from!r}: mask {own_mask} becomes {mask}", file=sys.stderr)
@@ -134,9 +134,8 @@ def same_tokenizer(a: MultiScaleVQ, b: MultiScaleVQ) -> bool:
         for model in (a, b)
     )
     alike = [name for name in one.keys() & two.keys() if one[name].shape == two[name].shape]
-    if unusual(a) != unusual(b):
-        return False
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in alike)
+    same_settings = unusual(a) == unusual(b) and one.keys() == two.keys()
+    return same_settings and all(torch.equal(one[name], two[name]) for name in alike)
 
 
 def given_sizes(transformer: Namespace) -> dict[str, Any]:
