@@ -160,7 +160,7 @@ def encode_texts(vqvae_folder, encoder_folder, cache, *arguments: str) -> int:
     [
         (["--run.run_dir="], "run.run_dir must name the run's folder"),
         (["--run.total_image=8"], "run.total_image"),
-        (["--transformer.depth=0"], "depth and width must be 1 or more"),
+        (["--transformer.depth=0"], "depth must be 1 or more, got 0"),
         (["--transformer.heads=0"], "width must be a multiple of heads"),
         (["--progressive.coarse=9"], "progressive.coarse must be below the model's 3 scales, got 9"),
         (["--optimizer.clip=-1"], "clip must be 0 or more, got -1"),

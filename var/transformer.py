@@ -12,7 +12,7 @@ from functools import cache
 from math import sqrt
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -99,22 +99,15 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         masked_layers: int = 0,
     ):
         super().__init__()
-        if depth < 1 or width < 1 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
-            given = f"{depth}, {width}, {mlp_ratio} and {drop_path}"
-            raise ValueError(f"depth and width must be 1 or more, mlp_ratio above 0, drop_path in [0, 1): got {given}")
-        if vocab_size < 2 or level_every < 0:
-            raise ValueError(f"vocab_size must be 2 or more, level_every 0 or more: got {vocab_size} and {level_every}")
-        if rope_grid is not None and (len(rope_grid) != 2 or min(rope_grid) < 1):
-            raise ValueError(f"rope_grid must be (height, width) of 1 or more, got {rope_grid}")
-        if mask not in PREDICATES:
-            raise ValueError(f"mask must be one of {', '.join(PREDICATES)}, got {mask!r}")
-        _check_sizes(width, heads, pool_heads or heads, conditioning=conditioning, positions=positions)
+        _check_sizes(self.config)
         vocab_size = 2 if bitwise else vocab_size
         given = ScaleSchedule.of(schedule)
         self.schedule = replace(given, grid=tuple(rope_grid) if rope_grid is not None else given.grid)
+        _check_options(self.config, len(self.schedule))
         grid = None if self.schedule.grid is None else list(self.schedule.grid)
         self.register_to_config(schedule=self.schedule.spec, vocab_size=vocab_size, rope_grid=grid)
         self.half_stream = False  # under autocast, whether what goes from block to block is in half precision, too
+        self.gradient_checkpointing = False
 
         if conditioning == "class":
             self.conditioner = ClassConditioner(num_classes, width)
@@ -122,46 +115,40 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.conditioner = TextConditioner(
                 text_width, width, max_length=text_length, pool_heads=pool_heads or heads, norm_eps=norm_eps
             )
-
-        first = self.schedule.lengths[0]
-        self.start_position_1lD = nn.Parameter(torch.empty(1, first, width))
+        self.start_position_1lD = nn.Parameter(torch.empty(1, self.schedule.lengths[0], width))
         self.input_proj = nn.Linear(latent_channels, width)
-        if level_table is not None and level_table < len(self.schedule):
-            raise ValueError(f"level_table must be {len(self.schedule)} or more, one a scale, got {level_table}")
         self.level_embedding = nn.Embedding(level_table or len(self.schedule), width)
         self.position_1LD = nn.Parameter(torch.empty(1, self.schedule.total, width)) if positions != "rope" else None
 
-        def block(i: int) -> Block:
-            return Block(
-                width,
-                heads,
-                round(width * mlp_ratio),
-                qk_norm=qk_norm,
-                shared_ada=shared_ada,
-                cross=conditioning == "text",
-                cross_gate=cross_gate,
-                drop_path=drop_path * i / max(depth - 1, 1),
-                norm_eps=norm_eps,
-            )
-
         self.ada_shared = AdaLinear(width, 6) if shared_ada else None
-        self.blocks = nn.ModuleList(block(i) for i in range(depth))
+        self.blocks = nn.ModuleList(self._new_block(i) for i in range(depth))
         make_head, size = (BitwiseHead, latent_channels) if bitwise else (CategoricalHead, vocab_size)
         self.head = make_head(width, size, norm_eps=norm_eps)
         self.masked = None
         if masked_layers:
-            others = {"bitwise": bitwise, "sequential": bool(sequential_layers), "scales": len(self.schedule)}
-            _check_masked(masked_layers, depth, mask=mask, **others)
-            last = [block(i) for i in range(depth - masked_layers, depth)]
+            last = [self._new_block(i) for i in range(depth - masked_layers, depth)]
             self.masked = MaskedPrediction(last, CategoricalHead(width, size, norm_eps=norm_eps), width)
         self.sequential = None
         if sequential_layers:
-            _check_sequential(sequential_layers, sequential_scales, len(self.schedule), bitwise=bitwise)
             self.sequential = SequentialHead(
                 width, heads, round(width * mlp_ratio), vocab_size, layers=sequential_layers, norm_eps=norm_eps
             )
-        self.gradient_checkpointing = False
         self.init_weights()
+
+    def _new_block(self, i: int) -> Block:
+        """A block for place i; stochastic depth grows from 0 at the first to `drop_path` at the last."""
+        own = self.config
+        return Block(
+            own.width,
+            own.heads,
+            round(own.width * own.mlp_ratio),
+            qk_norm=own.qk_norm,
+            shared_ada=own.shared_ada,
+            cross=own.conditioning == "text",
+            cross_gate=own.cross_gate,
+            drop_path=own.drop_path * i / max(own.depth - 1, 1),
+            norm_eps=own.norm_eps,
+        )
 
     def resized(self, **sizes: object) -> NextScaleTransformer:
         """A model of other sizes with the weights that are in both, in float32 on the CPU; others begin anew."""
@@ -438,32 +425,46 @@ def _level_ids(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     return torch.tensor(schedule.level_ids, device=device)
 
 
-def _check_sequential(layers: int, scales: int, most: int, *, bitwise: bool) -> None:
-    if layers < 0 or not 1 <= scales <= most:
-        raise ValueError(
-            f"sequential_layers must be 0 or more, and sequential_scales then in 1..{most}: got {layers} and {scales}"
-        )
-    if bitwise:
+def _check_sizes(own: FrozenDict) -> None:
+    """Raise ValueError unless the sizes of a configuration are possible."""
+    least = {"depth": 1, "width": 1, "latent_channels": 1, "num_classes": 1, "text_width": 1, "text_length": 1}
+    for name, low in (least | {"vocab_size": 2, "level_every": 0}).items():
+        if own[name] < low:
+            raise ValueError(f"{name} must be {low} or more, got {own[name]}")
+    if not own.mlp_ratio > 0 or not 0 <= own.drop_path < 1:
+        given = f"{own.mlp_ratio} and {own.drop_path}"
+        raise ValueError(f"mlp_ratio must be above 0 and drop_path in [0, 1): got {given}")
+    if own.rope_grid is not None and (len(own.rope_grid) != 2 or min(own.rope_grid) < 1):
+        raise ValueError(f"rope_grid must be (height, width) of 1 or more, got {own.rope_grid}")
+    for name, count in (("heads", own.heads), ("pool_heads", own.pool_heads or own.heads)):
+        if count < 1 or own.width % count:
+            raise ValueError(f"width must be a multiple of {name}, got width {own.width} and {name} {count}")
+    if own.positions != "learned" and own.width // own.heads % 4:
+        raise ValueError(f"rotary positions need heads of a multiple of 4, got width {own.width} and heads {own.heads}")
+
+
+def _check_options(own: FrozenDict, scales: int) -> None:
+    """Raise ValueError unless the options of a configuration exist, and go together on so many scales."""
+    for name, allowed in (
+        ("mask", tuple(PREDICATES)),
+        ("conditioning", ("class", "text")),
+        ("positions", ("learned", "rope", "both")),
+    ):
+        if own[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {own[name]!r}")
+    if own.level_table is not None and own.level_table < scales:
+        raise ValueError(f"level_table must be {scales} or more, one a scale, got {own.level_table}")
+    if own.sequential_layers and (own.sequential_layers < 0 or not 1 <= own.sequential_scales <= scales):
+        given = f"{own.sequential_layers} and {own.sequential_scales}"
+        raise ValueError(f"sequential_layers must be 0 or more, and sequential_scales then in 1..{scales}: got {given}")
+    if own.sequential_layers and own.bitwise:
         raise ValueError("sequential_layers must be 0 for bitwise tokens: the head draws codes")
-
-
-def _check_masked(layers: int, depth: int, *, mask: str, bitwise: bool, sequential: bool, scales: int) -> None:
-    if not 0 < layers < depth:
-        raise ValueError(f"masked_layers must be in 0..{depth - 1}, as the first layer is shared, got {layers}")
-    if mask != "block_diagonal" or bitwise or sequential or scales < 2:
+    if own.masked_layers and not 0 < own.masked_layers < own.depth:
+        raise ValueError(
+            f"masked_layers must be in 0..{own.depth - 1}, as the first layer is shared, got {own.masked_layers}"
+        )
+    if own.masked_layers and (own.mask != "block_diagonal" or own.bitwise or own.sequential_layers or scales < 2):
         raise ValueError(
             "masked_layers must be 0 unless mask is block_diagonal, tokens are codes of two scales or more, and "
             "sequential_layers is 0"
         )
-
-
-def _check_sizes(width: int, heads: int, pool_heads: int, *, conditioning: str, positions: str) -> None:
-    for name, count in (("heads", heads), ("pool_heads", pool_heads)):
-        if count < 1 or width % count:
-            raise ValueError(f"width must be a multiple of {name}, got width {width} and {name} {count}")
-    if positions != "learned" and width // heads % 4:
-        raise ValueError(f"rotary positions need heads of a multiple of 4, got width {width} and heads {heads}")
-    if conditioning not in ("class", "text"):
-        raise ValueError(f"conditioning must be class or text, got {conditioning!r}")
-    if positions not in ("learned", "rope", "both"):
-        raise ValueError(f"positions must be learned, rope or both, got {positions!r}")
