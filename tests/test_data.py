@@ -365,6 +365,15 @@ def test_texts_that_are_not_utf8_are_named_and_byte_order_marks_are_none(tmp_pat
         build_dataset(config("folder", str(tmp_path), tmp_path))
 
 
+def test_whole_numbers_of_a_csv_file_are_labels(tmp_path):
+    """Also as pandas writes them where some are missing: 10.0 is class 10, not a name that sorts before 2.0."""
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,10.0\n1.png,2.0\n2.png,\n")
+    data = build_dataset(config("folder", str(tmp_path), tmp_path, val_fraction=0.0))
+    assert [data[i]["label"] for i in range(3)] == [10, 2, -1] and data.num_classes == 11 and data.classes is None
+
+
 def test_metadata_must_name_every_file(tmp_path):
     picture(0).save(tmp_path / "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n')

@@ -201,9 +201,9 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
     captions = [_as_caption(get(row, chosen.caption)) for row in rows] if chosen.caption else None
     labels = [get(row, chosen.label) for row in rows] if chosen.label else [0] * len(rows)
     labels = [None if label == "" else label for label in labels]
+    if path.suffix == ".csv" and all(label is None or _is_whole(label) for label in labels):
+        labels = [None if label is None else int(float(label)) for label in labels]
     given = [str(label) for label in labels if label is not None]
-    if path.suffix == ".csv" and all(label.lstrip("-").isdigit() for label in given):
-        labels = [None if label is None else int(label) for label in labels]
     if any(isinstance(label, str) for label in labels):
         labels = [None if label is None else str(label) for label in labels]
         classes = classes or tuple(sorted(set(given)))
@@ -214,6 +214,14 @@ def _read_metadata(path: Path, columns: dict, classes: tuple[str, ...] | None):
         if not isinstance(name, str) or not name:
             raise ValueError(f"{path}, image {number}: file_name must be a file's path, got {name!r}")
     return files, labels, captions, classes
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a CSV field is a whole number, also as 3.0 (as pandas writes a column that lacks some)."""
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False
 
 
 def label_index(value: Any, classes: tuple[str, ...] | None, where: str) -> int:
