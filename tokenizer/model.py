@@ -6,9 +6,10 @@ Shapes: B images, C latent channels, H W the latent grid. Images are float RGB i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
@@ -101,44 +102,13 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         entropy: float = 0.0,
     ):
         super().__init__()
-        counts = {"latent_channels": latent_channels, "norm_groups": norm_groups, "layers_per_block": layers_per_block}
-        for name, count in (counts | {"channels": min(channels, default=0)}).items():
-            if count < 1:
-                raise ValueError(f"{name} must be 1 or more, got {count if name in counts else list(channels)}")
-        if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
-            raise ValueError(f"quant_conv_kernel must be odd, got {quant_conv_kernel}")
-        if token_patch != 1 and not bitwise:
-            raise ValueError(f"token_patch is for bitwise tokens, got token_patch {token_patch} without bitwise")
-        vocab_size = 2 if bitwise else vocab_size
+        _check(self.config)
         self.schedule = ScaleSchedule.of(schedule)
         self.slice: int | None = None  # images decoded at once
-        self.register_to_config(schedule=self.schedule.spec, channels=list(channels), vocab_size=vocab_size)
-        plain = len(channels) - 1
-        shared = {
-            "norm_num_groups": norm_groups,
-            "layers_per_block": layers_per_block,
-            "mid_block_add_attention": attention,
-        }
-        self.encoder = Encoder(
-            in_channels=3 * patch**2,
-            out_channels=latent_channels,
-            down_block_types=("DownEncoderBlock2D",) * plain + (("Attn" if attention else "") + "DownEncoderBlock2D",),
-            block_out_channels=tuple(channels),
-            double_z=False,
-            **shared,
+        self.register_to_config(
+            schedule=self.schedule.spec, channels=list(channels), vocab_size=2 if bitwise else vocab_size
         )
-        if stem_channels not in (None, channels[0]):
-            self.encoder.conv_in = nn.Conv2d(3 * patch**2, stem_channels, kernel_size=3, padding=1)
-            self.encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
-                in_channels=stem_channels, out_channels=channels[0], temb_channels=None, groups=norm_groups, eps=1e-6
-            )
-        self.decoder = Decoder(
-            in_channels=latent_channels,
-            out_channels=3 * patch**2,
-            up_block_types=(("Attn" if attention else "") + "UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
-            block_out_channels=tuple(channels),
-            **shared,
-        )
+        self.encoder, self.decoder = self._new_encoder(), self._new_decoder()
         for attention_layer in (m for m in self.modules() if isinstance(m, Attention)):
             attention_layer.set_processor(ContiguousAttention())
         if bitwise:
@@ -159,6 +129,33 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             cosine=cosine,
             beta=beta,
             normalize_scales=normalize_scales,
+        )
+
+    def _new_encoder(self) -> Encoder:
+        """diffusers' encoder; attention at the coarsest level, and a first convolution of its own width if wanted."""
+        own, (finest, *coarser) = self.config, self.config.channels
+        encoder = Encoder(
+            in_channels=3 * own.patch**2,
+            out_channels=own.latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(coarser) + (_attends(own) + "DownEncoderBlock2D",),
+            double_z=False,
+            **_shared(own),
+        )
+        if own.stem_channels not in (None, finest):
+            encoder.conv_in = nn.Conv2d(3 * own.patch**2, own.stem_channels, kernel_size=3, padding=1)
+            encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
+                in_channels=own.stem_channels, out_channels=finest, temb_channels=None, groups=own.norm_groups, eps=1e-6
+            )
+        return encoder
+
+    def _new_decoder(self) -> Decoder:
+        """diffusers' decoder; attention at the coarsest level."""
+        own = self.config
+        return Decoder(
+            in_channels=own.latent_channels,
+            out_channels=3 * own.patch**2,
+            up_block_types=(_attends(own) + "UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (len(own.channels) - 1),
+            **_shared(own),
         )
 
     def enable_slicing(self, images: int = 1) -> None:
@@ -227,3 +224,30 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         if len(ids) != len(schedule):
             raise ValueError(f"ids must be of the {len(schedule)} scales of {schedule.text}, got {len(ids)} tensors")
         return self.decode(self.quantizer.partial_sums(ids, schedule)[-1]).clamp(-1, 1)
+
+
+def _check(own: FrozenDict) -> None:
+    """Raise ValueError unless a configuration is possible."""
+    counts = {name: own[name] for name in ("latent_channels", "norm_groups", "layers_per_block")}
+    for name, count in (counts | {"channels": min(own.channels, default=0)}).items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count if name in counts else list(own.channels)}")
+    if own.quant_conv_kernel < 1 or own.quant_conv_kernel % 2 == 0:
+        raise ValueError(f"quant_conv_kernel must be odd, got {own.quant_conv_kernel}")
+    if own.token_patch != 1 and not own.bitwise:
+        raise ValueError(f"token_patch is for bitwise tokens, got token_patch {own.token_patch} without bitwise")
+
+
+def _attends(own: FrozenDict) -> str:
+    """What the name of a block with attention begins with."""
+    return "Attn" if own.attention else ""
+
+
+def _shared(own: FrozenDict) -> dict[str, Any]:
+    """What encoder and decoder have in common."""
+    return {
+        "block_out_channels": tuple(own.channels),
+        "norm_num_groups": own.norm_groups,
+        "layers_per_block": own.layers_per_block,
+        "mid_block_add_attention": own.attention,
+    }
