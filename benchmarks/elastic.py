@@ -74,10 +74,10 @@ def measure(options: argparse.Namespace) -> dict | None:
     for row in rows:  # what cannot be run is told before anything is
         ready(row, pipelines).make_plan(row.words)
     digests = {name: model_digest(folder) for name, folder in folders.items()}
-    settings = {"models": digests, "bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    made = {"models": digests, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    settings = made | {"bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}
     work = options.work or Path("cache/elastic") / "-".join(digest[:6] for digest in digests.values())
-    common = {"batch_size": options.batch_size, "folder": work}
+    common = {"batch_size": options.batch_size, "folder": work, "of": made}
     metadatas = prompt_suite(options.per_tag, options.seed)
     found = []
     for row in rows:

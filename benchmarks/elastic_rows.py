@@ -105,13 +105,17 @@ def row_quality(
     *,
     seed: int,
     batch_size: int,
+    of: Mapping,
     folder: Path,
 ) -> dict:
     """What a row draws, kept in `folder`: found there it is not drawn again.
 
     One image a prompt, image i named seed + i in every row (common random numbers).
+
+    Args:
+        of: what else decides the figures: digests of the models, dtype, device.
     """
-    settings = ["quality", asdict(row), len(metadatas), seed, batch_size]
+    settings = ["quality", asdict(row), len(metadatas), seed, batch_size, of]
     return once(folder, settings, lambda: quality(ready(row, pipelines), row, metadatas, seed, batch_size))
 
 
@@ -122,11 +126,12 @@ def row_speed(
     *,
     batch_size: int,
     repeats: int,
+    of: Mapping,
     folder: Path,
 ) -> dict:
     """What a row costs, kept as well: speed and memory of `repeats` calls of the first `batch_size` prompts."""
     prompts = [metadata["prompt"] for metadata in metadatas[:batch_size]]
-    settings = ["speed", asdict(row), batch_size, repeats]
+    settings = ["speed", asdict(row), batch_size, repeats, of]
     return once(folder, settings, lambda: speed(ready(row, pipelines), row, prompts, repeats))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.powerlaws import FITS, bootstrap_law, check_points, fit_power_law, frontier, held_out
+from evaluation.powerlaws import FITS, bootstrap_law, fit_power_law, frontier, held_out
 from evaluation.report import metric_rows
 
 FIGURES = ("loss", "loss_last", "error", "error_last", "fd_scenes", "score_error")  # all fall with size
@@ -44,6 +44,8 @@ def read_points(path: str | Path) -> list[Point]:
 
 def _point(row: Mapping[str, str], place: str) -> Point:
     point: Point = {}
+    if None in row:
+        raise ValueError(f"csv {place} has more cells than there are columns")
     for name, cell in row.items():
         if name == "run":
             point[name] = cell
@@ -57,6 +59,8 @@ def _point(row: Mapping[str, str], place: str) -> Point:
     missing = [name for name in NEEDED if name not in point]
     if missing:
         raise ValueError(f"csv {place} has no {', '.join(missing)}")
+    if not point["parameters"]:
+        raise ValueError(f"csv {place}: parameters must be above 0, got 0")
     return point
 
 
@@ -139,6 +143,12 @@ def averaged(points: Sequence[Point], figure: str) -> tuple[np.ndarray, np.ndarr
     return np.array(sizes), np.array([np.mean(found[size]) for size in sizes])
 
 
+def lawful(y: Sequence[float]) -> bool:
+    """Whether a power law may go through a figure: it is above 0 everywhere, and not the same everywhere."""
+    values = np.asarray(y, float)
+    return len(values) > 0 and bool((values > 0).all()) and float(np.ptp(np.log(values))) > 1e-12
+
+
 def law_row(x: Sequence[float], y: Sequence[float], form: str, resamples: int) -> dict:
     """One law as an object of a results file."""
     law = FITS[form](x, y)
@@ -154,7 +164,7 @@ def laws_in_size(points: Sequence[Point], *, resamples: int = RESAMPLES) -> list
     for figure in FIGURES:
         sizes, values = averaged(points, figure)
         for form in FITS:
-            if len(sizes) < (LEAST if form == "power" else LEAST + 1) or (values <= 0).any():  # the largest is held out
+            if len(sizes) < (LEAST if form == "power" else LEAST + 1) or not lawful(values):  # the largest is held out
                 continue
             x = sizes / 1e9
             row = {"figure": figure, "against": "parameters (billions)", "form": form, "points": len(x)}
@@ -166,8 +176,8 @@ def laws_in_size(points: Sequence[Point], *, resamples: int = RESAMPLES) -> list
 
 
 def compute_frontier(points: Sequence[Point], figure: str) -> list[Point]:
-    """The checkpoints nothing cheaper beats, by rising compute."""
-    known = [point for point in points if figure in point and "compute" in point]
+    """The checkpoints nothing cheaper beats, by rising compute; what cost none is no checkpoint of a law."""
+    known = [point for point in points if figure in point and point.get("compute")]
     return [known[i] for i in frontier([p["compute"] for p in known], [p[figure] for p in known])]
 
 
@@ -176,11 +186,11 @@ def laws_in_compute(points: Sequence[Point], *, resamples: int = RESAMPLES) -> l
     rows = []
     for figure in FIGURES[:4]:
         best = compute_frontier(points, figure)
-        x = [point["compute"] / 1e15 for point in best]
+        x, y = [point["compute"] / 1e15 for point in best], [point[figure] for point in best]
         for form in FITS:
-            if len(set(x)) >= 5:
+            if len(set(x)) >= 5 and lawful(y):
                 row = {"figure": figure, "against": "compute (PFLOPs)", "form": form, "points": len(x)}
-                rows.append(row | law_row(x, [point[figure] for point in best], form, resamples))
+                rows.append(row | law_row(x, y, form, resamples))
         sizes = [point["parameters"] for point in best]
         if len(set(sizes)) >= 3:
             law = fit_power_law(x, sizes)
@@ -197,9 +207,15 @@ def check(points: Sequence[Point]) -> list[str]:
     measured = [figure for figure in FIGURES if any(figure in point for point in points)]
     if not measured:
         raise ValueError(f"points must have one of {', '.join(FIGURES)}, and have none")
+    if not any(point["final"] for point in points):
+        raise ValueError("points must be final (final 1) at the end of each run, and none is")
     sizes, losses = averaged(points, max(measured, key=lambda figure: len(averaged(points, figure)[0])))
-    check_points(sizes, losses, LEAST)
+    if len(sizes) < LEAST:
+        raise ValueError(f"laws need {LEAST} sizes or more, and the final points have {len(sizes)}")
     lines = []
+    for figure in measured:
+        if not lawful(averaged(points, figure)[1]):
+            lines.append(f"no law of {figure}: no final points, the same in all of them, or 0 in one")
     if not all("compute" in point for point in points):
         lines.append("points without compute are not on the frontier: the laws in compute leave them out")
     if len(sizes) < 6 or sizes.max() / sizes.min() < 30:
@@ -251,7 +267,8 @@ def picture(points: Sequence[Point], path: str | Path) -> None:
         draw(axis, points, figure)
         axis.set_title(LABELS[figure], fontsize=10)
         axis.grid(alpha=0.25, which="both", linewidth=0.5)
-        axis.legend(fontsize=7, frameon=False, loc="lower left" if draw is _draw_compute else "upper right")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False, loc="lower left" if draw is _draw_compute else "upper right")
         _plain_numbers(axis)
     for axis in axes[len(panels) :]:
         axis.axis("off")
@@ -265,7 +282,7 @@ def _draw_size(axis, points: Sequence[Point], figure: str) -> None:
     x = sizes / 1e9
     line = np.geomspace(x.min(), x.max() * 1.5, 60)
     for form, style in (("power", "-"), ("floor", "--")):
-        if len(x) >= 5 or form == "power":
+        if lawful(values) and (len(x) >= 5 or form == "power"):
             law = FITS[form](x, values)
             if law.floor > NO_FLOOR * values.min() or form == "power":
                 label = f"{law.text.replace('x', 'N')}, r = {law.pearson:.4f}"
@@ -293,14 +310,17 @@ def _draw_compute(axis, points: Sequence[Point], figure: str) -> None:
         axis.plot(x, y, "-", color=colour, linewidth=1, label=label)
         named.add(size)
     best = compute_frontier(points, figure)
-    x = [p["compute"] / 1e15 for p in best]
-    if len(set(x)) >= 3:
-        law = fit_power_law(x, [p[figure] for p in best])
+    x, y = [p["compute"] / 1e15 for p in best], [p[figure] for p in best]
+    if len(set(x)) >= 3 and lawful(y):
+        law = fit_power_law(x, y)
         label = f"frontier {law.text.replace('x', 'C')}, r = {law.pearson:.4f}"
         axis.plot(x, law(np.array(x)), "--", color="#c0504d", linewidth=1.4, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("training compute C, PFLOP")
+
+
+NUMBERS = ((300, (1,)), (8, (1, 2, 5)), (1.5, (1, 1.5, 2, 3, 4, 5, 7)))  # in a decade, where an axis spans so much
 
 
 def _plain_numbers(axis) -> None:
@@ -309,7 +329,7 @@ def _plain_numbers(axis) -> None:
 
     for one in (axis.xaxis, axis.yaxis):
         low, high = one.get_view_interval()
-        subs = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7) if high > 1.5 * low else range(1, 10)
+        subs = next((own for span, own in NUMBERS if high > span * low), range(1, 10))
         one.set_major_locator(LogLocator(subs=subs))
         one.set_major_formatter(StrMethodFormatter("{x:g}"))
         one.set_minor_formatter(NullFormatter())

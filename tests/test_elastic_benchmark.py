@@ -59,6 +59,9 @@ def test_the_command(calibrated, tmp_path):
     assert rows["var window:40%"]["peak_cache_mib"] < rows["var (plain)"]["peak_cache_mib"]
     assert (tmp_path / "e.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "e.png").stat().st_size > 10_000
     assert elastic.main([*argv, "--groups", "cache"]) == 0  # resumed: nothing is measured twice
+    assert elastic.main([*argv, "--groups", "full", "--dtype", "bfloat16"]) == 0  # another dtype: measured anew
+    half = json.loads((tmp_path / "e.json").read_text())["rows"][0]
+    assert half["peak_cache_mib"] == rows["var (plain)"]["peak_cache_mib"] / 2
     with pytest.raises(SystemExit):
         elastic.main(["--supernet", str(calibrated)])
 

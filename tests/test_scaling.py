@@ -170,6 +170,8 @@ def test_points_go_out_and_come_in(tmp_path):
         ("run,images,final\na,1,1\n", "lacks parameters"),
         ("run,parameters,images,final\na,many,1,1\n", "line 2: parameters must be a number, got 'many'"),
         ("run,parameters,images,final\na,,1,1\n", "line 2 has no parameters"),
+        ("run,parameters,images,final\na,0,1,1\n", "line 2: parameters must be above 0"),
+        ("run,parameters,images,final\na,1,1,1,7\n", "line 2 has more cells than there are columns"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, text, said):
@@ -185,7 +187,7 @@ def test_short_and_unconverged_ladders_are_noticed():
     assert "4 sizes over a factor of 27" in " ".join(check(few))
     points[-4]["loss"] = 99.0
     assert "worse than a smaller one" in " ".join(check(points))
-    with pytest.raises(ValueError, match="4 different x or more, got 2"):
+    with pytest.raises(ValueError, match="laws need 4 sizes or more, and the final points have 2"):
         check([point for point in points if point["parameters"] < 5e5])
 
 
@@ -254,6 +256,27 @@ def test_points_made_elsewhere_are_fitted(tmp_path, monkeypatch, capsys):
     assert row["exponent_ci95"][0] < row["exponent"] < row["exponent_ci95"][1] and content["n"] == 8
     assert "not annealed" in capsys.readouterr().err and Path("r/s.png").is_file() and Path("r/s.csv").is_file()
     picture(ladder_points(), "again.png")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
+@pytest.mark.parametrize("values", [[0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0], [0.25] * 7])
+def test_a_figure_no_law_goes_through_spoils_no_other(tmp_path, monkeypatch, capsys, values):
+    """One that falls to 0, as an error may, or that does not change; and the file that was read stays as it is."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    points = ladder_points(0.01)
+    sizes = sorted({point["parameters"] for point in points})
+    write_points("p.csv", [{**p, "error_last": values[sizes.index(p["parameters"])]} for p in points])
+    before = Path("p.csv").read_bytes()
+    assert nextscale.main(["scaling", "--csv", "p.csv", "--bootstrap", "0", "--out", "p.json"]) == 0
+    figures = {row["figure"] for row in json.loads(Path("p.json").read_text())["rows"] if row["form"] == "floor"}
+    assert figures == {"loss", "loss_last"} and "no law of error_last" in capsys.readouterr().err
+    assert Path("p.png").is_file() and Path("p.csv").read_bytes() == before
+
+
+def test_points_without_an_end_are_named():
+    with pytest.raises(ValueError, match="points must be final"):
+        check([{**point, "final": 0} for point in ladder_points()])
 
 
 def test_several_runs_at_once_and_the_first_failure_ends_it(tmp_path, monkeypatch):

@@ -256,7 +256,9 @@ def report(args: argparse.Namespace, points: list[dict]) -> int:
         print(f"caution: {caution}", file=sys.stderr)
     if args.out is None:
         return 0
-    write_points(args.out.with_suffix(".csv"), points)
+    beside = args.out.with_suffix(".csv")
+    if args.csv is None or not (beside.exists() and beside.samefile(args.csv)):
+        write_points(beside, points)
     parser = argparse.ArgumentParser()
     configure(parser)
     command = command_line("nextscale scaling", vars(args), vars(parser.parse_args([])))
