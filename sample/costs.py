@@ -52,19 +52,21 @@ class Work:
         return [field.name for field in fields(cls)]
 
 
-def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True) -> list[Work]:
-    """The work of every scale; a stage's prefill is counted with its first scale.
+def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True, prefill: bool = True) -> list[Work]:
+    """The work of every scale.
 
     Args:
         text_tokens: length of the prompts, padding included.
         head: count the projection to logits and the draw, too.
+        prefill: count what a stage reads of earlier scales before it begins, with its first scale.
     """
     rows, made, before = batch * (2 if plan.guided else 1), [], None
     for stage in plan.stages:
         continues = before is not None and stage.continues(before)
         for k in stage.scales:
             work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens)
-            if k == stage.scales.start and k and not continues and stage.model.reads_earlier:
+            joins = k == stage.scales.start and k > 0 and not continues
+            if prefill and joins and stage.model.reads_earlier:
                 work += step_work(stage, range(k), rows, text_tokens)
             made.append(work + head_work(stage, k, batch, text_tokens) if head else work)
         before = stage

@@ -31,8 +31,11 @@ def image_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int = 1)
 
     They are drawn once, before the loop, so an image does not depend on its batch, process or device.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(schedule.total, draws_per_token, generator=generator, dtype=torch.float32, device="cpu")
+    shape = (schedule.total, draws_per_token)
+    if seed < 2**32:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    words = np.random.MT19937(np.random.SeedSequence(seed)).random_raw(shape)  # torch would take the lower half only
+    return torch.from_numpy((words & 0xFFFFFF).astype(np.float32) / np.float32(2**24))
 
 
 def pass_uniforms(seed: int, schedule: ScaleSchedule, draws_per_token: int, passes: int) -> torch.Tensor:
@@ -67,6 +70,7 @@ class Filter:
                 raise TypeError(f"{name} must be a number, or one for each scale, got {value!r}")
         if self.top_k < 0 or not float(self.top_k).is_integer():
             raise ValueError(f"top_k must be 0 (all) or a whole number above, got {self.top_k}")
+        object.__setattr__(self, "top_k", int(self.top_k))  # 900.0 of a file
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 1e-6 <= self.temperature <= 1e6:  # beyond, logits are infinite, or all alike

@@ -204,7 +204,7 @@ class NextScalePipeline(DiffusionPipeline):
         temperature_last: bool | None = None,
         guidance_ramp: str | None = None,
         guidance_blocks: Sequence[int] | None = None,
-        aspect: str | float | None = None,
+        aspect: str | None = None,
         size: str | None = None,
         sequential: int | None = None,
         mask_schedule: str | Sequence[Sequence[int]] | None = None,
@@ -425,10 +425,12 @@ class NextScalePipeline(DiffusionPipeline):
         made = {"guidance": Guidance(**guided), "filters": filters, "schedule": schedule, **steps}
         return plan.build(self.transformer, refiner=self.refiner, **made)
 
-    def _schedule(self, aspect: str | float | None, size: str | None) -> ScaleSchedule | None:
+    def _schedule(self, aspect: str | None, size: str | None) -> ScaleSchedule | None:
         """The scales of an aspect ratio and size; None for the model's own."""
         if aspect is None and size is None:
             return None
+        if not isinstance(aspect, str | None):  # 2 might be read either way
+            raise ValueError(f"aspect must be width:height, e.g. 16:9, got {aspect!r}")
         own = {count: name for name, count in SIZES.items()}.get(len(self.transformer.schedule), "1M")
         schedule = aspect_schedule("1:1" if aspect is None else aspect, own if size is None else size)
         return self.transformer.check_schedule(schedule)

@@ -60,7 +60,7 @@ block_list.__name__ = "list of blocks, as -2 or -5,-1,"  # argparse says: invali
 
 
 def number_or_text(text: str) -> float | str:
-    """A number where it is one: a share, or a ratio."""
+    """A number where it is one: a share."""
     try:
         return float(text)
     except ValueError:
@@ -86,7 +86,6 @@ KINDS: dict[str, Callable[[str], Any]] = {  # what settings of a file are read a
     "temperature_last": yes_or_no,
     "guidance_blocks": block_list,
     "sequential": int,
-    "aspect": number_or_text,
 }
 
 

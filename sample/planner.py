@@ -28,8 +28,8 @@ class Choice:
     Attributes:
         words: the plan.
         batch: images at once.
-        work: operations up to the head, per image, over those of the whole model; what quality costs, for want of a
-            measured one.
+        work: operations that make the scales, per image, over those of the whole model, each scale's at most as many
+            as there; what quality costs, for want of a measured one.
         seconds, peak_bytes, cache_bytes: predicted, of a whole call and of its caches.
     """
 
@@ -67,21 +67,24 @@ def evaluate(
     pipeline: NextScalePipeline, costs: CostModel, plans: Sequence[PlanConfig], batches: Sequence[int] = BATCHES
 ) -> list[Choice]:
     """The predicted figures of every plan at every batch size."""
-    whole, made = _body_flops(pipeline.make_plan("var"), costs), []
+    whole, made = _scale_flops(pipeline.make_plan("var"), costs), []
     for words in plans:
         try:
             plan = pipeline.make_plan(words)
         except ValueError:  # a cache share that leaves nothing of so short a history
             continue
-        work = _body_flops(plan, costs) / whole
+        kept = (min(own, most) for own, most in zip(_scale_flops(plan, costs), whole, strict=True))
+        work = sum(kept) / sum(whole)
         for batch in batches:
             figures = (costs.seconds(plan, batch), costs.peak_bytes(plan, batch), costs.cache_bytes(plan, batch))
             made.append(Choice(words, batch, work, *figures))
     return made
 
 
-def _body_flops(plan: Plan, costs: CostModel) -> float:
-    return sum(work.flops for work in plan_work(plan, 1, text_tokens=costs.text_tokens, head=False))
+def _scale_flops(plan: Plan, costs: CostModel) -> list[float]:
+    """What makes each scale; reading earlier ones again, as a refiner does that joins, makes none better."""
+    works = plan_work(plan, 1, text_tokens=costs.text_tokens, head=False, prefill=False)
+    return [work.flops for work in works]
 
 
 def fitting(choices: Sequence[Choice], *, memory: float | None, latency: float | None) -> list[Choice]:

@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="picture of the front, e.g. plan.png")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--fast", choices=["auto", "off"], default="auto", help="what `sample` is to run with (auto)")
     parser.set_defaults(n=1)
 
 
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from sample.plan_text import PlanConfig
     from sample.planner import best, candidates, evaluate, fitting, pareto
 
-    pipeline = load_pipeline(args.model, dtype=args.dtype, device=args.device, refiner=args.refiner)
+    where = {"dtype": args.dtype, "device": args.device, "fast": args.fast}
+    pipeline = load_pipeline(args.model, refiner=args.refiner, **where)
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
     batches = BATCHES if args.batch is None else (args.batch,)
     half = PlanConfig(plan="supernet:1", depth=max(1, len(pipeline.transformer.blocks) // 2))

@@ -244,7 +244,7 @@ def test_templates() -> None:
     assert nearest_template(read_aspect("16:9")) == 0.571 and aspect_schedule("9:16").latent_hw == (84, 48)
 
 
-@pytest.mark.parametrize("wrong", ["wide", "4:1", "0:3", "1:9", "-1"])
+@pytest.mark.parametrize("wrong", ["wide", "4:1", "0:3", "1:9", "-1", "2"])
 def test_aspects_that_cannot_be_drawn(wrong: str) -> None:
     with pytest.raises(ValueError, match="aspect must be"):
         aspect_schedule(wrong)
@@ -318,6 +318,8 @@ def test_pipeline_draws_any_aspect(pipeline) -> None:
     output = pipeline(["a", "b"], aspect="3:1", seed=0, output_type="np")
     assert output.images.shape == (2, 9 * 4, 27 * 4, 3)
     assert len(output.tokens) == 7
+    with pytest.raises(ValueError, match="aspect must be width:height.*got 2.0"):
+        pipeline.make_plan(aspect=2.0)
     assert pipeline.make_plan().stages[0].guidance == Guidance(2.0, "constant")
     listed = pipeline.make_plan(guidance_scale=[2.0] * 7, temperature=[0.5] * 7, guidance_blocks=[-2])
     assert not listed.stages[0].guidance.on_logits

@@ -219,6 +219,7 @@ def test_draws_have_the_right_frequencies():
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 40), st.floats(0.05, 1.0))
 def test_filters_never_leave_nothing_and_draws_stay_inside(seed, V, k, p):
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(seed)) * 5
+    assert torch.equal(Filter(top_k=float(k))(logits), Filter(top_k=k)(logits))  # as a file may have it
     kept = keep_top_p(keep_top_k(logits, k), p)
     allowed = kept > -torch.inf
     assert allowed.any(-1).all() and (allowed.sum(-1) <= max(k, 1)).all()
@@ -231,6 +232,12 @@ def test_filters_never_leave_nothing_and_draws_stay_inside(seed, V, k, p):
 def test_streams_are_reproducible_and_distinct():
     assert torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(7, SCHEDULE))
     assert not torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(8, SCHEDULE))
+    seeds = (7, 7 + 2**32, 7 + 5 * 2**33, 2**63 - 1, 2**62 - 1)  # not only their lower halves count
+    streams = [image_uniforms(seed, SCHEDULE, 50) for seed in seeds]
+    assert len({tuple(stream[:, 0].tolist()) for stream in streams}) == len(seeds)
+    for stream in streams:
+        assert stream.dtype == torch.float32 and stream.min() >= 0 and stream.max() < 1
+        assert abs(stream.mean() - 0.5) < 4 / (12 * stream.numel()) ** 0.5
     keys = {derive_seed(a, b, c) for a in range(20) for b in range(5) for c in range(5)}
     assert len(keys) == 500 and all(0 <= key < 2**63 for key in keys)
 

@@ -1,5 +1,7 @@
 """The planner: operations as torch counts them, cache bytes as they are, fits that recover the truth, limits kept."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from sample.costs import cache_peak, plan_work
 from sample.generate import generate
 from sample.measure import Stopwatch, line_fit, nonnegative_fit
 from sample.plan_text import PlanConfig
-from sample.planner import Choice, best, fitting, pareto, read_size, read_time
+from sample.planner import Choice, best, evaluate, fitting, pareto, read_size, read_time
 from tokenizer.quantizer import MultiScaleQuantizer
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer
@@ -106,6 +108,21 @@ def test_choosing():
         fitting([whole, small], memory=2**15, latency=None)
     with pytest.raises(ValueError, match="--latency 100ms is too short: every plan takes 500ms"):
         fitting([whole, small], memory=None, latency=0.1)
+
+
+def test_what_a_refiner_reads_again_is_no_work_kept(models):
+    """A hand-over is worth what makes its scales, at most the whole model's: the whole model is chosen before it."""
+    model, _ = models
+    pipeline = SimpleNamespace(
+        make_plan=lambda words: (words if isinstance(words, PlanConfig) else PlanConfig(plan=words)).build(
+            model, refiner=model
+        )
+    )
+    costs = SimpleNamespace(text_tokens=0, seconds=lambda plan, batch: len(plan.stages), peak_bytes=lambda *_: 1)
+    costs.cache_bytes = costs.peak_bytes
+    plans = [PlanConfig(plan=f"code:{border}") for border in (1, 2, 3)] + [PlanConfig()]
+    choices = evaluate(pipeline, costs, plans, [1])
+    assert [choice.work for choice in choices] == [1.0] * 4 and best(choices) is choices[-1]
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.1, 10)), min_size=1, max_size=30))

@@ -63,15 +63,15 @@ def aspect_schedule(aspect: str | float, size: str = "1M") -> ScaleSchedule:
 
 
 def read_aspect(aspect: str | float) -> float:
-    """Height over width of "16:9" (width to height), or of a float that is it already.
+    """Height over width of "16:9" (width to height), or of a float (not of a text) that is it already.
 
     Raises:
         ValueError: if it cannot be read, or is beyond 3:1 and 1:3.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)\s*", str(aspect))
     try:
-        ratio = float(found[2]) / float(found[1]) if found else float(aspect)
-    except (ValueError, ZeroDivisionError):
+        ratio = float(found[2]) / float(found[1]) if isinstance(aspect, str) else float(aspect)
+    except (TypeError, ValueError, ZeroDivisionError):  # TypeError: not of that form
         raise ValueError(f"aspect must be width:height, e.g. 16:9, got {aspect!r}") from None
     if not 0.33 <= ratio <= 3.01:
         raise ValueError(f"aspect must be between 3:1 and 1:3, got {aspect!r}")
