@@ -105,7 +105,7 @@ def parse_classes(text: str, num_classes: int, own: Sequence[str] | None = None)
         if numbers:
             first, last = int(numbers[1]), int(numbers[2] or numbers[1])
             if last < first:
-                raise ValueError(f"classes must be given as FIRST-LAST, got {part!r}")
+                raise ValueError(f"--class must have ranges as FIRST-LAST, got {part!r}")
             classes += range(first, last + 1) if last <= num_classes else [last]  # which is refused, without the rest
         elif normal(part) in NULL:
             classes.append(num_classes)

@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError, FileNotFoundError: on options that make no sense, naming them.
     """
     prompts, metadata = read_prompts(args)
+    check_sampling(args)
     check_out(args.out, npz=True)
     to_npz = args.out is not None and args.out.suffix == ".npz"
     if to_npz and args.show_scales:
@@ -197,6 +198,22 @@ def open_model(args: argparse.Namespace) -> tuple[Path, NextScalePipeline]:
     return folder, pipeline
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the option, on what `add_sampling` declares and that no model could follow."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
+    if args.negative is not None:
+        check_text("--negative", args.negative)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError if a text of the command line is of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be text in UTF-8, got {text!r}") from None
+
+
 def check_out(out: Path | None, *, npz: bool) -> None:
     """Raise ValueError if --out looks like a file that is not made: it would become a folder of that name."""
     pictures = (".png", ".jpg", ".jpeg", ".webp", ".npz")
@@ -242,6 +259,8 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[dict[
             'give what to draw: a text ("a red star"), or --prompts FILE, or --class 3, and only one of them'
         )
     if args.prompts is None:
+        for text in args.prompt:
+            check_text("prompt", text)
         return args.prompt or None, None
     piped = str(args.prompts) == "-" or args.prompts.is_fifo()
     if piped and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -296,7 +315,11 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
     if not pipeline.by_class:
         raise ValueError('--class is for class models, and this model reads texts: give one, e.g. "a red star"')
     known = pipeline.transformer.config.num_classes
-    return check_classes(parse_classes(text, known, pipeline.config.class_names), known)
+    labels = parse_classes(text, known, pipeline.config.class_names)
+    try:
+        return check_classes(labels, known)
+    except ValueError as error:
+        raise ValueError(f"--class {text}: {error}") from None
 
 
 def tell_unread(prompts: Sequence[str]) -> None:

@@ -207,6 +207,18 @@ def smooth_weights(logits_BlV: torch.Tensor, ratio: float, generator: torch.Gene
     return F.softmax((logits_BlV * (1 + ratio) - exponential.log()) / tau, dim=-1)
 
 
+def seeds_from(seed: int, count: int) -> range:
+    """`count` seeds, the first of them given: what names the images of one request.
+
+    Raises:
+        ValueError: if one is not in [0, 2**63).
+    """
+    if not 0 <= seed <= 2**63 - max(count, 1):
+        most = f"[0, 2**63 - {count}] for {count} images" if count > 1 else "[0, 2**63)"
+        raise ValueError(f"seed must be in {most}, got {seed}")
+    return range(seed, seed + count)
+
+
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     """The seeds as a list of integers in [0, 2**63).
 

@@ -14,6 +14,8 @@ from sample.cli import (
     add_sampling,
     call_options,
     check_out,
+    check_sampling,
+    check_text,
     of_all_processes,
     open_model,
     plan_of_call,
@@ -88,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, npz=False)
     image, mask = read_pictures(args)
     count = images_of_each(args)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
+    check_sampling(args)
+    if args.prompt is not None:
+        check_text("prompt", args.prompt)
 
     from sample.files import check_place
     from sample.images import Job, PngFolder, image_stream, make_requests, process_share
@@ -176,6 +179,8 @@ def read_pictures(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
         from sample.edit import extend
 
         left, top, right, bottom = four_numbers("--extend", args.extend)
+        if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
+            raise ValueError(f"--extend must be 0 or more pixels, and one above 0, got {args.extend}")
         image, mask = extend(image, left=left, top=top, right=right, bottom=bottom)
     elif args.mask is not None:
         from sample.edit import grey

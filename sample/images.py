@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sample.draw import check_seeds
+from sample.draw import seeds_from
 from sample.files import atomically, claim, read_png_text, write_png, write_text
 from sample.state import GenerationState, Hook
 
@@ -64,7 +64,7 @@ def make_requests(
     Raises:
         ValueError: if a seed is not in [0, 2**63).
     """
-    check_seeds([seed, seed + max(0, len(prompts) * per_prompt - 1)])
+    seeds_from(seed, len(prompts) * per_prompt)
     return [
         Request(prompt, seed + group * per_prompt + place, group, place, metadata[group] if metadata else None)
         for group, prompt in enumerate(prompts)

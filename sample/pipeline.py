@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sample.checkpoints import readable
-from sample.draw import check_seeds
+from sample.draw import check_seeds, seeds_from
 from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
 from sample.graphs import GraphedSampler
@@ -547,7 +547,7 @@ def image_seeds(
     if isinstance(seed, Sequence):
         return check_seeds(seed)
     if seed is not None:
-        return check_seeds([seed + i for i in range(count)])
+        return list(seeds_from(*check_seeds([seed]), count))
     generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
     for one in generators:
         if not isinstance(one, torch.Generator | None):

@@ -318,7 +318,7 @@ def test_pipeline_draws_any_aspect(pipeline) -> None:
     output = pipeline(["a", "b"], aspect="3:1", seed=0, output_type="np")
     assert output.images.shape == (2, 9 * 4, 27 * 4, 3)
     assert len(output.tokens) == 7
-    with pytest.raises(ValueError, match="aspect must be width:height.*got 2.0"):
+    with pytest.raises(ValueError, match=r"aspect must be width:height.*got 2.0"):
         pipeline.make_plan(aspect=2.0)
     assert pipeline.make_plan().stages[0].guidance == Guidance(2.0, "constant")
     listed = pipeline.make_plan(guidance_scale=[2.0] * 7, temperature=[0.5] * 7, guidance_blocks=[-2])

@@ -231,10 +231,15 @@ def test_interrupted(sample, tmp_path, monkeypatch):
         (["a star", "--n", "0"], "--n must be 1 or more, got 0"),
         (["a star", "--n", "some"], "argument --n: invalid int value: 'some'"),
         (["a star", "--gidance", "3"], "unrecognized arguments: --gidance"),
-        (["a star", "--batch-size", "0"], "batch_size must be 1 or more, got 0"),
+        (["a star", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["a star", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["\udcff"], "prompt must be text in UTF-8, got '\\udcff'"),
+        (["a star", "--negative", "\udcff"], "--negative must be text in UTF-8"),
         (["a star", "--seed", "-5"], "seed must be in [0, 2**63), got -5"),
-        (["a star", "--seed", str(2**63 - 1), "--n", "2"], "seed must be in [0, 2**63), got 9223372036854775808"),
+        (
+            ["a star", "--seed", str(2**63 - 1), "--n", "2"],
+            "seed must be in [0, 2**63 - 2] for 2 images, got 9223372036854775807",
+        ),
         (["a star", "--out", "/proc/x"], "--out must be where files can be made, got /proc/x: /proc: "),
         (
             ["a star", "--search", "best", "--reward", "json:loads"],
@@ -370,7 +375,7 @@ def test_more_mistakes(sample, tmp_path):
     prompts.write_text("\n")
     assert "holds no line" in sample("--prompts", prompts, "--out", tmp_path)[2]
     assert (
-        "class_labels must be in 0..4, or 5 for the null class, got 7"
+        "--class 7: class_labels must be in 0..4, or 5 for the null class, got 7"
         in sample("--class", "7", "--out", tmp_path, model="class")[2]
     )
     assert "--class must be like 3" in sample("--class", "cat", "--out", tmp_path, model="class")[2]

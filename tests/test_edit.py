@@ -319,7 +319,7 @@ def test_extending_a_picture(class_pipeline):
     made = class_pipeline(class_labels=1, image=square, mask_image=mask, seed=2).images[0]
     assert np.array_equal(np.asarray(made)[2:10, 2:10], np.asarray(image))
     for borders in ({}, {"left": -1}):
-        with pytest.raises(ValueError, match="borders must be 0 or more pixels"):
+        with pytest.raises(ValueError, match="--extend must be 0 or more pixels, and one above 0, got 0,0,0,0"):
             extend(image, **borders)
 
 
@@ -534,7 +534,7 @@ def test_feathering_reaches_into_the_kept_part():
         (["a star", "--box", "1,1,4,4", "--extend", "1,1,1,1"], "say where to repaint"),
         (["a star", "--box", "1,1,4"], "--box must be four numbers of pixels, 0 or more, like 4,20,34,50; got '1,1,4'"),
         (["a star", "--box", "4,1,4,4"], "--box 4,1,4,4 must have x0 < x1 and y0 < y1 inside 8x8 pixels"),
-        (["a star", "--extend", "0,0,0,0"], "borders must be 0 or more pixels"),
+        (["a star", "--extend", "0,0,0,0"], "--extend must be 0 or more pixels, and one above 0, got 0,0,0,0"),
         (["a star", "--mask", "none.png"], "--mask none.png is not a file"),
         (["a star", "--box", "1,1,4,4", "--feather", "-1"], "--feather must be a number of pixels, 0 or more, got -1"),
         (
@@ -544,7 +544,7 @@ def test_feathering_reaches_into_the_kept_part():
         (["a star", "--box", "1,1,4,4", "--out", "e.npz"], "--out must be a folder, got e.npz"),
         (
             ["a star", "--box", "1,1,4,4", "--seed", 2**63 - 1, "--n", 2],
-            "seed must be in [0, 2**63), got 9223372036854775808",
+            "seed must be in [0, 2**63 - 2] for 2 images, got 9223372036854775807",
         ),
         (["a star", "--box", "1,1,4,4", "--n", "0"], "--n must be 1 or more, got 0"),
         (["a star", "--box", "1,1,4,4", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
