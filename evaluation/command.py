@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from sample.processes import process_name, speaks
+from sample.processes import follows, process_name, speaks
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +32,9 @@ def in_one_line(parser: argparse.ArgumentParser, kept: str = "nothing was writte
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("NEXTSCALE_TRACEBACK"):
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        ours = not isinstance(error, RuntimeError) or follows(error)
+        if os.environ.get("NEXTSCALE_TRACEBACK") or not ours:
             raise
         said = f"{parser.prog}: error{process_name()}: {' '.join(str(error).split())}\n"
         parser.exit(2, said if speaks() else None)

@@ -55,6 +55,14 @@ def speaks(*, everywhere: bool = False) -> bool:
         return True
 
 
+def follows(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another process has ended, which tells why itself."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def process_name() -> str:
     """Which process speaks, to go into a message: (process 1 of 2) after a space; nothing in that of rank 0."""
     rank = os.environ.get("RANK", "0")

@@ -26,7 +26,7 @@ from training_toys import (
 from sample.processes import check_group, process_group
 from train import loop, stopping
 from train.config import exit_code
-from train.loop import check_sharding, start
+from train.loop import check_sharding, start, validation_batches
 from train.order import spread_index
 from train.session import Meter
 from train.state import saved_totals
@@ -69,6 +69,26 @@ def test_an_error_is_printed_once(tmp_path, capfd, who):
     error = capfd.readouterr().err
     assert error.count("record 7 is bad\n") == 1
     assert who == "all" or "error (process 1 of 2): record 7 is bad\n" in error
+
+
+def test_a_process_that_waits_for_one_that_failed_has_nothing_to_add(tmp_path, capfd):
+    """The one that failed says why; the others meet a closed connection."""
+
+    def work(argv) -> None:
+        state = process_group()
+        state.wait_for_everyone()
+        if state.process_index == 1:
+            raise ValueError("record 7 is bad")
+        wait_for(lambda: (tmp_path / "1").exists())
+        state.wait_for_everyone()
+
+    def told() -> None:
+        code, rank = exit_code(work, []), os.environ["RANK"]
+        (tmp_path / rank).touch()
+        os._exit(code)
+
+    assert in_processes(2, told) == [2, 2]
+    assert capfd.readouterr().err.strip().splitlines() == ["error (process 1 of 2): record 7 is bad"]
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path, capfd):
@@ -135,6 +155,21 @@ def test_every_image_of_the_validation_counts_once(tmp_path, images):
     seen = [spread_index(i, 16) for i in range(images)]
     assert two["first"] == pytest.approx(one["first"]) == pytest.approx(sum(seen) / images)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_validation_images_keep_their_numbers(tmp_path, micro_batch):
+    """What is drawn for one, as the tokens that are masked, goes by its number: not by its batch, nor its process."""
+    settings = {"batch_size": 24, "micro_batch": micro_batch, "validation_images": 11}
+    session, seen = start(toy_task(), toy_config(tmp_path, **settings)), {}
+    for rank in range(3):
+        ranked = SimpleNamespace(num_processes=3, process_index=rank)
+        part = SimpleNamespace(accelerator=ranked, config=session.config, task=session.task)
+        for items, counters, weight in validation_batches(part):
+            assert len(items) == len(counters)
+            if weight:
+                seen |= {number: item["index"] for number, item in zip(counters, items)}
+    assert seen == {number: spread_index(number, 16) for number in range(11)}
 
 
 def test_other_numbers_of_processes_go_on_with_the_same_means(tmp_path):

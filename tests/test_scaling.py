@@ -330,6 +330,11 @@ def toy_ladder(folder: Path, *, heads: int = 2, per_tag: int = 0, **evaluate) ->
     return path
 
 
+def test_a_flag_of_nothing_is_written_as_yaml_has_it(tmp_path):
+    ladder = Ladder(Path("base.yaml"), tmp_path, [], {"run.micro_batch": None}, [Rung("r", 0, {"tokens.cache": None})])
+    assert {"--run.micro_batch=null", "--tokens.cache=null"} <= {*ladder.training_words(ladder.rungs[0])}
+
+
 def test_finished_rungs_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     done = []
     monkeypatch.setattr("train.scaling.launch", lambda words: done.append(words) or 0)

@@ -219,6 +219,45 @@ def test_a_run_goes_on_with_what_it_depends_on_alone(tmp_path, capfd):
     assert "was trained with another tokenizer: resume with that one" in capfd.readouterr().err
 
 
+def test_a_run_goes_on_with_the_frozen_weights_it_began_with_alone(tmp_path, capfd):
+    """They are in no checkpoint: others would be exported beside what was trained on these."""
+
+    def on(value):
+        task = toy_task()
+        task.objective.ground = torch.nn.Parameter(torch.full((3,), value), requires_grad=False)
+        run(task, toy_config(tmp_path, total_images=32))
+
+    assert in_child(on, 1.0) == 0
+    assert in_child(on, 1.0) == 0
+    assert in_child(lambda: os._exit(exit_code(lambda argv: on(2.0)))) == 2
+    assert "was trained with another start_from: resume with that one" in capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capfd):
+    def over(count, images):
+        run(replace(toy_task(), train_data=Rows(count)), toy_config(tmp_path, total_images=images))
+
+    assert in_child(over, 37, 32) == 0
+    assert in_child(over, 37, 64) == 0
+    assert "training data" not in capfd.readouterr().err
+    assert in_child(over, 30, 96) == 0
+    assert "images of the training data was 37, is 30: from here on the run sees other images" in capfd.readouterr().err
+
+
+def test_a_killed_data_worker_is_one_line(capfd):
+    def work(argv):
+        raise RuntimeError("DataLoader worker (pid 9721) is killed by signal: Killed. ")
+
+    assert exit_code(work, []) == 2
+    assert capfd.readouterr().err.startswith("error: a data worker was killed (out of memory?): take fewer run.workers")
+
+    def other(argv):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):  # ours: with its traceback
+        exit_code(other, [])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_loaders_that_are_left_end_with_their_process(stream):
     """Their workers let SIGTERM pass, but not that of their own parent."""

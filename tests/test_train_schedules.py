@@ -150,3 +150,18 @@ def test_stacked_muon_is_torchs():
     for p, q in zip(plain, stacked):
         assert (p - q).abs().max() < 0.003  # bfloat16 rounding; five steps move a weight by 0.1
         assert torch.equal(torchs.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"])
+
+
+@needs_muon
+def test_muon_takes_float32_where_bfloat16_is_emulated(monkeypatch):
+    from train import muon
+
+    dtypes, plain = [], muon.orthogonalise
+    monkeypatch.setattr(muon, "orthogonalise", lambda x, *how: dtypes.append(x.dtype) or plain(x, *how))
+    for native in (False, True):
+        monkeypatch.setattr(muon, "native_bfloat16", lambda: native)  # noqa: B023
+        weight = nn.Parameter(torch.eye(4))
+        weight.grad = torch.randn(4, 4)
+        muon.StackedMuon([weight], lr=0.1).step()
+        assert not torch.equal(weight, torch.eye(4))
+    assert dtypes == [torch.float32]  # where it is native, torch's own

@@ -71,6 +71,10 @@ class DrafterObjective(VarObjective):
         """The scales before the hand-over."""
         return {"scales": range(len(self.drafted))}
 
+    def foundations(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
+        """The teacher, too."""
+        return {**super().foundations(), "code.teacher": list(self.frozen[0].named_parameters())}
+
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each drafted token."""
         return token_weights(self.drafted, self.config.weights, self.transformer.device)

@@ -7,6 +7,7 @@ resolved configuration is saved beside the run.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sample.files import check_place
-from sample.processes import process_name, speaks
+from sample.processes import follows, process_name, speaks
 
 
 @dataclass(kw_only=True)
@@ -81,7 +82,7 @@ class RunConfig:
             raise ValueError(f"run.precision must be no, bf16 or fp16, got {self.precision!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"run.ema must be in [0, 1), got {self.ema}")
-        for name in ("seed", "workers", "previews"):
+        for name in ("seed", "workers", "previews", "bar_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -181,6 +182,13 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         return _say(error, 2)
     except NonFiniteError as error:
         return _say(error, 3)
+    except RuntimeError as error:
+        if re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
+            lost = "a data worker was killed (out of memory?): take fewer run.workers; the same command goes on"
+            return _say(ValueError(lost), 2)
+        if follows(error):
+            return _say(error, 2)
+        raise
     except Stopped as stopped:
         return _say(stopped, stopped.code)
     except KeyboardInterrupt:

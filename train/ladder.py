@@ -97,7 +97,7 @@ class Ladder:
     def training_words(self, rung: Rung) -> list[str]:
         """That command without what launches it, which decides nothing about the run."""
         flags = {**self.flags, **rung.flags, "run.run_dir": self.run_folder(rung), "run.seed": rung.seed}
-        words = [f"--{name}={value}" for name, value in flags.items()]
+        words = [f"--{name}={'null' if value is None else value}" for name, value in flags.items()]
         return ["-m", "train.train_var", "--config", str(self.base), *words]
 
     def evaluation(self, rung: Rung) -> list[str]:

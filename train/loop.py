@@ -17,6 +17,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from train.optimizers import build_optimizers, set_rates
 from train.order import KeyedDataset, KeyedSampler, spread_index, uniforms
 from train.report import log_training, open_tensorboard, progress_bar, write_metrics, write_pictures
 from train.session import Batch, Meter, Metrics, Session, Task, averaged_weights, parameters_of
-from train.state import resume, save
+from train.state import hashes, resume, save
 from train.stopping import catch_signals, check_finite, must_stop, stopped_by
 from train.stream import StreamDataset, StreamLoader
 from train.workers import leave_signals_to_parent
@@ -138,6 +139,7 @@ def start(task: Task, config: RunConfig) -> Session:
         task.objective.halve_stream()
     if config.compile:
         task.objective.compile_parts()
+    task = replace(task, depends={**task.depends, **hashes(task.objective)})
     task.objective.to(accelerator.device)
     branches = task.objective.branches()
     built = {name: build_optimizers(branch) for name, branch in branches.items()}
@@ -329,8 +331,8 @@ def validate(session: Session) -> dict[str, float]:
     # Uncompiled: samples grow from scale to scale, and every new shape would compile again.
     with averaged_weights(session), torch.compiler.set_stance("force_eager"):
         session.model.eval()
-        for items, weight in validation_batches(session):
-            batch = {**default_collate(items), "counter": range(len(items))}
+        for items, counters, weight in validation_batches(session):
+            batch = {**default_collate(items), "counter": counters}
             loss, metrics = session.model(on_device(session, batch), session.clock)
             meter.add({"loss": loss, **metrics}, weight=weight)
         means = meter.means(session.processes)
@@ -344,8 +346,9 @@ def validate(session: Session) -> dict[str, float]:
     return means
 
 
-def validation_batches(session: Session) -> Iterator[tuple[list[dict], int]]:
-    """This process's part of the validation images, and the weight of each batch; every process gets as many batches.
+def validation_batches(session: Session) -> Iterator[tuple[list[dict], range, int]]:
+    """This process's part of the validation images, their numbers among all of them (what is drawn for an image goes by
+    it), and the weight of each batch; every process gets as many batches.
 
     Where images are left when each has got as many, the others run the first one along, with no weight.
     """
@@ -358,7 +361,10 @@ def validation_batches(session: Session) -> Iterator[tuple[list[dict], int]]:
         total = min(config.validation_images, len(data))
         left = total % world
         items = (data[spread_index(i, len(data))] for i in range(rank, total - left, world))
+    number = rank
     while batch := list(islice(items, size)):
-        yield batch, len(batch)
+        yield batch, range(number, number + len(batch) * world, world), len(batch)
+        number += len(batch) * world
     if left:
-        yield [data[spread_index(total - left + rank if rank < left else 0, len(data))]], int(rank < left)
+        number = total - left + rank if rank < left else 0
+        yield [data[spread_index(number, len(data))]], range(number, number + 1), int(rank < left)

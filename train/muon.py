@@ -1,7 +1,8 @@
-"""Muon (Jordan et al. 2024) as torch has it, with the matrices of one shape orthogonalised together on a GPU.
+"""Muon (Jordan et al. 2024) as torch has it, with the matrices of one shape orthogonalised together.
 
 torch takes one matrix after the other: some thirty small kernels for each of the hundred or so matrices of a model,
-which on a GPU cost more time than the training step of a small one.
+which on a GPU cost more time than the training step of a small one. And it does so in bfloat16, which a CPU without
+instructions for it emulates, some fifteen times slower than float32.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from typing import Any
 
 import torch
 
+from sample.fast_cpu import native_bfloat16
+
 
 class StackedMuon(torch.optim.Muon):
     """`torch.optim.Muon`: same arguments, same state, same arithmetic up to rounding."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; sharded parameters and those on a CPU go torch's way."""
+        """One step; sharded parameters, and those on a CPU that multiplies bfloat16, go torch's way."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if closure is not None or not all(p.is_cuda and not hasattr(p, "full_tensor") for p in parameters):
+        sharded = any(hasattr(p, "full_tensor") for p in parameters)
+        if closure is not None or sharded or not all(p.is_cuda or emulates(p) for p in parameters):
             return super().step(closure)
         for group in self.param_groups:
             self.step_stacked(group)
@@ -39,19 +43,25 @@ class StackedMuon(torch.optim.Muon):
             torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
             moves = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
             settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-            turned_Nmn = orthogonalise(torch.stack(list(moves)), *settings)
+            dtype = torch.float32 if emulates(params[0]) else torch.bfloat16
+            turned_Nmn = orthogonalise(torch.stack(list(moves)).to(dtype), *settings)
             rate = group["lr"] * 0.2 * max(shape) ** 0.5  # "match_rms_adamw": the size of AdamW's updates
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(turned_Nmn.to(params[0].dtype).unbind()), alpha=-rate)
 
 
+def emulates(parameter: torch.Tensor) -> bool:
+    """Whether a parameter lies where bfloat16 products are only emulated."""
+    return parameter.device.type == "cpu" and not native_bfloat16()
+
+
 def orthogonalise(
     x_Nmn: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Newton-Schulz iterations in bfloat16: matrices (N, m, n) to nearly orthogonal ones of the same shape."""
+    """Newton-Schulz iterations in the dtype given: matrices (N, m, n) to nearly orthogonal ones of the same shape."""
     a, b, c = coefficients
     tall = x_Nmn.shape[1] > x_Nmn.shape[2]
-    x = x_Nmn.bfloat16().mT if tall else x_Nmn.bfloat16()
+    x = x_Nmn.mT if tall else x_Nmn
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

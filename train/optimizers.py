@@ -56,6 +56,9 @@ class OptimizerConfig:
             raise ValueError(f"warmup is a share of training in [0, 1), got {self.warmup}")
         if not 0 <= self.end <= 1:
             raise ValueError(f"end is the last rate over the peak, in [0, 1], got {self.end}")
+        for name, value in (("betas", max(self.betas)), ("betas", min(self.betas)), ("momentum", self.momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
         for name in ("clip", "weight_decay", "weight_decay_end"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -97,6 +97,10 @@ class ProgressiveObjective(VarObjective):
         scales = len(transformer.schedule)
         if progressive.coarse >= scales:
             raise ValueError(f"progressive.coarse must be below the model's {scales} scales, got {progressive.coarse}")
+        if progressive.until > 0 and progressive.first > scales:
+            raise ValueError(
+                f"progressive.first must be at most the model's {scales} scales, or none joins; got {progressive.first}"
+            )
         self.progressive = progressive
         if 1 in (progressive.coarse, progressive.first):  # the first scale alone reads no inputs
             self.find_unused = True

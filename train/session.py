@@ -92,6 +92,11 @@ class Objective(nn.Module):
         """Named parameter sets, each with its optimiser. The first one is averaged (EMA)."""
         raise TypeError(f"{type(self).__name__} has no branches")
 
+    def foundations(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
+        """What does not move and decides what is learned, by the option that names it: names and tensors."""
+        frozen = [(name, p) for name, p in self.named_parameters() if not p.requires_grad]
+        return {"start_from": frozen} if frozen else {}
+
     def after_step(self, batch: Batch, metrics: Metrics, clock: Clock, processes: Processes) -> None:
         """Called after every optimiser step with the last micro-batch and this process's mean metrics."""
 

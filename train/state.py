@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,10 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils.data import Dataset, IterableDataset
 
 from sample.files import write_text
 from train.checkpoint import complete_checkpoints, drop_old, point_link, write_checkpoint
-from train.session import Meter, Session, averaged_weights
+from train.session import Meter, Objective, Session, averaged_weights
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
@@ -38,7 +42,10 @@ def save(session: Session) -> None:
     def write(folder: Path) -> None:
         save_tensors(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
         with averaged_weights(session) if weights is None else contextlib.nullcontext():
-            session.task.export(folder / "weights", session.objective, weights)
+            try:
+                session.task.export(folder / "weights", session.objective, weights)
+            except SafetensorError as error:
+                raise OSError(f"{folder / 'weights'} cannot be written; is the disk full? ({error})") from None
 
     if accelerator.is_main_process:
         written = write_checkpoint(config.checkpoints, session.step, write)
@@ -72,6 +79,7 @@ def collect(session: Session) -> dict:
         "step": session.step,
         "batch_size": session.config.batch_size,
         "depends": dict(session.task.depends),
+        "data": data_facts(session.task.train_data),
         "model": get_model_state_dict(session.model, options=FULL),
         "optimizers": [
             get_optimizer_state_dict(session.model, optimizer, options=FULL) if optimizer.state else None
@@ -117,6 +125,7 @@ def resume(session: Session) -> None:
         for name, value in session.task.depends.items():
             if state.get("depends", {}).get(name, value) != value:  # older runs do not say
                 raise ValueError(f"run.run_dir {config.run_dir} was trained with another {name}: resume with that one")
+        tell_of_other_data(session, state.get("data", {}))
         restore(session, state)
     if session.accelerator.is_main_process:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -138,6 +147,37 @@ def read_state(checkpoint: Path) -> dict:
             f"{checkpoint / 'state.pt'} is damaged: remove {checkpoint}, and the same command goes on from "
             "the checkpoint before it"
         ) from None
+
+
+def hashes(objective: Objective) -> dict[str, str]:
+    """What an objective stands on as `Task.depends` wants it: SHA-256 of its `foundations`."""
+    found = {}
+    for option, tensors in objective.foundations().items():
+        digest = hashlib.sha256()
+        for name, tensor in tensors:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found[option] = digest.hexdigest()
+    return found
+
+
+def data_facts(data: Dataset) -> dict[str, Any]:
+    """What tells training data from other, as far as that is known at once: how many images, and a cache's manifest."""
+    manifest = json.loads(json.dumps(getattr(data, "manifest", {})))
+    return ({} if isinstance(data, IterableDataset) else {"images": len(data)}) | manifest
+
+
+def tell_of_other_data(session: Session, before: Mapping[str, Any]) -> None:
+    """A line on stderr if a run goes on with other training data: nothing forbids it, and it should not go unseen."""
+    now = data_facts(session.task.train_data)
+    for name in sorted({*before, *now} if before else ()):
+        if before.get(name) != now.get(name):
+            session.accelerator.print(
+                f"run.run_dir {session.config.run_dir}: {name} of the training data was {before.get(name)}, is "
+                f"{now.get(name)}: from here on the run sees other images, or in another order",
+                file=sys.stderr,
+            )
+            return
 
 
 def settings_of(name: str, model: ModelMixin, without: Collection[str] = ()) -> dict[str, Any]:
