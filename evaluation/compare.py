@@ -152,13 +152,13 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     paths, names = [shard_paths(work) for work in works], names_apart(a, b)
     rows = common_rows(*image_keys(works, paths))
     row: dict = {"a": names[0], "b": names[1], "n": len(rows[0])}
-    sentences: list[str] = []
+    sentences = [line for work, p in zip(works, paths, strict=True) for line in _left_out(work, p, len(rows[0]))]
     statistics = stored_moments(reference) if reference is not None else None
     if reference is not None and statistics is None:
         raise ValueError(f"--reference must be an npz with mu and sigma, got {reference}")
     if reference is not None and set(networks_in(paths[0])) <= {"scenes"}:
         sentences.append("caution: the reference is not used: features of the scenes network are compared with renders")
-    if "scenes" in networks_in(paths[0]) and _settings(a).get("suite", "scenes") != "scenes":
+    if "scenes" in networks_in(paths[0]) and settings_of(a).get("suite", "scenes") != "scenes":
         sentences.append("caution: fd_scenes here is the distance to drawn scenes, whatever the runs were measured by")
     for network in sorted(set(networks_in(paths[0])) & set(networks_in(paths[1]))):
         real = scene_reference() if network == "scenes" else statistics
@@ -183,6 +183,22 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     if len(row) == 3:
         raise ValueError("nothing to compare: give --reference, statistics of the network that described them")
     return row, sentences
+
+
+def _left_out(work: Path, paths: Sequence[Path], paired: int) -> list[str]:
+    """Cautions about a folder's images that are not there yet, or that have no partner in the other one."""
+    there = len(read_column(paths, "seeds"))
+    planned = max(settings_of(work).get("count", there), there)
+    missing = sorted({*range(len(paths))} - {int(path.stem) for path in paths})
+    lines = []
+    if there < planned or missing:
+        shown = f"{there} of {planned} images" if there < planned else f"no shard {missing[0]:06d}"
+        lines.append(f"caution: {work} has {shown}: its run is not finished")
+    if paired < there:
+        lines.append(
+            f"caution: {there - paired} of {there} images of {work} have no partner in the other, and are left out"
+        )
+    return lines
 
 
 def figure_of(network: str) -> str:
@@ -225,7 +241,7 @@ def image_keys(works: Sequence[Path], paths: Sequence[Sequence[Path]]) -> list[l
     Shards of texts made before digests were kept have none; then both runs must be of the same requests.
     Raises ValueError if the folders are of other suites, or prompts cannot be paired.
     """
-    there = [_settings(work) for work in works]
+    there = [settings_of(work) for work in works]
     _check_alike(works, there, ["suite", "extractors"])
     columns = [[read_column(p, "seeds"), read_column(p, "labels")] for p in paths]
     texts = any((labels < 0).any() for _, labels in columns)
@@ -238,7 +254,7 @@ def image_keys(works: Sequence[Path], paths: Sequence[Sequence[Path]]) -> list[l
     return [list(zip(*(column.tolist() for column in found), strict=True)) for found in columns]
 
 
-def _settings(work: Path) -> dict:
+def settings_of(work: Path) -> dict:
     """What made a work folder's images; nothing where it does not say."""
     path = Path(work) / "settings.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

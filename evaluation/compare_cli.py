@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Compare; 0. Raises ValueError or FileNotFoundError if the folders do not pair or a reference is missing."""
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
-    from evaluation.compare import compare_works
-    from evaluation.report import command_line, portable, result, table, write_result
+    from evaluation.compare import compare_works, settings_of
+    from evaluation.report import command_line, file_digest, portable, result, table, write_result
 
     row, sentences = compare_works(args.a, args.b, args.reference)
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
         command = command_line("nextscale compare", {"reference": args.reference, "out": args.out}, {})
         works = shlex.join([portable(args.a), portable(args.b)])
         command = command.replace("compare", f"compare {works}", 1)
-        write_result(args.out, result([row], command=command, n=row["n"], seeds=None))
+        cautions = [line.removeprefix("caution: ") for line in sentences if line.startswith("caution: ")]
+        sides = {"a": settings_of(args.a), "b": settings_of(args.b)}
+        settings = {**sides, "cautions": cautions}
+        settings |= {"reference_digest": file_digest(args.reference)} if args.reference is not None else {}
+        seeds = sorted({side["seed"] for side in sides.values() if "seed" in side})
+        write_result(args.out, result([row], command=command, n=row["n"], seeds=seeds, settings=settings))
         print(f"written: {args.out}")
     return 0

@@ -4,7 +4,6 @@ Shapes: N images, D features.
 """
 
 import argparse
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from evaluation.figures import (
 from evaluation.frechet import FEW, frechet_distance, inception_score, inception_score_interval, moments
 from evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, InceptionFeatures
 from evaluation.intervals import mean_interval
+from evaluation.report import file_digest
 from evaluation.scene_features import load_scene_features, scene_reference
 from evaluation.scenes import TAGS, fresh_scenes, render
 from evaluation.sources import (
@@ -123,8 +123,7 @@ class Measure:
         elif "fd-scenes" in self.metrics:
             facts["fd_scenes_reference"] = f"{scene_reference().n} fresh renders, all compositions, tags alike"
         if self.reference_path is not None and Path(self.reference_path).suffix == ".npz":
-            with Path(self.reference_path).open("rb") as file:
-                facts["reference_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+            facts["reference_digest"] = file_digest(self.reference_path)
         if "inception" in self.networks:
             facts["protocol"] = "TensorFlow 1 resize to 299, pool_3, IS without bias"
         if "is" in self.metrics:
@@ -229,7 +228,12 @@ def image_cautions(images: Images) -> list[str]:
     labels = images.labels.tolist() if isinstance(images, NpzImages) and images.labels is not None else None
     if labels is None:
         return []
-    lines = guards.count_cautions(labels, max(labels) + 1)
+    given = [label for label in labels if label >= 0]
+    lines = [f"{len(labels) - len(given)} of {len(labels)} labels (arr_1) are below 0: none"] if given != labels else []
+    if max(given) > 10 * len(given):  # ids of a data set: only those that are there are known
+        place = {label: number for number, label in enumerate(sorted({*given}))}
+        given = [place[label] for label in given]
+    lines += guards.count_cautions(given, max(given) + 1)
     if guards.is_class_sorted(labels):
         lines.append("the npz is sorted by class: evaluators that take IS over parts in file order get far too little")
     return lines

@@ -179,7 +179,8 @@ def kernel_distance(
 
     Returns (value, 95 % interval, subset size used: at most half of the smaller set). The interval scales the spread
     over subsets, which are drawn without replacement, to all images, and adds that of a mean over so many subsets:
-    +-1.96 std sqrt(f / (1 - f) + 1 / subsets) with f = subset size / images. Raises ValueError on fewer than 4 images.
+    +-1.96 std sqrt(f / (1 - f) + 1 / subsets) with f = subset size / images of the smaller side, so it is about twice
+    too wide where one side has many more. Raises ValueError on fewer than 4 images.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.judge import score
-from evaluation.scenes import COLOURS, RELATIONS, TAGS
+from evaluation.scenes import COLOURS, RELATIONS, TAGS, check_metadata
 from evaluation.verdicts import prompt_intervals, widened
 
 # COCO's 80 classes under GenEval's names, in COCO's order; the order decides which prompts a seed gives.
@@ -180,6 +180,7 @@ def _read_line(path: Path, number: int, line: str) -> dict:
         raise ValueError(f"suite {path} line {number}: {error}") from None
     if not isinstance(metadata.get("prompt"), str) or metadata.get("tag") not in TAGS or "include" not in metadata:
         raise ValueError(f"suite {path} line {number} needs a prompt, include, and a tag of {', '.join(TAGS)}")
+    check_metadata(metadata, f"suite {path} line {number}")
     return metadata
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.report import figure, metric_rows, portable
+from evaluation.report import cells_of, metric_rows, portable
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,7 @@ def result_section(path: Path) -> Section:
     if not _is_result(path):
         raise ValueError(f"{path} is no results file: it must hold a JSON object with rows, versions and command")
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = content["rows"]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith("_ci95")]
-    lines = [[name, *(figure(row, name) if name in row else "" for row in rows)] for name in names]
-    columns = [f"row {i + 1}" for i in range(len(rows))] if len(rows) > 1 else ["value"]
-    blocks: list[Block] = [Table(["figure", *columns], lines)]
+    blocks: list[Block] = [Table(*cells_of(content["rows"]))]
     if path.with_suffix(".png").is_file():
         blocks.append(Picture(path.with_suffix(".png").name, path.with_suffix(".png").read_bytes(), path.stem))
     settings = dict(content.get("settings", {}))

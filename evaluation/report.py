@@ -7,6 +7,7 @@ no finite number is null.
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -56,6 +57,12 @@ def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 def _word(value: object) -> str:
     """A value as its option reads it: those by scale after commas."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """The first twelve hexadecimal digits of a file's SHA-256."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def commit() -> str:
@@ -158,16 +165,20 @@ def figure(row: Mapping, name: str) -> str:
     return f"{_cell(value)} [{_cell(interval[0])}, {_cell(interval[1])}]"
 
 
-def markdown(rows: Sequence[Mapping]) -> str:
-    """The rows as a Markdown table: one line per figure, or one per row where there are more than `WIDE`; intervals in
-    brackets.
+def cells_of(rows: Sequence[Mapping]) -> tuple[list[str], list[Sequence[str]]]:
+    """Head and lines of a table of the rows: one line per figure, or one per row where there are more than `WIDE`;
+    intervals in brackets.
     """
     names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith("_ci95")))
     cells = [[figure(row, name) if name in row else "" for name in names] for row in rows]
     if len(rows) > WIDE:
-        head, *lines = names, *cells
-    else:
-        head, *lines = ["figure", *["value"] * len(rows)], *zip(names, *cells)
+        return names, cells
+    return ["figure", *["value"] * len(rows)], list(zip(names, *cells))
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """The rows as a Markdown table, see `cells_of`."""
+    head, lines = cells_of(rows)
     rule = f"|{'---|' * len(head)}"
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 

@@ -151,7 +151,7 @@ class Generation:
     def of(cls, args: argparse.Namespace) -> "Generation":
         """Load everything a command line names, check it, and check the work folder for other settings."""
         from evaluation.adm import shuffled_order
-        from evaluation.distributions import Measure
+        from evaluation.distributions import Measure, chosen_metrics
         from evaluation.scenes import prompt_suite
         from sample.images import Job, NpzFile, make_requests, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
@@ -163,6 +163,8 @@ class Generation:
         pipeline.set_progress_bar_config(disable=True)
         classes = check_model(args, suite, pipeline)
         args = argparse.Namespace(**{**vars(args), "metrics": args.metrics or suite.metrics})
+        if "clip-score" in chosen_metrics(args.metrics, None) and suite.classes != "scenes":
+            raise ValueError(f"--metrics clip-score needs prompts, and --suite {args.suite} draws classes")
         measure = Measure.of(args)
         per_class, metadata = args.per_class or suite.per_class, None
         if suite.classes == "scenes":
@@ -187,7 +189,8 @@ class Generation:
             "spatial": "sfid" in measure.metrics,
         }
         work = args.work or default_work(settings)
-        jobs = [Job(work / "settings.json", settings, outputs=(work / "features",), option="--work")]
+        of_work = {**settings, "count": len(requests)}  # not in the folder's name: those of before have none
+        jobs = [Job(work / "settings.json", of_work, later=("count",), outputs=(work / "features",), option="--work")]
         if args.npz is not None:
             of_images = {name: value for name, value in settings.items() if name not in ("extractors", "spatial")}
             outputs = (args.npz, NpzFile.parts_of(args.npz))

@@ -127,6 +127,22 @@ def scene_metadata(
     return metadata
 
 
+def check_metadata(metadata: dict, where: str) -> None:
+    """Raise ValueError, naming the place, unless entries of a caption's metadata are as GenEval's rules read them."""
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
+    if not isinstance(include, list) or not include or not isinstance(exclude, list):
+        raise ValueError(f"{where}: include must be a list of one object or more, got {include!r}")
+    for place, item in enumerate([*include, *exclude]):
+        kinds = isinstance(item, dict) and isinstance(item.get("class"), str) and type(item.get("count")) is int
+        if not kinds or item["count"] < 1 or not isinstance(item.get("color", ""), str):
+            raise ValueError(f"{where}: an object needs a class, a count of 1 or more and maybe a color, got {item!r}")
+        if "position" in item:
+            found = item["position"] if isinstance(item["position"], list) else []
+            if len(found) != 2 or str(found[0]) not in RELATIONS or found[1] not in range(place):
+                said = f"one of {', '.join(RELATIONS)} and the number of an object before it"
+                raise ValueError(f"{where}: position must be {said}, got {item['position']!r}")
+
+
 def read_caption(metadata: dict) -> Caption:
     """What a caption names, in the order it names it: the arguments of `scene_metadata`."""
     include = metadata["include"]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from evaluation.frechet import Moments
 from evaluation.guards import check_finite
+from evaluation.scenes import check_metadata
 from sample.pixels import IMAGE_SUFFIXES, CorruptImage, to_rgb
 
 NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
@@ -85,7 +86,9 @@ class ParquetImages:
             row = 0
             for batch in parquet.ParquetFile(path).iter_batches(64, columns=[self.column]):
                 for cell in batch.column(0).to_pylist():
-                    yield _decode(io.BytesIO(cell["bytes"] or b""), f"{path} row {row}")
+                    if cell is None or not cell["bytes"]:
+                        raise ValueError(f"parquet {path} row {row} holds no image in its column {self.column!r}")
+                    yield _decode(io.BytesIO(cell["bytes"]), f"{path} row {row}")
                     row += 1
 
 
@@ -157,7 +160,7 @@ def _open_npz_images(path: Path) -> NpzImages:
         raise ValueError(f"npz {path} must hold arr_0, uint8 (N, h, w, 3), and has arr_0 {dtype} {shape}")
     if 0 in shape[1:]:
         raise ValueError(f"npz {path} must hold images of one pixel or more, and has arr_0 {shape}")
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1 or (labels == -1).all()):
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1 or (labels < 0).all()):
         labels = None  # of texts, or something else than labels
     if labels is not None and len(labels) != shape[0]:
         raise ValueError(f"npz {path} has {len(labels)} labels (arr_1) for {shape[0]} images")
@@ -180,6 +183,9 @@ def _open_parquet(path: Path) -> ParquetImages:
     columns = [f.name for f in schema if "struct" in str(f.type) and f.type.get_field_index("bytes") >= 0]
     if not columns:
         raise ValueError(f"parquet {paths[0]} has no column of images (a struct with bytes), only {schema.names}")
+    for other in paths[1:]:
+        if columns[0] not in (names := parquet.read_schema(other).names):
+            raise ValueError(f"parquet {other} has no column {columns[0]!r}, as {paths[0].name} has, only {names}")
     return ParquetImages(paths, columns[0], sum(parquet.read_metadata(p).num_rows for p in paths))
 
 
@@ -262,6 +268,7 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
             raise ValueError(
                 f"{file} must hold GenEval's fields tag, include and prompt (trees of plain --prompts do not)"
             )
+        check_metadata(metadata, str(file))
         there = (file.parent / "samples").glob("[!.]*")  # hidden: what a killed process was writing
         samples = sorted(p for p in there if p.suffix.lower() in IMAGE_SUFFIXES)
         if not samples:

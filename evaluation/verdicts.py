@@ -24,8 +24,14 @@ class Judged:
     def of(cls, folder: Path) -> "Judged":
         """Judge every image of a tree. Raises as `geneval_tree` and `judge` do."""
         images, metadatas = geneval_tree(folder)
+        verdicts = []
         seen = progress(images, "judging", len(images))
-        return cls(images, metadatas, [judge(image, metadata) for image, metadata in zip(seen, metadatas)])
+        for image, metadata, path in zip(seen, metadatas, images.paths, strict=True):
+            try:
+                verdicts.append(judge(image, metadata))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return cls(images, metadatas, verdicts)
 
     @property
     def correct(self) -> list[bool]:

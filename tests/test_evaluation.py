@@ -1,6 +1,7 @@
 """Measurements are right: known answers, invariances, the shipped feature network, and `nextscale evaluate`."""
 
 import argparse
+import io
 import json
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from scipy import ndimage
 import nextscale
 from evaluation import binding, calibration, judge, run, search_benchmark, tokenizer_quality
 from evaluation import evaluate_options as options
+from evaluation.distributions import image_cautions
 from evaluation.features import describe_all
 from evaluation.frechet import (
     Moments,
@@ -261,8 +263,40 @@ def test_an_unfinished_or_foreign_tree_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tag, include and prompt"):
         geneval_tree(tmp_path)
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"tag": "colors", "include": [], "prompt": ""}')
+    with pytest.raises(ValueError, match=r"00000/metadata.jsonl: include must be a list"):
+        geneval_tree(tmp_path)
+    include = '[{"class": "star", "count": 1}]'
+    (tmp_path / "00000" / "metadata.jsonl").write_text(f'{{"tag": "colors", "include": {include}, "prompt": ""}}')
     with pytest.raises(FileNotFoundError, match="not finished"):
         geneval_tree(tmp_path)
+    (tmp_path / "00000/samples").mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "00000/samples/0007.png")
+    with pytest.raises(ValueError, match=r"0007.png: image must be a square"):
+        Judged.of(tmp_path)
+
+
+def test_labels_of_an_npz_may_be_ids(tmp_path):
+    """Not as many classes as the largest of them says; some may have none."""
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "ids.npz", images, np.array([10**9, 7, 10**9, 7, 7, -1]))
+    lines = image_cautions(open_images(tmp_path / "ids.npz"))
+    assert lines[0] == "1 of 6 labels (arr_1) are below 0: none"
+    assert lines[1] == "1 of 2 classes do not have 2 images (class 0 has 3): FID compares the mix too"
+
+
+def test_parquet_files_that_differ_are_named(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, "PNG")
+    cell = {"bytes": content.getvalue(), "path": None}
+    pq.write_table(pa.table({"image": [cell, None]}), tmp_path / "0.parquet")
+    images = open_images(tmp_path)
+    assert next(iter(images)).shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r"0.parquet row 1 holds no image in its column 'image'"):
+        list(images)
+    pq.write_table(pa.table({"img": [cell]}), tmp_path / "1.parquet")
+    with pytest.raises(ValueError, match=r"1.parquet has no column 'image', as 0.parquet has"):
+        open_images(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ judging

@@ -101,6 +101,15 @@ def test_suites_are_written_and_read(tmp_path):
         ("a photo of a cat\nhello", "line 2"),
         ('{"prompt": "x"}', "line 1 needs"),
         ("{", "line 1"),
+        ('{"prompt": "x", "tag": "colors", "include": "star"}', "line 1: include must be a list"),
+        (
+            '{"prompt": "x", "tag": "colors", "include": [{"class": "star"}]}',
+            "line 1: an object needs a class, a count",
+        ),
+        (
+            '{"prompt": "x", "tag": "position", "include": [{"class": "a", "count": 1, "position": ["left of", 0]}]}',
+            "line 1: position must be one of left of",
+        ),
     ):
         bad.write_text(text)
         with pytest.raises(ValueError, match=named):

@@ -128,6 +128,14 @@ def test_a_line_that_a_killed_run_did_not_finish_is_left_out(tmp_path):
         metric_rows(path)
 
 
+def test_many_rows_are_lines(sources):
+    rows = [{"row": f"plan {i}", "score": 0.5, "score_ci95": [0.4, 0.6]} for i in range(9)]
+    write_result("r/many.json", result(rows, command="c", n=3, seeds=0))
+    assert nextscale.main(["report", "r/many.json", "--out", "out/many.html"]) == 0
+    text = Path("out/many.md").read_text()
+    assert "| row | score |\n" in text and "| plan 8 | 0.5 [0.4, 0.6] |\n" in text
+
+
 def test_text_is_escaped():
     section = Section("a < b", ["x & y", Table(["<i>"], [["1 | 2"]])])
     assert "a &lt; b" in to_html("t", [section]) and "<i>" not in to_html("t", [section])

@@ -12,7 +12,7 @@ from training_toys import in_processes
 
 import nextscale
 from evaluation import run
-from evaluation.compare import compare_works, names_apart
+from evaluation.compare import _left_out, compare_works, names_apart
 from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,7 @@ def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeyp
         (["--bootstrap", "1"], "--bootstrap must be 0 (no intervals) or 2 and more, got 1"),
         (["--metrics", "fid"], "fid needs --reference"),
         (["--npz", "a.png"], "--npz must be a .npz file"),
+        (["--metrics", "is-scenes,clip-score"], "clip-score needs prompts, and --suite classes draws classes"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )
@@ -160,6 +161,27 @@ def test_two_models_are_compared_under_common_seeds(alone, class_folder, tmp_pat
     assert nextscale.main(["compare", str(alone), str(alone)]) == 0
     assert "no difference is shown" in capsys.readouterr().out
     assert nextscale.main(["compare", str(alone), "nowhere"]) == 2
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["settings"]["a"]["suite"] == "classes" and content["seeds"] == [0]
+    assert any("pairs are few" in line for line in content["settings"]["cautions"])
+
+
+def test_unfinished_runs_are_compared_with_a_caution(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "part")
+    shards = shard_paths(tmp_path / "part")
+    assert not _left_out(alone, shard_paths(alone), 10)
+    shards.pop().unlink()  # of one image
+    assert _left_out(tmp_path / "part", shards, 9) == [
+        f"caution: {tmp_path / 'part'} has 9 of 10 images: its run is not finished"
+    ]
+    assert _left_out(alone, shard_paths(alone), 9) == [
+        f"caution: 1 of 10 images of {alone} have no partner in the other, and are left out"
+    ]
+    settings = json.loads((tmp_path / "part/settings.json").read_text())
+    del settings["count"]  # as before it was kept
+    (tmp_path / "part/settings.json").write_text(json.dumps(settings))
+    shards.pop(1)
+    assert "has no shard 000001: its run is not finished" in _left_out(tmp_path / "part", shards, 6)[0]
 
 
 def test_a_text_model_is_judged_and_compared_by_its_score(text_folder, tmp_path, capsys):
