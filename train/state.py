@@ -171,10 +171,11 @@ def tell_of_other_data(session: Session, before: Mapping[str, Any]) -> None:
     """A line on stderr if a run goes on with other training data: nothing forbids it, and it should not go unseen."""
     now = data_facts(session.task.train_data)
     for name in sorted({*before, *now} if before else ()):
-        if before.get(name) != now.get(name):
+        was, found = str(before.get(name)), str(now.get(name))
+        if was != found:
             session.accelerator.print(
-                f"run.run_dir {session.config.run_dir}: {name} of the training data was {before.get(name)}, is "
-                f"{now.get(name)}: from here on the run sees other images, or in another order",
+                f"run.run_dir {session.config.run_dir}: {name} of the training data was {was[:80]}, is {found[:80]}: "
+                "from here on the run sees other images, or in another order",
                 file=sys.stderr,
             )
             return
