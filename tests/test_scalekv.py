@@ -95,6 +95,32 @@ def test_budgets_add_up_to_the_uniform_ones(share, layers, schedule, seed, draft
             assert uniform * layers - layers < sum(column) <= uniform * layers
 
 
+def test_a_layer_is_promised_no_more_than_it_still_has():
+    """What a refiner forgot is gone: as a drafter of a later scale it holds what it kept and the scale after that."""
+    schedule = SCHEDULES["var256"]
+    index = torch.rand(8, len(schedule), generator=torch.Generator().manual_seed(0)).tolist()
+    for row in scalekv_budgets(0.3, index, schedule, drafter_share=0.1):
+        assert all(row[k] <= row[k - 1] + schedule.lengths[k - 1] for k in range(1, len(schedule)))
+
+
+def test_refiners_shrink_from_scale_to_scale_as_published():
+    """0.92 and 0.11 of the uniform budget, as 600 and 70 of 650; here of 27 tokens. Drafters share the rest."""
+    budgets = scalekv_budgets(0.3, INDEX, SCHEDULE, drafter_share=0.5)
+    refiners = [round(27 * (0.92 - 0.11 * j)) for j in range(3)]
+    assert [row[4:] for row in budgets[2:]] == [refiners] * 2
+    assert [row[4:] for row in budgets[:2]] == [[2 * 27 - tokens for tokens in refiners]] * 2
+    assert all(row[4] == 30 for row in scalekv_budgets(30 / 91, INDEX, SCHEDULE))  # a history that just fits stays
+
+
+def test_drafters_are_two_layers_of_thirty_two():
+    index = torch.rand(32, len(SCHEDULE), generator=torch.Generator().manual_seed(0)).tolist()
+    budgets = scalekv_budgets(0.3, index, SCHEDULE)
+    assert sum(row[k] > 27 for row in budgets for k in (4, 5, 6)) == 2 * 3
+    assert sum(map(len, drafters(index[:2], [4, 5, 6], 0.25).values())) == 2  # 1.5 of 6, rounded
+    even = [[0.5, 0.1], [0.5, 0.9]]  # a scale at which all layers are alike has no drafter before another
+    assert drafters(even, [0, 1], 0.25) == {0: [], 1: [0]}
+
+
 def test_drafters_keep_more_than_refiners():
     budgets = scalekv_budgets(0.3, INDEX, SCHEDULE, drafter_share=0.25)
     roles = drafters(INDEX, [5, 6], 0.25)
@@ -107,6 +133,7 @@ def test_the_observed_grid():
     assert observation_window(4, 4, 4) == list(range(16))
     assert observation_window(8, 8, 4) == [r * 8 + c for r in (0, 2, 4, 6) for c in (0, 2, 4, 6)]
     assert observation_window(6, 3, 3) == [r * 3 + c for r in (0, 2, 4) for c in (0, 1, 2)]
+    assert observation_window(8, 2, 4) == [r * 2 + c for r in (0, 2, 4, 6) for c in (0, 1)]
     assert observation_window(1, 1, 4) == [0]
     assert observation_window(13, 13, 4)[:2] == [1 * 13 + 1, 1 * 13 + 4]
 
@@ -117,6 +144,7 @@ def test_the_window_stays_and_never_outgrows_the_budget(schedule, share):
     schedule = ScaleSchedule.of(schedule)
     budgets = uniform_budgets(share, schedule, LAYERS)
     cache = ScaleKVCache(budgets, schedule)
+    assert cache.window == max(side for side in (1, 2, 3, 4) if side == 1 or 2 * side**2 <= budgets[0][-1])
     assert cache.window**2 <= smallest_budget(budgets, schedule)
     for _ in feed(cache, schedule):
         assert max(cache.lengths) <= max(budgets[0])
@@ -158,6 +186,14 @@ def test_what_is_attended_to_is_kept():
     keys[0, 0, [3, 11, 20]] = 1.0  # logit 8 against 0
     kept = cache.keep(0, k, q, keys, cache.window**2 + 9, 1.0)[0, 0].tolist()
     assert {3, 11, 20} <= set(kept)
+
+
+def test_a_prefill_is_observed_at_its_last_scale():
+    """Queries of the scales before it, run in the same pass, choose nothing."""
+    cache = POLICIES["scalekv"](0.3)
+    keys, q = torch.randn(B, H, 91, D), torch.randn(B, H, 91, D)
+    alone = cache.keep(0, 5, q[:, :, -36:], keys, 27, 1.0)
+    assert torch.equal(cache.keep(0, 5, q, keys, 27, 1.0), alone)
 
 
 def test_selectivity_is_the_papers_formula():
