@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ from accelerate import Accelerator
 from conftest import liven
 from torch import nn
 from training_toys import Rows, ToyObjective, curve, equal, final_state, in_child, in_processes, toy_config, toy_run
+from transformers import BertConfig, BertModel
 
 from tokenizer.model import MultiScaleVQ
+from tokenizer.schedule import ScaleSchedule
 from train.config import RunConfig, exit_code
 from train.loop import (
     begin_averaging,
@@ -378,6 +381,33 @@ def test_loss_by_scale_adds_up(transformer):
     assert loss.item() == pytest.approx(np.log(16), rel=0.05)  # a fresh model knows nothing
 
 
+def test_labels_are_smoothed_in_training_only(transformer):
+    """Smoothed by e, a label is itself with 1 - e, and with e any code."""
+    objective = VarObjective(transformer, VarLossConfig(drop=0.0, label_smoothing=0.2), OptimizerConfig())
+    batch = token_batch()
+    cond = transformer.condition(ClassPrompt(batch["label"]))
+    logs_BLV = transformer.logits(transformer(batch["inputs"], cond), cond).log_softmax(-1)
+    hard, any_code = -logs_BLV.gather(-1, batch["ids"][..., None]).mean(), -logs_BLV.mean()
+    assert objective.eval()(batch, START)[0].item() == pytest.approx(hard.item(), rel=1e-5)
+    assert objective.train()(batch, START)[0].item() == pytest.approx((0.8 * hard + 0.2 * any_code).item(), rel=1e-5)
+
+
+def test_images_of_another_shape_have_the_same_kind_of_weights():
+    torch.manual_seed(0)
+    sizes = {"depth": 1, "width": 32, "heads": 2, "vocab_size": 16, "latent_channels": 4, "num_classes": 5}
+    model = NextScaleTransformer(**sizes, schedule="1,2,4", positions="rope", rope_grid=[4, 4])
+    objective = VarObjective(model, VarLossConfig(drop=0.0, weights="side"), OptimizerConfig()).eval()
+    wide = ScaleSchedule.of([(1, 1), (1, 2), (2, 4)])
+    batch = {"ids": torch.randint(16, (3, 11)), "inputs": torch.randn(3, 10, 4), "label": torch.arange(3)}
+    batch |= {"counter": range(3), "schedule": replace(wide, grid=(4, 4))}
+    cond = model.condition(ClassPrompt(batch["label"]))
+    logits_BLV = model.logits(model(batch["inputs"], cond, schedule=batch["schedule"]), cond)
+    each_L = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), batch["ids"], reduction="none").mean(0)
+    weight_L = torch.tensor([1.0, *[0.5**0.5] * 2, *[8**-0.5] * 8])
+    expected = (each_L * weight_L).sum() / weight_L.sum()
+    assert objective(batch, START)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_recomputed_activations_give_the_same_gradients(transformer):
     objective = VarObjective(transformer, VarLossConfig(), OptimizerConfig()).train()
     objective(token_batch(), START)[0].backward()
@@ -409,6 +439,10 @@ def test_prompts_drop_by_image_not_by_batch(transformer):
     dropped = (seen[0] == null).all(dim=1)
     assert 0.2 < dropped.float().mean() < 0.4
     assert torch.equal((seen[1] == null).all(dim=1), dropped[100:])
+    objective({**batch, "counter": range(count)}, Clock(step=0, progress=0.0, seed=1))
+    assert not torch.equal((seen[2] == null).all(dim=1), dropped)  # another run drops others
+    objective.eval()({**batch, "counter": range(count)}, START)
+    assert not (seen[3] == null).all(dim=1).any()  # validation drops none
 
 
 def test_drop_prompts_keeps_the_others():
@@ -416,6 +450,48 @@ def test_drop_prompts_keeps_the_others():
         ClassPrompt(torch.tensor([1, 2])), ClassPrompt(torch.tensor([9, 9])), torch.tensor([True, False])
     )
     assert prompt.classes_B.tolist() == [9, 2]
+
+
+def text_model(seed: int) -> NextScaleTransformer:
+    torch.manual_seed(seed)
+    return NextScaleTransformer(
+        depth=1, width=32, heads=2, vocab_size=16, latent_channels=4, schedule="1,2,4", conditioning="text",
+        text_width=16, text_length=12,
+    )  # fmt: skip
+
+
+def test_a_dropped_text_is_the_null_text_of_who_reads_it():
+    """A teacher's own, as a student's is another."""
+    student, teacher = text_model(0), text_model(1)
+    objective = VarObjective(student, VarLossConfig(drop=0.5), OptimizerConfig()).train()
+    batch = {"states": torch.randn(20, 5, 16), "mask": torch.ones(20, 5, dtype=torch.bool), "counter": range(20)}
+    for reader in (student, teacher):
+        prompt = objective.training_prompt(batch, START, reader)
+        null = reader.null_prompt(prompt).states_BTE
+        dropped = (prompt.states_BTE == null).flatten(1).all(dim=1)
+        assert 3 < dropped.sum() < 17
+        assert torch.equal(prompt.states_BTE[~dropped], batch["states"][~dropped])
+
+
+def test_what_learns_nothing_now_and_then_is_known():
+    """Several processes must know: the null prompt where none is dropped, an encoder's parts that make no states."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(**sizes))
+    text = {"input_ids": torch.arange(60).view(6, 10) % 32, "states": torch.randn(6, 10, 16)}
+    for drop, given in ((0.0, None), (0.5, encoder)):
+        objective = VarObjective(text_model(0), VarLossConfig(drop=drop), OptimizerConfig(), given).train()
+        objective({**token_batch(), **text, "mask": torch.ones(6, 10, dtype=torch.bool)}, START)[0].backward()
+        assert any(p.grad is None for p in objective.parameters()) and objective.find_unused
+
+
+def test_padding_says_nothing_to_a_text_encoder_that_trains():
+    encoder = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))[0].eval()
+    objective = VarObjective(text_model(0), VarLossConfig(), OptimizerConfig(), encoder)
+    ids = torch.arange(3, 9)[None]
+    alone = objective.prompt({"input_ids": ids, "mask": torch.ones(1, 6, dtype=torch.bool)}).states_BTE
+    padded = torch.nn.functional.pad(ids, (0, 4), value=5)
+    beside = objective.prompt({"input_ids": padded, "mask": torch.arange(10)[None] < 6}).states_BTE
+    torch.testing.assert_close(beside[:, :6], alone)
 
 
 def test_captions_are_padded_as_their_tokenizer_does():
@@ -432,11 +508,7 @@ def test_captions_are_padded_as_their_tokenizer_does():
 def test_text_encoder_trains_along():
     torch.manual_seed(0)
     encoder, tokenizer = build_text_encoder(TextConfig(d_model=16, layers=1, heads=2, d_ff=16))
-    transformer = NextScaleTransformer(
-        depth=1, width=32, heads=2, vocab_size=16, latent_channels=4, schedule="1,2,4", conditioning="text",
-        text_width=16, text_length=12,
-    )  # fmt: skip
-    objective = VarObjective(transformer, VarLossConfig(drop=0.5), OptimizerConfig(), encoder).train()
+    objective = VarObjective(text_model(0), VarLossConfig(drop=0.5), OptimizerConfig(), encoder).train()
     text = tokenize(tokenizer, ["a ring", "two very long captions"] * 3, 12)
     assert text["input_ids"].shape == (6, 12) and text["mask"].dtype == torch.bool
     assert tokenize(tokenizer, ["a ring"], 32)["input_ids"].shape == (1, 16)
