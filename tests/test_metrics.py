@@ -124,6 +124,49 @@ def test_the_influence_of_images_gives_the_error_that_resampling_gives():
     assert slope == pytest.approx(-1 / 600, rel=0.05)
 
 
+def test_features_that_say_the_same_twice_count_twice():
+    """Singular covariances, of the sample as of the reference: influences double, as the distance does."""
+    sample, reference = features(100, 6, shift=0.4), features(300, 6, seed=1)
+    once = frechet_influence(sample, moments(reference))
+    doubled = frechet_influence(sample.repeat(1, 2), moments(reference.repeat(1, 2)))
+    torch.testing.assert_close(doubled, 2 * once, rtol=1e-5, atol=1e-6)
+    assert once.mean().abs() < 1e-9
+
+
+def test_intervals_of_few_images_come_from_resampling():
+    """Fewer than three images a feature: other resamples, another interval. Pairs are resampled as pairs."""
+    reference = moments(features(200, 16, seed=1))
+    for n, drawn in ((40, True), (48, False)):
+        few = features(n, 16)
+        ends = [frechet_interval(few, reference, 9.0, resamples=20, seed=seed) for seed in (0, 1)]
+        assert (ends[0] != ends[1]) == drawn
+    real = features(40, 16)
+    low, high = paired_frechet_interval(real + 0.1, real, 0.16, resamples=20)  # every resample is 0.1 from its own
+    assert (low, high) == pytest.approx((0.16, 0.16), abs=1e-6)
+
+
+def test_scores_that_draw_are_the_same_for_the_same_seed():
+    posterior = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    a, b = features(60, 4), features(60, 4, seed=1)
+    for score in (
+        lambda seed: inception_score(posterior, splits=4, seed=seed),
+        lambda seed: kernel_distance(a, b, subsets=3, subset_size=10, seed=seed)[:2],
+    ):
+        torch.manual_seed(1)
+        first = score(5)
+        torch.manual_seed(2)
+        assert score(5) == first != score(6)
+
+
+def test_the_interval_of_a_kernel_distance_is_as_wide_as_fresh_sets_are_apart():
+    torch.manual_seed(0)
+    found = [
+        kernel_distance(torch.randn(60, 4) + 0.5, torch.randn(60, 4), subsets=40, subset_size=20) for _ in range(60)
+    ]
+    halves = [(high - low) / 2 for _, (low, high), _ in found]
+    assert np.mean(halves) / 1.96 == pytest.approx(np.std([value for value, *_ in found]), rel=0.12)
+
+
 def test_extrapolation_takes_the_bias_out():
     reference = moments(features(20000, seed=1))
     biased = [frechet_distance(moments(features(200, seed=s)), reference) for s in range(10, 22)]
