@@ -21,6 +21,8 @@ from evaluation.powerlaws import bootstrap_law, fit_power_law, fit_with_floor, f
 from evaluation.scaling import (
     averaged,
     check,
+    compute_frontier,
+    law_row,
     laws_in_compute,
     laws_in_size,
     picture,
@@ -151,9 +153,48 @@ def test_the_laws_of_a_ladder_come_back():
     assert rows[0]["exponent"] == pytest.approx(-0.2) and rows[0]["points"] == 7
     assert rows[0]["pearson"] == pytest.approx(-1) and abs(rows[0]["largest_error"]) < 1e-6
     assert abs(rows[1]["largest_error"]) < 0.01
+    assert rows[0]["largest_measured"] == averaged(ladder_points(), "loss")[1][-1]
+    assert rows[0]["scale"] == pytest.approx(2.0 * (1 + 500 / 32000) ** -5)  # sizes are in billions
     optimal = laws_in_compute(ladder_points(), resamples=0)
     assert {row["figure"] for row in optimal} >= {"loss", "loss_last", "optimal parameters for loss"}
     assert all(-0.3 < row["exponent"] < 0 for row in optimal if row["form"] == "power" and row["figure"] == "loss")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_laws_are_of_what_can_be_fitted():
+    """A floor is a third number, and needs a size more; what is 0 somewhere has no logarithm."""
+    points = [point for point in ladder_points() if point["parameters"] <= 3e6]
+    assert {(row["figure"], row["form"]) for row in laws_in_size(points, resamples=0)} == {
+        ("loss", "power"),
+        ("loss_last", "power"),
+    }
+    points = [{**point, "loss_last": 0.0} if point["parameters"] < 2e5 else point for point in ladder_points()]
+    assert {row["figure"] for row in laws_in_size(points, resamples=0)} == {"loss"}
+    flat = law_row([1.0, 2.0, 4.0, 8.0], [3.0] * 4, "power", 0)  # without a correlation
+    assert all(np.isfinite(value) for name, value in flat.items() if name != "law") and "pearson" not in flat
+
+
+def test_laws_in_compute_are_those_of_the_frontier():
+    """In PFLOPs, of all four figures, with the size that is optimal; few checkpoints on the frontier give none."""
+    points = [{**p, "error": p["loss"] / 9, "error_last": p["loss"] / 8, "fd_scenes": 1.0} for p in ladder_points()]
+    found = {(row["figure"], row.get("form")): row for row in laws_in_compute(points, resamples=0)}
+    for figure in ("loss", "loss_last", "error", "error_last"):
+        best = compute_frontier(points, figure)
+        compute, sizes = ([point[name] for point in best] for name in ("compute", "parameters"))
+        law = fit_power_law(np.array(compute) / 1e15, [point[figure] for point in best])
+        row = found[figure, "power"]
+        assert (row["exponent"], row["scale"]) == pytest.approx((law.exponent, law.scale))
+        optimal = found[f"optimal parameters for {figure}", "power"]
+        slope = np.polyfit(np.log(compute), np.log(sizes), 1)[0]
+        assert optimal["exponent"] == pytest.approx(slope, rel=1e-6)
+    assert not any("fd_scenes" in figure for figure, _ in found)
+    assert laws_in_compute(points[:3], resamples=0) == []  # of one size
+
+
+def test_runs_of_one_size_are_averaged():
+    points = ladder_points()
+    twice = [*points, *({**point, "run": "other", "loss": 3 * point["loss"]} for point in points)]
+    assert averaged(twice, "loss")[1] == pytest.approx(2 * averaged(points, "loss")[1])
 
 
 def test_points_go_out_and_come_in(tmp_path):
@@ -172,6 +213,8 @@ def test_points_go_out_and_come_in(tmp_path):
         ("run,parameters,images,final\na,,1,1\n", "line 2 has no parameters"),
         ("run,parameters,images,final\na,0,1,1\n", "line 2: parameters must be above 0"),
         ("run,parameters,images,final\na,1,1,1,7\n", "line 2 has more cells than there are columns"),
+        ("run,parameters,images,final,loss\na,9,1,1,-2\n", "line 2: loss must be a finite number, 0 or more, got -2"),
+        ("run,parameters,images,final,loss\na,9,1,1,nan\n", "line 2: loss must be a finite number"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, text, said):
@@ -185,8 +228,11 @@ def test_short_and_unconverged_ladders_are_noticed():
     assert [line for line in check(points) if "not annealed" not in line] == []
     few = [point for point in points if point["parameters"] <= 3e6]
     assert "4 sizes over a factor of 27" in " ".join(check(few))
+    near = [point | {"parameters": point["parameters"] ** 0.5} for point in points]
+    assert "7 sizes over a factor of 27: exponents need 6 over 30 or more" in " ".join(check(near))
     points[-4]["loss"] = 99.0
-    assert "worse than a smaller one" in " ".join(check(points))
+    largest = points[-4]["parameters"]
+    assert f"the model of {largest:.3g} parameters is worse than a smaller one" in " ".join(check(points))
     with pytest.raises(ValueError, match="laws need 4 sizes or more, and the final points have 2"):
         check([point for point in points if point["parameters"] < 5e5])
 
