@@ -84,6 +84,9 @@ def test_verbs_agree(sides: list[tuple[int, int]], patch: int, channels: int) ->
 def test_zero_is_bit_0_and_soft_bits_at_the_corners_are_hard_ones() -> None:
     quantizer, schedule = BinarySphericalQuantizer(channels=3), ScaleSchedule.of("1,2")
     assert not quantizer.encode(torch.zeros(1, 3, 2, 2), schedule)[0].any()
+    assert not quantizer(torch.zeros(1, 3, 2, 2), schedule).ids[0].any()
+    with pytest.raises(ValueError, match="2 bits or more, got latent_channels 1"):
+        BinarySphericalQuantizer(channels=1)
     bits = quantizer.encode(latent(quantizer, schedule), schedule)[1]
     assert torch.equal(quantizer.blend(F.one_hot(bits, 2), 1, schedule), quantizer.lookup(bits, 1, schedule))
 
@@ -119,6 +122,42 @@ def test_entropy_penalty_has_its_least_value_at_sure_and_even_bits() -> None:
     z = F.normalize(torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
     entropy_penalty(z).backward()
     assert z.grad.abs().max() > 0
+
+
+def test_entropy_penalty_is_that_of_soft_choices_among_all_corners() -> None:
+    """By the distances to all 2^C corners, inverse temperature 100: the entropy of a choice less that of the mean."""
+    z_NC = F.normalize(torch.tensor([[0.9, 0.01, -0.02, 0.4], [0.004, 0.7, -0.6, -0.01], [0.5, -0.5, 0.5, 0.0]]), dim=1)
+    corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * 4)
+    p_NK = (-100 * torch.cdist(z_NC, corners).square()).double().softmax(dim=1)
+    own = -torch.special.xlogy(p_NK, p_NK).sum(dim=1).mean()
+    on_C = p_NK.mean(dim=0) @ (corners > 0).double()
+    evenly = -(torch.special.xlogy(on_C, on_C) + torch.special.xlogy(1 - on_C, 1 - on_C)).sum()
+    found = entropy_penalty(z_NC.T[None, :, :, None])
+    assert found.item() == pytest.approx((own - evenly).item(), abs=1e-4) and own > 0.3
+
+
+def test_the_training_loss_by_hand() -> None:
+    quantizer, schedule = BinarySphericalQuantizer(channels=5, entropy=0.1, beta=0.3), ScaleSchedule.of("1,2,4")
+    f = latent(quantizer, schedule)
+    found = quantizer(f, schedule)
+    penalties = [entropy_penalty(z_NC.T[None, :, :, None]) for z_NC in found.residuals_NC]
+    distance = (found.f_hat_BCHW - f).square().mean()
+    assert found.loss.item() == pytest.approx((0.1 * sum(penalties) / 3 / 100 + 0.3 * distance).item(), rel=1e-4)
+
+
+def test_gradients_go_straight_through_to_each_residual() -> None:
+    """As if a scale's code were its residual on the sphere, and what came before a constant; sums carry them, too."""
+    quantizer, schedule = BinarySphericalQuantizer(channels=4, beta=0.5), ScaleSchedule.of("1,1")
+    f = torch.randn(2, 4, 1, 1, requires_grad=True)
+    found, weight = quantizer(f, schedule), torch.randn(2, 4, 1, 1)
+    first = quantizer.lookup(found.ids[0], 0, schedule)
+    straight = [F.normalize(f, dim=1), F.normalize(f - first, dim=1)]
+    expected = [torch.autograd.grad((z * weight).sum(), f)[0] for z in straight]
+    for k in range(2):
+        (got,) = torch.autograd.grad((found.sums_BCHW[k] * weight).sum(), f, retain_graph=True)
+        torch.testing.assert_close(got, sum(expected[: k + 1]))
+    (pull,) = torch.autograd.grad(found.loss, f)
+    torch.testing.assert_close(pull, 0.5 * 2 * (f - found.f_hat_BCHW).detach() / f.numel())
 
 
 def test_tokenizer_round_trip(tmp_path: Path) -> None:
