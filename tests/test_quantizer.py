@@ -59,6 +59,7 @@ def test_one_convolution_a_scale_serves_other_schedules():
     """By the same rule as shared ones: a third scale of three is the last of five."""
     own, other = ScaleSchedule.of("1,2,3,4,5"), ScaleSchedule.of("2,4,5")
     quantizer, f = make(own, num_phis=0)
+    assert len(quantizer.phis) == 5
     for phi in quantizer.phis[1:4:2]:  # which are not asked
         phi.weight.data.fill_(torch.nan)
     sums = quantizer.partial_sums(quantizer.encode(f, other), other)
@@ -72,6 +73,24 @@ def test_arithmetic_stays_float32_whatever_the_weights_are():
     quantizer, f = make(SQUARE)
     wanted = copy.deepcopy(quantizer).bfloat16().float().encode(f, SQUARE)
     assert all(torch.equal(a, b) for a, b in zip(quantizer.bfloat16().encode(f, SQUARE), wanted))
+    rounded = f.bfloat16()
+    wanted = quantizer.encode(rounded.float(), SQUARE)
+    assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(rounded, SQUARE), wanted))
+
+
+def test_the_sign_of_the_blend_is_ignored():
+    (one, f), (other, _) = make(SQUARE, phi_ratio=0.3), make(SQUARE, phi_ratio=-0.3)
+    assert torch.equal(one(f, SQUARE).f_hat_BCHW, other(f, SQUARE).f_hat_BCHW)
+
+
+@pytest.mark.parametrize("schedule", [SQUARE, OBLONG], ids=["square", "oblong"])
+def test_the_code_of_a_scale_is_what_it_changes_at_its_own_size(schedule):
+    quantizer, f = make(schedule)
+    ids = quantizer.encode(f, schedule)
+    sums = [quantizer.start(3, schedule), *quantizer.partial_sums(ids, schedule)]
+    for k in range(len(schedule)):
+        before, after = (quantizer.next_input(sums[i], k, schedule) for i in (k, k + 1))
+        torch.testing.assert_close(quantizer.scale_code(ids[k], k, schedule), after - before, atol=1e-5, rtol=0)
 
 
 def no_noise(schedule, batch=3, channels=6):
@@ -129,11 +148,50 @@ def test_the_gradient_reaches_encoder_codebook_and_phi():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("beta", [0.25, 2.0])
+def test_the_loss_pulls_latents_by_beta_and_codes_by_one(beta):
+    """Equation 5 of VAR: a mean over the scales of the distances of the sums so far; each side stands still once."""
+    quantizer, f = make(SQUARE, phi_ratio=0.0, **({} if beta == 0.25 else {"beta": beta}))  # VAR's is the default
+    f.requires_grad_()
+    output = quantizer(f, SQUARE)
+    codes = quantizer.codebook.weight
+    pull, push = torch.autograd.grad(output.loss, (f, codes))
+    sums = [0]
+    for k, ids in enumerate(output.ids):
+        sums.append(sums[-1] + quantizer.spread(quantizer.lookup(ids, k, SQUARE), k, SQUARE))
+    distances = torch.stack([(f_hat - f.detach()).square().mean() for f_hat in sums[1:]])
+    assert output.loss.item() == pytest.approx((1 + beta) * distances.mean().item(), rel=1e-5)
+    torch.testing.assert_close(push, torch.autograd.grad(distances.mean(), codes)[0])
+    gaps = torch.stack([f - f_hat.detach() for f_hat in sums[1:]])
+    torch.testing.assert_close(pull, beta * 2 * gaps.mean(dim=0) / f.numel())
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_scales": True}])
+def test_residuals_for_restarts_are_what_codes_were_searched_for(options):
+    quantizer, f = make(SQUARE, **options)
+    if options:
+        quantizer.scale_rms_K.copy_(torch.tensor([0.2, 0.5, 2.0, 4.0]))
+    output = quantizer(f.requires_grad_(), SQUARE)
+    for residual_NC, ids in zip(output.residuals_NC, output.ids):
+        assert not residual_NC.requires_grad
+        assert torch.equal(torch.cdist(residual_NC, quantizer.codebook.weight).argmin(dim=1), ids.flatten())
+
+
+def test_a_code_is_chosen_by_its_angle_whatever_its_length():
+    quantizer, f = make(SQUARE, cosine=True)
+    before = [quantizer.choose(f, k, SQUARE) for k in range(4)]
+    with torch.no_grad():
+        quantizer.codebook.weight.mul_(torch.rand(32, 1) + 0.1)
+    assert all(torch.equal(quantizer.choose(f, k, SQUARE), before[k]) for k in range(4))
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["1,2,4", "1x2,2x3", "2,2,5"]))
-def test_each_added_code_is_what_lookup_says(seed, spec):
+@given(st.integers(0, 2**31), st.sampled_from(["1,2,4", "1x2,2x3", "2,2,5"]), st.booleans())
+def test_each_added_code_is_what_lookup_says(seed, spec, normalize):
     schedule = ScaleSchedule.of(spec)
-    quantizer, _ = make(schedule)
+    quantizer, _ = make(schedule, normalize_scales=normalize)
+    if normalize:
+        quantizer.scale_rms_K.copy_(torch.arange(len(schedule)) + 0.5)
     generator = torch.Generator().manual_seed(seed)
     for k, length in enumerate(schedule.lengths):
         ids = torch.randint(32, (2, length), generator=generator)
@@ -160,6 +218,18 @@ def test_model_round_trip_and_sizes(tmp_path):
     assert torch.equal(again.tokens_to_image(ids), model.tokens_to_image(ids))
     with pytest.raises(ValueError, match=r"image is \(8, 8\) pixels"):
         model.image_to_tokens(image[..., :8])
+
+
+def test_noise_is_in_units_of_what_it_disturbs():
+    """Latents and codes ten times as large go wrong at the same places."""
+    (quantizer, f), generator = make(SQUARE, phi_ratio=0.0), torch.Generator().manual_seed(0)
+    noise = [torch.randn(3, quantizer.channels, h, w, generator=generator) for h, w in SQUARE.sides]
+    ids, inputs = quantizer.corrected(f, SQUARE, noise)
+    with torch.no_grad():
+        quantizer.codebook.weight.mul_(10)
+    large_ids, large_inputs = quantizer.corrected(10 * f, SQUARE, noise)
+    assert all(torch.equal(a, b) for a, b in zip(large_ids, ids))
+    torch.testing.assert_close(large_inputs, 10 * inputs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_is_disturbed_by_itself():
