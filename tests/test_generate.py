@@ -5,8 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sample.draw import Filter, _keep_top_p_by_place, derive_seed, draw, image_uniforms, keep_top_k, keep_top_p
-from sample.generate import generate, start
+from sample.draw import (
+    Filter,
+    _keep_top_p_by_place,
+    derive_seed,
+    draw,
+    image_uniforms,
+    keep_top_k,
+    keep_top_p,
+    pass_uniforms,
+    smooth_weights,
+)
+from sample.generate import generate, smooth_code, start
 from sample.guidance import Guidance, mix
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.state import Hook
@@ -88,6 +98,21 @@ def test_a_stage_with_fewer_layers_frees_the_others(model, quantizer):
     assert seen[1] == [True, True, True] and seen[2] == [True, False, True]
 
 
+def test_a_stage_goes_on_where_nothing_changes():
+    model = make_model()
+    first = Stage(model, range(0, 2), layers=[0, 1])
+    assert Stage(model, range(2, 4), layers=[1, 0]).continues(first)
+    assert not Stage(model, range(2, 4), layers=[0, 1], new_cache=model.new_cache).continues(first)
+    assert not Stage(make_model(), range(2, 4), layers=[0, 1]).continues(first)
+    assert not Stage(model, range(2, 4), layers=[0, 1], recompute=True).continues(first)
+
+
+def test_drafter_and_refiner_have_filters_of_their_own(model):
+    drafts, refines = Filter(top_k=3), [Filter(top_k=4), Filter(top_k=5)]
+    stages = collaborative(model, model, handover=2, drafter_filters=drafts, refiner_filters=refines).stages
+    assert [stage.filter(k).top_k for stage in stages for k in stage.scales] == [3, 3, 4, 5]
+
+
 def test_a_stage_with_more_layers_recomputes_their_keys(model, quantizer):
     plan = Plan((Stage(model, range(0, 2), layers=[0]), Stage(model, range(2, 4))))
     state = run(plan, quantizer)
@@ -128,6 +153,40 @@ def test_select_keeps_moves_and_duplicates(model, quantizer):
     assert torch.equal(tokens_of(again), tokens_of(copied))
 
 
+def test_a_late_model_finds_the_rows_that_were_selected(model, quantizer):
+    """Its own condition, and that of negative prompts, and what it prefills: all moved with the rows."""
+    plan = collaborative(model, make_model(seed=1), handover=3)
+    options = {"negative": ClassPrompt(torch.tensor([3, 2, 1, 0]))}
+    wanted = tokens_of(run(plan, quantizer, **options))
+    for at in (0, 1, 2):
+        moved = run(plan, quantizer, hooks=[SelectAt(at, [2, 0])], **options)
+        assert torch.equal(tokens_of(moved), wanted[[2, 0]]), at
+
+
+def test_copies_of_copies_have_streams_of_their_own(model, quantizer):
+    """Rows of one image have one seed: copies are counted by image."""
+    state = start(plain(model), quantizer, ClassPrompt(torch.tensor([0, 1])), [10, 11])
+    state.select([0, 0, 1])
+    state.select([0, 0, 1, 1, 2, 2])
+    streams = state.uniforms_BLn.flatten(1)
+    assert len(torch.unique(streams, dim=0)) == 6 and state.origins == [0, 0, 0, 0, 1, 1]
+    assert torch.equal(streams[0], image_uniforms(10, SCHEDULE)[:, 0])
+
+
+def test_a_finished_state_holds_no_cache(model, quantizer):
+    state = run(plain(model), quantizer)
+    assert state.cache.nbytes == 0 and state.cache.peak_nbytes > 0
+
+
+def test_hooks_get_the_tokens_of_those_before_them(model, quantizer):
+    class Next(Hook):
+        def on_tokens(self, state, k, logits, tokens):
+            return (tokens + 1) % 20
+
+    wanted = run(plain(model), quantizer).tokens[0]
+    assert torch.equal(run(plain(model), quantizer, hooks=[Next(), Next()]).tokens[0], (wanted + 2) % 20)
+
+
 def test_no_guidance_runs_no_unconditional_half(model, quantizer):
     rows = []
 
@@ -139,6 +198,11 @@ def test_no_guidance_runs_no_unconditional_half(model, quantizer):
     assert rows == [4] * 4
     zeros = run(plain(model, guidance=[0.0, 0.0, 0.0, 1e-12]), quantizer)
     assert torch.equal(tokens_of(off), tokens_of(zeros))
+    late = run(plain(model, guidance=[0.0, 0.0, 0.0, 4.0]), quantizer)
+    assert torch.equal(tokens_of(late)[:, :14], tokens_of(off)[:, :14])
+    assert not torch.equal(late.tokens[3], off.tokens[3])
+    stages = Stage(model, range(2), guidance=Guidance(0.0)), Stage(model, range(2, 4), guidance=Guidance(4.0))
+    assert not torch.equal(run(Plan(stages), quantizer).tokens[3], off.tokens[3])
     guided = run(plain(model, guidance=4.0), quantizer)
     assert torch.equal(guided.tokens[0], off.tokens[0])  # the linear ramp leaves scale 0 alone
     assert not torch.equal(tokens_of(guided), tokens_of(off))
@@ -148,6 +212,7 @@ def test_guided_logits_follow_the_published_mix():
     conditional, unconditional = torch.randn(2, 3, 5, 7)
     weight = Guidance(1.5).weight(4, 10)
     assert weight == pytest.approx(1.5 * 4 / 9)
+    assert Guidance(1.5).weight(0, 1) == 1.5  # the only scale is the last one
     wanted = (1 + weight) * conditional - weight * unconditional
     torch.testing.assert_close(mix(torch.cat([conditional, unconditional]), weight), wanted)
 
@@ -167,6 +232,29 @@ def test_smoothing_keeps_seeds_and_changes_pictures(model, quantizer):
     torch.testing.assert_close(alone.f_hat_BCHW[0], soft.f_hat_BCHW[2], atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_smooth_codes_are_mixes_by_each_scales_own_noise(model, quantizer):
+    """Sharper from scale to scale, up to the last; what is given, or a hook's, is a code."""
+    state = start(plain(model), quantizer, ClassPrompt(torch.tensor([1, 2])), [3, 4])
+    state.extras["given"] = torch.full((2, 30), -1)
+    state.extras["given"][0, 2] = 0  # the second token of scale 1
+    for k in (1, 3):
+        length = SCHEDULE.lengths[k]
+        logits, drawn = torch.randn(2, length, 20), torch.zeros(2, length, dtype=torch.int64)
+        tokens = drawn.clone()
+        tokens[1, 3] = 7
+        weights = []
+        for row, seed in enumerate((3, 4)):
+            noise = torch.Generator().manual_seed(derive_seed(seed, k))
+            weights.append(smooth_weights(logits[row : row + 1], k / 3, noise))
+        weights = torch.cat(weights)
+        weights[1, 3] = torch.nn.functional.one_hot(torch.tensor(7), 20)
+        if k == 1:
+            weights[0, 1] = torch.nn.functional.one_hot(torch.tensor(0), 20)
+        expected = quantizer.blend(weights, k, SCHEDULE)
+        torch.testing.assert_close(smooth_code(state, k, logits, tokens, drawn), expected)
+
+
 @pytest.mark.parametrize(
     "build, named",
     [
@@ -180,8 +268,17 @@ def test_smoothing_keeps_seeds_and_changes_pictures(model, quantizer):
         (lambda m: plain(m, top_p=0), "top_p"),
         (lambda m: plain(m, top_k=-1), "top_k"),
         (lambda m: plain(m, temperature=0), "temperature"),
+        (lambda m: plain(m, temperature=1e-7), "temperature"),
+        (lambda m: plain(m, temperature=1e7), "temperature"),
         (lambda m: plain(m, guidance=[1.0, 2.0]), "guidance"),
+        (lambda m: plain(m, guidance=[1.0] * 5), "guidance"),
         (lambda m: plain(m, guidance=-1.0), "guidance"),
+        (lambda m: plain(m, guidance=1001.0), "guidance"),
+        (lambda m: plain(m, guidance=Guidance(1.0, blocks=(3,))), "guidance blocks"),
+        (lambda m: Plan((Stage(m, range(4), filters=[Filter()] * 5),)), "as many filters"),
+        (lambda m: collaborative(m, make_model(latent_channels=6), handover=2), "latent_channels"),
+        (lambda m: collaborative(m, make_model(num_classes=5), handover=2), "num_classes"),
+        (lambda m: collaborative(m, make_model(conditioning="text"), handover=2), "conditioning"),
     ],
 )
 def test_invalid_plans_are_refused_by_name(model, build, named):
@@ -195,8 +292,9 @@ def test_mismatched_requests_are_refused(model, quantizer):
         generate(plain(model), quantizer, prompt, [1])
     with pytest.raises(ValueError, match="seed must be"):
         generate(plain(model), quantizer, prompt, [1, -2])
-    with pytest.raises(ValueError, match="belong together"):
-        generate(plain(model), MultiScaleQuantizer(vocab_size=19, channels=5), prompt, [1, 2])
+    for sizes in ({"vocab_size": 19, "channels": 5}, {"vocab_size": 20, "channels": 6}):
+        with pytest.raises(ValueError, match="belong together"):
+            generate(plain(model), MultiScaleQuantizer(**sizes), prompt, [1, 2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -229,7 +327,32 @@ def test_filters_never_leave_nothing_and_draws_stay_inside(seed, V, k, p):
         assert allowed.gather(-1, tokens[:, None]).all()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_temperature_comes_before_the_filters_or_after_them(last):
+    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]])
+    made = Filter(top_p=0.8, temperature=3.0, temperature_last=last)(logits)
+    wanted = keep_top_p(logits, 0.8) / 3 if last else keep_top_p(logits / 3, 0.8)
+    assert torch.equal(made, wanted) and (made > -torch.inf).sum() == (2 if last else 3)
+
+
+def test_the_smallest_set_above_top_p_is_kept():
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert keep_top_p(logits, 0.74).isfinite().tolist() == [[True, True, False, False]]
+    assert keep_top_p(logits, 0.76).isfinite().sum() >= 3
+
+
+def test_the_largest_uniform_draws_a_token_that_there_is():
+    """However the sum of probabilities is rounded."""
+    logits = torch.randn(3000, 300, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, -100:] = -torch.inf
+    tokens = draw(logits, torch.full((3000,), 1 - 2**-24))
+    assert tokens.max() < 200
+
+
 def test_streams_are_reproducible_and_distinct():
+    first, *others = pass_uniforms(7, SCHEDULE, 2, 3).split(2, dim=-1)
+    assert torch.equal(first, image_uniforms(7, SCHEDULE, 2))
+    assert not torch.equal(others[0], first) and not torch.equal(others[0], others[1])
     assert torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(7, SCHEDULE))
     assert not torch.equal(image_uniforms(7, SCHEDULE), image_uniforms(8, SCHEDULE))
     seeds = (7, 7 + 2**32, 7 + 5 * 2**33, 2**63 - 1, 2**62 - 1)  # not only their lower halves count
