@@ -17,7 +17,17 @@ from sample.ledger import Ledger, counted_flops
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.plan_text import PlanConfig
 from sample.rewards import Callback, PixelFeatures
-from sample.search import DRAWS, POTENTIALS, Search, SearchHook, search_images, weights_of
+from sample.search import (
+    DRAWS,
+    POTENTIALS,
+    Search,
+    SearchHook,
+    candidate_seeds,
+    choices_of,
+    pick,
+    search_images,
+    weights_of,
+)
 from sample.search_steps import METHODS, PAPER_SCALES, SLACK, Step, check_steps, descending, fit_budget, make_steps
 from sample.search_tree import family_tree
 from sample.state import Hook
@@ -119,6 +129,9 @@ def test_best_of_n_is_the_best_of_n_independent_images(run, tiny_class_model, ti
     assert found.scores == [pytest.approx(scores.max().item())]
     assert torch.equal(found.f_hat_BCHW[0], finals[scores.argmax()])
     torch.testing.assert_close(found.decoded_BCHW, tiny_vqvae.decode(found.f_hat_BCHW), atol=1e-5, rtol=0)
+    prompt = ClassPrompt(torch.zeros(8, dtype=torch.int64))  # class 0, as that of seed 5
+    alone = generate(plain(tiny_class_model), tiny_vqvae.quantizer, prompt, candidate_seeds(5, 8))
+    torch.testing.assert_close(alone.f_hat_BCHW, finals, atol=1e-5, rtol=0)
 
 
 def test_more_candidates_score_higher(run):
@@ -168,6 +181,62 @@ def test_rounds_go_on_until_it_is_enough(run):
             assert torch.equal(found.f_hat_BCHW[i], once.f_hat_BCHW[i])
     lone = run(candidates=1, steps=(Step(2, 1, "best"),), rounds=3, enough=2.0)
     assert lone.rounds == [3, 3, 3] and lone.ledger.calls["reward"] == 9
+
+
+def test_a_later_round_is_about_the_images_that_remain(tiny_class_model, tiny_vqvae):
+    """What is given, unwanted and shown of an image, in whatever round, is that of the image itself."""
+    seeds, unwanted = (5, 6, 7), torch.tensor([4, 3, 2])
+    given = torch.full((3, tiny_class_model.schedule.total), -1)
+    given[:, 5:9] = torch.tensor([[1], [2], [3]])
+    shift, prompts = torch.tensor([-0.2, 0.0, 0.2]), []
+
+    def reward(images, prompts_of):
+        prompts.extend(prompts_of)
+        return brightness(images, prompts_of)
+
+    def found(images, enough):
+        prompt = ClassPrompt(torch.tensor([seeds[i] % 5 for i in images]))
+        return search_images(
+            plain(tiny_class_model),
+            tiny_vqvae.quantizer,
+            prompt,
+            [seeds[i] for i in images],
+            search=Search(
+                candidates=3, steps=(Step(2, 1, "best"),), reward=Callback(reward), rounds=3, enough=enough[images[0]]
+            ),
+            prompts=[f"image {i}" for i in images],
+            decode=tiny_vqvae.decode,
+            negative=ClassPrompt(unwanted[list(images)]),
+            hooks=[EditHook(given[list(images)])],
+            show=lambda decoded, rows: decoded + shift[[images[row] for row in rows]].view(-1, 1, 1, 1),
+        )
+
+    first = found([0, 1, 2], [0.0])
+    enough = [sorted(first.scores)[1]] * 3
+    together = found([0, 1, 2], enough)
+    assert sorted(together.rounds)[:2] == [1, 1] and together.rounds != [1, 1, 1]
+    assert together.ledger.images == 3
+    for i in range(3):
+        alone = found([i], enough)
+        assert torch.equal(tokens_of(alone)[0], tokens_of(together)[i])
+        assert (alone.scores[0], alone.rounds[0]) == (pytest.approx(together.scores[i], abs=1e-5), together.rounds[i])
+    assert torch.equal(tokens_of(together)[:, 5:9], given[:, 5:9])
+    assert prompts[:9] == [f"image {i}" for i in range(3) for _ in range(3)]
+
+
+def test_every_round_is_another_attempt_and_the_first_of_equals_stays(run):
+    seen = []
+
+    class Seen(Hook):
+        def on_scale_end(self, state, k):
+            seen.extend([state.f_hat_BCHW[0].clone()] * (k == 2))
+
+    flat = Callback(lambda images, prompts: [1.0] * len(images))
+    options = {"candidates": 1, "steps": (Step(2, 1, "best"),), "reward": flat}
+    found = run([5], rounds=3, enough=2.0, hooks=[Seen()], **options)
+    assert len(torch.unique(torch.stack(seen).flatten(1), dim=0)) == 3
+    assert torch.equal(found.f_hat_BCHW[0], seen[0]) and found.rounds == [3]
+    assert run([5], rounds=3, enough=1.0, **options).rounds == [1]  # which is reached
 
 
 WORDS = [{"plan": "supernet:1", "depth": 1}, {"plan": "self:2", "depth": 1}]
@@ -260,6 +329,10 @@ def test_costs_are_counted_exactly(run, tiny_class_model):
     search = Search(candidates=6, steps=STEPS, reward=BRIGHT, features=PixelFeatures(2))
     assert {name: 3 * rows for name, rows in search.calls().items()} == ledger.calls
     assert Search(candidates=6, steps=(Step(2, 1, "random"),)).calls()["decoder"] == 1  # the image itself
+    lone = Search(candidates=1, steps=(Step(2, 1, "best"),), reward=BRIGHT, rounds=2, enough=0.0)
+    assert lone.calls() == {"decoder": 1, "reward": 1, "features": 0}
+    early = Search(candidates=4, steps=(Step(1, 1, "best"), Step(2, 1, "best")), reward=BRIGHT, enough=0.0)
+    assert early.calls()["reward"] == 4 + 1  # the finished image is looked at, too
     assert ledger.model_flops == 3 * plan_flops(plain(tiny_class_model), widths)
     assert ledger.flops["decoder"] > 0 and ledger.seconds["total"] > ledger.seconds["decoder"] > 0
     assert ledger.per_image()["tokens"] == 54 and "54 tokens" in str(ledger)
@@ -355,6 +428,25 @@ def test_potentials_read_the_history():
     assert found["sum"] == pytest.approx([0.9, 1.5])
     assert found["difference"] == pytest.approx([-0.2, 0.7])
     assert POTENTIALS["difference"](scores[:, :1]).tolist() == pytest.approx([0.1, 0.4])
+
+
+def test_resampling_chooses_also_where_as_many_go_on(run):
+    """By the scores now, of all candidates: with sharp weights the best one goes on alone."""
+    steps = (Step(1, 4, "resample"), Step(2, 1, "best"))
+    (choices,) = run([5], candidates=4, steps=steps, sharpness=1e6, pictures=True).choices
+    best = max(range(4), key=lambda i: choices[0].scores[i])
+    assert choices[0].kept == [best] * 4
+
+
+def test_the_best_is_the_best_now():
+    search = Search(candidates=3, steps=(Step(2, 1, "best"),), reward=BRIGHT)
+    history = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 2.0])]
+    assert pick(search, search.steps[0], 3, history, None, torch.Generator()) == ([1], None)
+
+
+def test_what_decides_is_drawn_anew_after_each_scale():
+    draws = [torch.rand((), generator=choices_of(seed, scale)).item() for seed in (5, 6) for scale in (0, 1, 2)]
+    assert len(set(draws)) == 6 and draws[0] == torch.rand((), generator=choices_of(5, 0)).item()
 
 
 def test_history_follows_its_candidates(run, tiny_class_model, tiny_vqvae):
@@ -453,6 +545,7 @@ def test_steps_can_be_written_out():
         ({"sharpness": -1.0}, "sharpness"),
         ({"rounds": 2}, "rounds"),
         ({"decode_batch": 0}, "decode_batch"),
+        ({"also_score": (3,)}, "also_score"),
         ({"candidates": 0}, "candidates"),
         ({"steps": ()}, "last step"),
         ({"steps": (Step(2, 2, "best"),)}, "last step"),
