@@ -20,6 +20,7 @@ from test_supernet import last_validation, train
 from sample import adapters
 from sample.convert import convert, convert_back
 from sample.costs import cache_peak, plan_flops
+from sample.draw import draw
 from sample.edit import EditHook
 from sample.fast import FastSettings, accelerate_transformer
 from sample.generate import generate, scale_logits, start
@@ -187,6 +188,11 @@ def test_mistakes_of_schedules_are_named(wrong, message):
         read_mask_schedule(wrong, ScaleSchedule.of("1,2,3,4"))
 
 
+def test_the_first_scale_takes_one_pass_however_many_tokens_it_has():
+    with pytest.raises(ValueError, match=r"scale 0 takes one pass, got \[1, 3\]"):
+        read_mask_schedule("1,3", ScaleSchedule.of("2,3"))
+
+
 @pytest.mark.parametrize("wrong", [3, [1, 1], ["1", "1,3"], [None]])
 def test_schedules_of_other_kinds_are_named(wrong):
     with pytest.raises(TypeError, match="mask_schedule must hold a list of numbers for each scale, got"):
@@ -248,6 +254,43 @@ def test_the_passes_step_by_step(model, tiny_vqvae, guidance):
     cond = model.condition(state.prompt)
     again = model.masked_logits(state.inputs[0], code, first, cond, scales=range(1, 2))
     torch.testing.assert_close(masked_logits(state, 1, drawn, first), again, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True])
+def test_every_pass_masks_fewer_of_the_tokens_it_drew_last(model, tiny_vqvae, given):
+    """Of the scale's four: three, two, one; each with draws of its own and filtered. What is given is not drawn."""
+    plan = plan_of(model, ((1,), (1, 1, 1, 1), (16,)), guidance=0.0, top_k=3)
+    state = start(plan, tiny_vqvae.quantizer, ClassPrompt(torch.tensor([1, 2])), [3, 4])
+    state.enter(plan.stages[0])
+    state.advance(0, scale_logits(state, 0).argmax(dim=-1))
+    logits = scale_logits(state, 1)
+    drawn = logits.argmax(dim=-1)
+    among = torch.ones_like(drawn, dtype=torch.bool)
+    wanted, sure = drawn.clone(), logits.clone()
+    if given:
+        state.extras["given"] = torch.full((2, 21), -1)
+        state.extras["given"][:, 2] = wanted[:, 1] = 0
+        among[:, 1] = False
+    for step, count in ((1, 3), (2, 2), (3, 1)):
+        among = least_certain(sure, wanted, count, among)
+        again = masked_logits(state, 1, wanted, among)
+        assert (again.isfinite().sum(dim=-1) == 3).all()
+        wanted = torch.where(among, draw(again, state.uniforms(1, step)), wanted)
+        sure = torch.where(among[..., None], again, sure)
+    after, ids = redraw(state, 1, logits, drawn)
+    assert torch.equal(ids, wanted) and torch.equal(after, sure)
+    assert not given or (ids[:, 1] == 0).all()
+
+
+def test_a_late_stage_may_go_over_its_scales_again(model, tiny_vqvae):
+    """There are as many draws as the stage with the most passes needs."""
+    first, whole = plan_of(model, ((1,), (4,), (16,))), plan_of(model, ((1,), (4,), (4, 4, 8)))
+    stages = replace(first.stages[0], scales=range(2)), replace(whole.stages[0], scales=range(2, 3))
+    prompt = ClassPrompt(torch.tensor([1, 2]))
+    made, wanted = (generate(plan, tiny_vqvae.quantizer, prompt, [3, 4]) for plan in (Plan(stages), whole))
+    assert Plan(stages).passes == 3
+    assert all(torch.equal(a, b) for a, b in zip(made.tokens, wanted.tokens))
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline):
