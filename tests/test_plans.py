@@ -10,7 +10,7 @@ import nextscale
 from sample.draw import Filter
 from sample.generate import generate
 from sample.guidance import Guidance
-from sample.plan import plain, scale_filters
+from sample.plan import Plan, Stage, plain, scale_filters
 from sample.plan_options import read_settings
 from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan
 from sample.state import Hook
@@ -85,6 +85,24 @@ def test_guidance_inside_the_blocks_reaches_a_prefill(model, quantizer, config, 
     wanted = tokens(plain(model, guidance=guidance), quantizer)
     assert torch.equal(tokens(PlanConfig(**config).build(model, guidance=guidance), quantizer), wanted)
     assert not torch.equal(wanted, tokens(plain(model, guidance=0.0), quantizer))
+
+
+def test_guided_blocks_are_counted_from_either_end(model, quantizer):
+    first, last = (tokens(plain(model, guidance=Guidance(3.0, blocks=(b,))), quantizer) for b in (-DEPTH, -1))
+    for block, wanted in ((0, first), (DEPTH - 1, last)):
+        assert torch.equal(tokens(plain(model, guidance=Guidance(3.0, blocks=(block,))), quantizer), wanted)
+    assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("blocks", [(0,), (-1,)])
+def test_guidance_inside_the_blocks_of_oblong_scales_reaches_a_prefill(quantizer, blocks):
+    oblong = make_model(schedule="1x1,1x2,2x3,3x4", selectivity=None)
+    guidance = Guidance((1.0, 2.0, 0.0, 3.0), blocks=blocks, on_logits=False)
+    wanted = tokens(plain(oblong, guidance=guidance), quantizer)
+    late = Plan(
+        (Stage(oblong, range(3), guidance=guidance), Stage(oblong, range(3, 4), guidance=guidance, recompute=True))
+    )
+    assert torch.equal(tokens(late, quantizer), wanted)
 
 
 @pytest.mark.parametrize("cache", ["100%", "scalekv:100%"])

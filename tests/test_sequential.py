@@ -12,10 +12,11 @@ from test_supernet import last_validation, train
 from sample.costs import plan_flops
 from sample.edit import EditHook
 from sample.generate import draw_in_turn, generate, scale_features, start
+from sample.guidance import mix
 from sample.ledger import counted_flops
 from sample.load import load_pipeline
 from sample.pipeline import NextScalePipeline
-from sample.plan import plain
+from sample.plan import Plan, Stage, plain
 from sample.plan_text import PlanConfig
 from train.sequential import SequentialConfig, with_head, without_head
 from var.conditioning import ClassPrompt
@@ -57,6 +58,14 @@ def test_it_can_be_left_out_or_stop_earlier(pipeline, model, tiny_vqvae):
             tokens(pipeline, sequential=wrong)
 
 
+def test_a_stage_of_later_scales_needs_no_head(model):
+    """What is drawn token by token is said of the whole plan; it must hold where those scales are made."""
+    drafted, headless = Stage(model, range(2), sequential=2), without_head(model)
+    assert len(Plan((drafted, Stage(headless, range(2, 3), sequential=2))).stages) == 2
+    with pytest.raises(ValueError, match="sequential must be 0, as this model has no head for it, got 2"):
+        Plan((Stage(model, range(1), sequential=1), Stage(headless, range(1, 3), sequential=2)))
+
+
 @torch.no_grad()
 def test_token_by_token_is_the_masked_pass(model):
     features, ids, lengths = torch.randn(3, 21, 32), torch.randint(16, (3, 21)), (1, 4, 16)
@@ -71,9 +80,10 @@ def test_token_by_token_is_the_masked_pass(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
 @pytest.mark.parametrize("given_first", [False, True])
-def test_a_token_is_drawn_from_what_those_before_it_say(model, tiny_vqvae, given_first):
-    """Also where those before it are given, as in editing, and not drawn."""
+def test_a_token_is_drawn_from_what_those_before_it_say(model, tiny_vqvae, given_first, guidance):
+    """Also where those before it are given, as in editing, and not drawn; the head reads the conditional half."""
 
     def after_one_scale():
         state = start(plan, tiny_vqvae.quantizer, ClassPrompt(torch.tensor([1, 2])), [3, 4])
@@ -82,17 +92,18 @@ def test_a_token_is_drawn_from_what_those_before_it_say(model, tiny_vqvae, given
         state.advance(0, torch.tensor([[7], [9]]))
         return state
 
-    plan = plain(model, guidance=0.0)
+    plan = plain(model, guidance=guidance, top_k=5)
     state = after_one_scale()
     if given_first:
         state.extras["given"] = torch.full((2, 21), -1)
-        state.extras["given"][:, 1:3] = torch.tensor([[5, 6], [7, 8]])
+        state.extras["given"][:, 1:3] = torch.tensor([[0, 6], [7, 0]])
     logits, drawn = draw_in_turn(state, 1)
     if given_first:
         assert torch.equal(drawn[:, :2], state.extras["given"][:, 1:3])
     features = scale_features(after_one_scale(), 1)
-    expected = model.head.project(features) + model.sequential(features, drawn, (4,))
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    parallel = model.head.project(mix(features, 1.0) if guidance else features)  # half of the ramp to 2
+    expected = parallel + model.sequential(features[:2], drawn, (4,))
+    torch.testing.assert_close(logits, plan.stages[0].filter(1)(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline):
