@@ -1,11 +1,14 @@
 """The transformer: cached = uncached, causality over scales, backends, conditioning, initialisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.conditioning import ClassPrompt, TextPrompt
+from var.layers import rope_table
 from var.masks import attention_mask
 from var.presets import PRESETS
 from var.transformer import NextScaleTransformer
@@ -85,7 +88,17 @@ def test_what_a_scale_can_see(kind, reach):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["flex", "grouped"])
-@pytest.mark.parametrize("options", [{}, {"mask": "block_diagonal"}, {"schedule": "1,3,9,10"}, {"schedule": "8,9"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": "block_diagonal"},
+        {"schedule": "1,3,9,10"},
+        {"schedule": "8,9"},
+        {"schedule": "1,8,9", "mask": "block_diagonal"},
+    ],
+    ids=str,
+)
 def test_backends_of_attention_agree(options, backend):
     model = make(**options)
     cond, x = model.condition(prompt_for(model)), inputs_for(model)
@@ -103,6 +116,29 @@ def test_groups_are_the_small_scales_and_each_large_one():
     assert diagonal.spans == tuple((begin, end, begin) for begin, end in places)
     assert attention_mask(schedule, range(3, 4), "cpu", kind="block_diagonal") is None
     assert attention_mask(schedule, range(3, 10), "cpu", backend="grouped", cached=True).shape == (666, 680)
+    assert attention_mask(ScaleSchedule.of("8,9"), range(2), "cpu", backend="grouped").first_nn is None
+
+
+def test_a_mask_is_of_the_keys_that_there_are():
+    schedule = ScaleSchedule.of("1,2,3")
+    assert attention_mask(schedule, range(2, 3), "cpu", cached=True) is None  # everything is seen
+    own = attention_mask(schedule, range(2, 3), "cpu", kind="block_diagonal", cached=True)
+    assert torch.equal(own, (torch.arange(14) >= 5).expand(9, 14))
+    later = attention_mask(schedule, range(1, 3), "cpu")  # the keys of scale 0 are not among them
+    assert torch.equal(later, attention_mask(schedule, range(3), "cpu")[1:, 1:])
+    for wrong in ({"kind": "causal"}, {"backend": "flash"}):
+        with pytest.raises(ValueError, match=f"must be one of .*{next(iter(wrong.values()))}"):
+            attention_mask(schedule, range(3), "cpu", **wrong)
+
+
+def test_a_rotary_position_is_the_nearest_place_of_the_grid():
+    """Three cells a side on a grid of (4, 8): rows 0, 1, 3, which turn the first half of the pairs; columns 0, 3, 5."""
+    schedule = replace(ScaleSchedule.of("1,3"), grid=(4, 8))
+    table = rope_table(schedule, range(1, 2), 8, "cpu")
+    frequencies = torch.tensor([1.0, 10000.0**-0.5])
+    rows, columns = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 3.0, 5.0])
+    angles = torch.cat([rows.repeat_interleave(3)[:, None] * frequencies, columns.repeat(3)[:, None] * frequencies], 1)
+    torch.testing.assert_close(table, torch.polar(torch.ones(9, 4), angles))
 
 
 def test_inputs_are_embedded_in_float32_under_autocast():
