@@ -28,6 +28,7 @@ from train.data import (
     _pick_split,
     build_dataset,
     build_stream,
+    hash_split,
     permute,
 )
 from train.order import image_draws
@@ -427,6 +428,76 @@ def test_metadata_may_lack_a_caption_in_its_first_line(tmp_path):
 
 def test_limit(tmp_path):
     assert len(build_dataset(config("folder", str(class_folder(tmp_path / "d")), tmp_path, limit=3))) == 3
+    assert len(build_dataset(DataConfig(size=32, num_scenes=50, limit=7))) == 7
+
+
+def test_a_small_folder_can_be_validated():
+    """One of two images at least, by its name alone; one image is for training."""
+    assert hash_split(["a", "b"], 1e-9).sum() == 1 == hash_split(["b", "a"], 1e-9).sum()
+    assert hash_split(["a", "b"], 1e-9)[0] == hash_split(["b", "a"], 1e-9)[1]
+    assert not hash_split(["a"], 0.5e-9).any() and not hash_split(["a", "b"], 0.0).any()
+    names = [f"{i}.png" for i in range(2000)]
+    assert hash_split(names, 0.1).mean() == pytest.approx(0.1, abs=0.02)
+    assert len(build_dataset(DataConfig(size=32, num_scenes=10), "val")) == 1  # 2 % of ten
+
+
+def test_another_seed_crops_otherwise(tmp_path):
+    options = config("folder", str(class_folder(tmp_path / "d")), tmp_path, resize_factor=2.0)
+    one, again, other = (build_dataset(options, seed=seed) for seed in (1, 1, 2))
+    assert all(same(one.at(i, 0), again.at(i, 0)) for i in range(7))
+    assert not all(same(one.at(i, 0), other.at(i, 0)) for i in range(7))
+
+
+def test_more_classes_may_be_declared_than_there_are(tmp_path):
+    path = str(class_folder(tmp_path / "d"))
+    assert build_dataset(config("folder", path, tmp_path, num_classes=2)).num_classes == 2
+    assert build_dataset(config("folder", path, tmp_path, num_classes=9)).num_classes == 9
+    with pytest.raises(ValueError, match="num_classes=1 must be at least 2"):
+        build_dataset(config("folder", path, tmp_path, num_classes=1))
+
+
+def test_hidden_folders_and_links_that_return_are_not_read(tmp_path):
+    root = class_folder(tmp_path / "d")
+    (root / ".cache").mkdir()
+    picture(0).save(root / ".cache/0.png")
+    picture(0).save(root / "cat/.hidden.png")
+    (root / "cat/up").symlink_to(root, target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    picture(5).save(tmp_path / "elsewhere/5.PNG")
+    (root / "cat/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    source = FolderSource(root)
+    assert [source.name(i) for i in range(len(source))] == [
+        *(f"big_dog/{i}.png" for i in range(4)),
+        *(f"cat/{i}.png" for i in range(3)),
+        "cat/more/5.PNG",
+    ]
+
+
+def test_an_empty_caption_is_not_the_class(tmp_path):
+    root = class_folder(tmp_path / "d")
+    (root / "cat/1.txt").write_text("\n")
+    data = build_dataset(config("folder", str(root), tmp_path))
+    assert [data[i]["caption"] for i in (4, 5)] == ["cat", ""]
+
+
+def test_labels_by_number_may_leave_some_out(tmp_path):
+    """The number of classes is one more than the largest; fractions are no labels, and names are sorted."""
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+
+    def labelled(labels):
+        rows = [{"file_name": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return build_dataset(config("folder", str(tmp_path), tmp_path))
+
+    assert labelled([0, 4, 4]).num_classes == 5
+    assert labelled(["10", "9", "10"]).classes == ("10", "9")  # texts, as JSON says
+    with pytest.raises(ValueError, match=r"label 0\.5 of .* must be an integer or a class name"):
+        labelled([0, 0.5, 1])
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,10\n1.png,\n2.png,9\n")
+    data = build_dataset(config("folder", str(tmp_path), tmp_path))
+    assert data.num_classes == 11 and [data[i]["label"] for i in range(3)] == [10, -1, 9]
 
 
 # ---------------------------------------------------------------- corrupt images
@@ -584,6 +655,20 @@ def test_iterating_again_begins_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:skipping images")
+def test_a_stream_is_shuffled_by_its_seed_and_validated_in_order(tmp_path):
+    """Of validation the first images are held, as many as asked for, once."""
+    path = tars(tmp_path)
+    options = config("webdataset", path, tmp_path, streaming=True, val_path=path, shuffle_buffer=5, stream_val_images=9)
+    one, other = ([item["caption"] for item in take(build_dataset(options, seed=s), 24)] for s in (1, 2))
+    assert one != other and sorted(one) == sorted(other)
+    held = build_dataset(options, "val")
+    assert [held[i]["caption"] for i in range(len(held))] == [f"picture {i}" for i in range(9)]
+    options.stream_val_images = 100
+    assert len(build_dataset(options, "val")) == 24
+    with pytest.raises(ValueError, match=r"data\.num_classes must be given for class-conditional training"):
+        build_dataset(options, labelled=True)
+
+
 def test_a_stream_without_one_good_image_is_an_error(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -710,6 +795,8 @@ def test_scenes():
     counting = DataConfig(size=32, num_scenes=50, val_fraction=0.1, scene_tags=dict.fromkeys(TAGS, 0) | {"counting": 1})
     assert {build_dataset(counting)[i]["label"] for i in range(50)} == {TAGS.index("counting")}
     assert torch.equal(build_dataset(counting, "val")[0]["image"], val[0]["image"])  # validation stays as it is
+    for made in (data, val, build_dataset(counting)):
+        assert all(made.captions(i) == (made[i]["caption"],) for i in range(5))
 
 
 @pytest.mark.parametrize(

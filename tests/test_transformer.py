@@ -294,6 +294,16 @@ def test_blocks_that_drop_differently_are_compiled_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block drops nothing
 
 
+def test_a_query_of_zeros_reads_evenly():
+    attention = make().blocks[0].attn
+    with torch.no_grad():
+        attention.to_q.bias.zero_()
+        q, k, v = attention.project(torch.zeros(1, 4, 32))
+    torch.testing.assert_close(
+        attention.read(q, k, v), v.transpose(1, 2).flatten(2).mean(dim=1, keepdim=True).expand(1, 4, -1)
+    )
+
+
 @pytest.mark.parametrize("options", [{}, {"qk_norm": False, "positions": "rope"}])
 def test_queries_keys_and_values_by_one_product_are_those_of_three(options):
     model = make(**options)
