@@ -124,6 +124,8 @@ def test_it_begins_as_the_last_layers(tiny_vqvae):
         model.masked_logits(x, None, None, cond), model.logits(model(x, cond), cond), atol=1e-5, rtol=0
     )
     assert without_masked(model).masked is None and with_masked(model, 2) is model
+    deep = make_model(drop_path=0.3)
+    assert [block.drop_path for block in deep.masked.blocks] == [block.drop_path for block in deep.blocks[1:]]
     with pytest.raises(ValueError, match="masked_layers must be 0 unless mask is block_diagonal"):
         with_masked(make_model(masked_layers=0, mask="block_causal"), 2)
     with pytest.raises(ValueError, match=r"masked\.layers is 1, and start_from has 2"):

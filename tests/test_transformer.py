@@ -249,6 +249,7 @@ def test_a_bridge_may_be_longer_than_the_scales_at_hand():
     model = make()
     cond, x = model.condition(prompt_for(model)), inputs_for(model)[:, :4]
     assert torch.equal(model(x, cond, scales=range(2), layers=[0], bridge=2), model(x, cond, scales=range(2)))
+    assert torch.equal(model(None, cond, scales=range(1), layers=[0], bridge=2), model(None, cond, scales=range(1)))
 
 
 @torch.no_grad()
@@ -281,6 +282,43 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_branches():
     x, ada = torch.randn(2, 5, 32), torch.randn(2, 6, 32)
     out = block(x, ada, kept_2B11=torch.tensor([[1.0, 0.0], [1.0, 0.0]])[..., None, None])
     assert torch.equal(out[1], x[1]) and torch.allclose(out[0], block(x, ada)[0])
+    apart = block(x, ada, kept_2B11=torch.tensor([[1.0, 0.0], [0.0, 1.0]])[..., None, None])  # each branch by itself
+    closed = [ada.index_fill(1, torch.tensor([gate]), 0.0) for gate in (1, 0)]  # as if the other's gate were shut
+    for row in range(2):
+        torch.testing.assert_close(apart[row], block(x, closed[row])[row])
+
+
+@torch.no_grad()
+def test_what_is_read_of_a_text_is_gated_channel_by_channel():
+    model = make(conditioning="text", text_width=12, text_length=9, cross_gate=0.5)
+    block, x = model.blocks[0], torch.randn(3, 5, 32)
+    cond = model.condition(prompt_for(model))
+    read = torch.zeros(3, 5, 32)
+    block.ffn.fc2.weight.zero_()
+    block.ffn.fc2.bias.zero_()
+    with_text = block.after(x, read, cond.blocks[0], cond.memory[0], cond.memory_mask_B11T)
+    added = with_text - block.after(x, read, cond.blocks[0])
+    block.cross_gate_D.mul_(torch.arange(32) % 3)
+    again = block.after(x, read, cond.blocks[0], cond.memory[0], cond.memory_mask_B11T)
+    torch.testing.assert_close(
+        again - block.after(x, read, cond.blocks[0]), added * (torch.arange(32) % 3), atol=1e-5, rtol=0
+    )
+    assert added.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("qk_norm, scale", [(True, 1.0), (False, 0.25 / 4)])
+@torch.no_grad()
+def test_a_cache_that_chooses_is_told_the_factor_of_logits(qk_norm, scale):
+    seen = []
+
+    class Watch(KVCache):
+        def update(self, *args, **kwargs):
+            seen.append(kwargs["scale"])
+            return super().update(*args, **kwargs)
+
+    model = make(qk_norm=qk_norm)
+    model(None, model.condition(prompt_for(model)), scales=range(1), cache=Watch(3, 5))
+    assert seen == [scale] * 3  # of heads of 16
 
 
 def test_blocks_that_drop_differently_are_compiled_once():
