@@ -115,9 +115,10 @@ def test_another_aspect_is_drawn(tiny_vqvae):
 
 
 @torch.no_grad()
-def test_it_begins_as_the_last_layers(tiny_vqvae):
+@pytest.mark.parametrize("level_every", [0, 2])
+def test_it_begins_as_the_last_layers(level_every):
     """Without codes beside the inputs, and before any training, a masked pass is the plain pass."""
-    model = with_masked(make_model(masked_layers=0), 2)
+    model = with_masked(make_model(masked_layers=0, level_every=level_every), 2)
     cond = model.condition(ClassPrompt(torch.tensor([1, 2])))
     x = torch.randn(2, 20, 4)
     torch.testing.assert_close(
