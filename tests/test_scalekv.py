@@ -99,8 +99,9 @@ def test_a_layer_is_promised_no_more_than_it_still_has():
     """What a refiner forgot is gone: as a drafter of a later scale it holds what it kept and the scale after that."""
     schedule = SCHEDULES["var256"]
     index = torch.rand(8, len(schedule), generator=torch.Generator().manual_seed(0)).tolist()
-    for row in scalekv_budgets(0.3, index, schedule, drafter_share=0.1):
-        assert all(row[k] <= row[k - 1] + schedule.lengths[k - 1] for k in range(1, len(schedule)))
+    for share in (0.3, 0.6):
+        for row in scalekv_budgets(share, index, schedule, drafter_share=0.1):
+            assert all(row[k] <= row[k - 1] + schedule.lengths[k - 1] for k in range(1, len(schedule)))
 
 
 def test_refiners_shrink_from_scale_to_scale_as_published():
@@ -109,7 +110,8 @@ def test_refiners_shrink_from_scale_to_scale_as_published():
     refiners = [round(27 * (0.92 - 0.11 * j)) for j in range(3)]
     assert [row[4:] for row in budgets[2:]] == [refiners] * 2
     assert [row[4:] for row in budgets[:2]] == [[2 * 27 - tokens for tokens in refiners]] * 2
-    assert all(row[4] == 30 for row in scalekv_budgets(30 / 91, INDEX, SCHEDULE))  # a history that just fits stays
+    just_fits = scalekv_budgets(30 / 91, INDEX, SCHEDULE, drafter_share=0.5)  # at scale 4: the next is the first beyond
+    assert [row[4:6] for row in just_fits[2:]] == [[30, round(30 * 0.92)]] * 2
 
 
 def test_drafters_are_two_layers_of_thirty_two():
