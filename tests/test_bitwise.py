@@ -23,7 +23,7 @@ from sample import adapters
 from sample.calibrate import measure_selectivity
 from sample.convert import convert, convert_back
 from sample.costs import cache_peak, plan_work
-from sample.generate import generate
+from sample.generate import generate, smooth_code, start
 from sample.guidance import Guidance
 from sample.load import load_pipeline
 from sample.measure import Stopwatch
@@ -256,6 +256,16 @@ def test_bits_follow_their_probabilities(model: NextScaleTransformer, prompt: Te
     many = one.select(torch.zeros(2000, dtype=torch.int64))
     drawn = generate(plan, QUANTIZER, many, range(2000), hooks=[hook]).tokens[0]
     torch.testing.assert_close(drawn.float().mean(dim=0), hook.p[0], atol=0.05, rtol=0)
+
+
+def test_a_token_with_one_bit_given_is_no_mix(model: NextScaleTransformer, prompt: TextPrompt) -> None:
+    state = start(plain(model, guidance=0.0), QUANTIZER, prompt, [7, 8])
+    state.extras["given"] = torch.full((2, model.schedule.total, 8), -1)
+    state.extras["given"][0, 2, 3] = 0
+    bits = torch.randint(2, (2, 4, 8))
+    code = smooth_code(state, 1, torch.randn(2, 4, 8, 2), bits, bits)
+    hard = (code.abs() - 8**-0.5).abs().amax(dim=1) < 1e-6
+    assert hard.flatten(1).tolist() == [[False, True, False, False], [False] * 4]
 
 
 def test_selected_copies_differ_and_first_ones_do_not(model: NextScaleTransformer, prompt: TextPrompt) -> None:

@@ -266,6 +266,11 @@ def test_dead_codes_restart_at_data_the_same_way_every_time(vqvae):
     with torch.no_grad():
         codebook.copy_(before)
     objective.usage_KV[:, 5:] = 0.0
+    objective.after_step(images(), metrics, Clock(30, 0.1, 7), processes)
+    assert not torch.equal(codebook, first)  # drawn anew
+    with torch.no_grad():
+        codebook.copy_(before)
+    objective.usage_KV[:, 5:] = 0.0
     objective.after_step(images(), metrics, Clock(20, 0.95, 7), processes)
     assert torch.equal(codebook, before)  # too late in training
 
@@ -308,8 +313,11 @@ def test_sizes_of_scales_follow_the_residuals(tiny_vqvae, draw, step, share):
     objective = tokenizer_objective(vqvae, draw_codes=draw, restart_every=0)
     before, codes = vqvae.quantizer.scale_rms_K.clone(), vqvae.quantizer.codebook.weight.detach().clone()
     metrics = objective(images(), START)[1]
+    with torch.no_grad():
+        residuals = vqvae(images()["image"]).quantized.residuals_NC
     objective.after_step(images(), metrics, Clock(step, 0.0, 0), Processes(Accelerator(cpu=True)))
-    expected = before * (1 + share * (metrics["rms_K"] - 1))
+    sizes_K = torch.stack([r_NC.square().mean().sqrt() for r_NC in residuals])
+    expected = before * (1 + share * (sizes_K - 1))
     torch.testing.assert_close(vqvae.quantizer.scale_rms_K, expected)
     assert torch.equal(vqvae.quantizer.codebook.weight, codes) == (not (draw and step == 0))
 
