@@ -290,8 +290,9 @@ def test_mismatched_requests_are_refused(model, quantizer):
     prompt = ClassPrompt(torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="seeds"):
         generate(plain(model), quantizer, prompt, [1])
-    with pytest.raises(ValueError, match="seed must be"):
-        generate(plain(model), quantizer, prompt, [1, -2])
+    for seed in (-2, 2**63):
+        with pytest.raises(ValueError, match="seed must be"):
+            generate(plain(model), quantizer, prompt, [1, seed])
     for sizes in ({"vocab_size": 19, "channels": 5}, {"vocab_size": 20, "channels": 6}):
         with pytest.raises(ValueError, match="belong together"):
             generate(plain(model), MultiScaleQuantizer(**sizes), prompt, [1, 2])
