@@ -213,7 +213,7 @@ def test_cache_accounting_is_exact():
     k = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
     cache.update(0, k, k)
     cache.update(1, k, k)
-    assert cache.nbytes == 2 * 2 * (2 * 4 * 14 * 8) * 2  # k and v, layers, elements, bytes
+    assert cache.nbytes == 2 * 2 * (2 * 4 * 14 * 8) * 2 == cache.peak_nbytes  # k and v, layers, elements, bytes
     cache.free_layers([0])
     assert cache.nbytes == 2 * (2 * 4 * 14 * 8) * 2
     cache.select(torch.tensor([1, 1, 0]))
@@ -222,6 +222,10 @@ def test_cache_accounting_is_exact():
     wide = torch.randn(3, 4, 3, 8, dtype=torch.bfloat16)
     cache.update(1, wide, wide, begin=5)
     assert cache.nbytes == 2 * (3 * 4 * 20 * 8) * 2 and torch.equal(cache.keys[1][0, :, :5], k[1])
+    assert cache.peak_nbytes == 2 * (3 * 4 * (14 + 20) * 8) * 2  # while a layer grew
+    place = cache.keys[1].data_ptr()
+    cache.update(1, wide, wide, begin=8)
+    assert cache.keys[1].data_ptr() == place  # there was room
     cache.reset()
     assert cache.nbytes == 0
 
