@@ -100,6 +100,16 @@ def test_patches_are_in_the_order_of_pixel_shuffle() -> None:
     assert torch.equal(quantizer.next_input(f, 0, schedule), F.pixel_unshuffle(f, 2).flatten(2).transpose(1, 2))
 
 
+def test_inputs_are_interpolated_and_residuals_averaged() -> None:
+    """From 8 cells a side to 2: linear interpolation reads the middle 2x2 cells of each 4x4, an average all of them."""
+    quantizer, schedule = BinarySphericalQuantizer(channels=3), ScaleSchedule.of("1,2,8")
+    f = latent(quantizer, schedule)
+    parts = f.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5)  # B, rows, columns, C, 4, 4
+    middle, whole = (part.mean(dim=(-1, -2)).flatten(1, 2) for part in (parts[..., 1:3, 1:3], parts))
+    torch.testing.assert_close(quantizer.next_input(f, 1, schedule), middle)
+    assert torch.equal(quantizer.choose(f, 1, schedule), (whole > 0).long())
+
+
 def test_later_labels_see_the_flipped_bits() -> None:
     quantizer, schedule = BinarySphericalQuantizer(channels=8), ScaleSchedule.of("1,2,4,8")
     f = latent(quantizer, schedule, batch=8)
