@@ -244,6 +244,7 @@ def test_adversary_joins_when_it_is_time(vqvae):
     _, before = objective(images(), Clock(3, 0.49, 0))
     _, after = objective(images(), Clock(3, 0.5, 0))
     assert "adversarial" not in before and "adversarial" in after
+    assert objective.branches()["adversary"].progress(0.5) == 0 < objective.branches()["main"].progress(0.5)
 
 
 def test_dead_codes_restart_at_data_the_same_way_every_time(vqvae):
