@@ -298,6 +298,11 @@ def test_every_training_of_elastic_decoding_starts_from_a_checkpoint(vqvae_folde
     teacher = ["--code.role=refiner", "--code.handover=2", f"--code.teacher={base}/latest/transformer"]
     assert train(tmp_path / "refine", vqvae_folder, "--transformer.depth=1", *teacher) == 0
     assert {"kl_1x1", "kl_4x4"} <= set(last_validation(tmp_path / "refine"))
+    teacher[-1] = f"--code.teacher={tmp_path}/net/latest/transformer"
+    capfd.readouterr()
+    assert train(tmp_path / "refine", vqvae_folder, "--transformer.depth=1", *teacher) == 2
+    assert "was trained with another code.teacher: resume with that one" in capfd.readouterr().err
+    teacher[-1] = f"--code.teacher={base}/latest/transformer"
     capfd.readouterr()
     assert train(tmp_path / "both", vqvae_folder, *teacher, "--supernet.depths=[1]") == 2
     assert "leave one out" in capfd.readouterr().err

@@ -71,10 +71,6 @@ class DrafterObjective(VarObjective):
         """The scales before the hand-over."""
         return {"scales": range(len(self.drafted))}
 
-    def foundations(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
-        """The teacher, too."""
-        return {**super().foundations(), "code.teacher": list(self.frozen[0].named_parameters())}
-
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each drafted token."""
         return token_weights(self.drafted, self.config.weights, self.transformer.device)
@@ -143,6 +139,10 @@ class RefinerObjective(VarObjective):
                 raise ValueError(f"code.teacher must have the refiner's {name} {mine}, got {theirs}")
         self.code = code
         self.frozen = (teacher.eval().requires_grad_(False),)  # a tuple: no submodule, so neither wrapped nor saved
+
+    def foundations(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
+        """The teacher, too."""
+        return {**super().foundations(), "code.teacher": list(self.frozen[0].named_parameters())}
 
     def weights(self, clock: Clock) -> torch.Tensor:
         """Weight of each token: times lambda before the hand-over."""
