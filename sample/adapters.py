@@ -23,6 +23,8 @@ from var import convert_hmar as hmar_keys
 from var import convert_infinity as infinity_keys
 from var.transformer import NextScaleTransformer
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -39,6 +41,7 @@ class Adapter:
         official_buffers: (config, dtype) to the tensors `buffers` matches, as a fresh official model has them.
         keeps_buffers: buffers may differ from the fresh ones, and are kept for the way back.
         needs: what a config of ours must say for the official code to be able to run it.
+        square: whether the official code knows square scales only.
     """
 
     what: str
@@ -51,6 +54,7 @@ class Adapter:
     official_buffers: Callable[[Mapping, torch.dtype], State]
     keeps_buffers: bool = False
     needs: Mapping[str, object] = field(default_factory=dict)
+    square: bool = False
 
 
 VQVAE = Adapter(
@@ -84,6 +88,7 @@ VAR = Adapter(
         "sequential_layers": 0,
         "masked_layers": 0,
     },
+    square=True,
 )
 
 HMAR = Adapter(
@@ -96,6 +101,7 @@ HMAR = Adapter(
     var_keys.official_shape,
     hmar_keys.official_buffers,
     needs={name: wanted for name, wanted in VAR.needs.items() if name != "masked_layers"} | {"mask": "block_diagonal"},
+    square=True,
 )
 
 
@@ -120,7 +126,14 @@ INFINITY = Adapter(
     infinity_keys.official_name,
     infinity_keys.official_shape,
     infinity_keys.official_buffers,
-    needs={"bitwise": True, "conditioning": "text", "positions": "rope", "mask": "block_causal"},
+    needs={
+        "bitwise": True,
+        "conditioning": "text",
+        "positions": "rope",
+        "mask": "block_causal",
+        "qk_norm": True,
+        "level_table": 15,  # as many rows as there are, whatever the scales
+    },
 )
 
 
@@ -131,8 +144,28 @@ class _Shapes(dict):
         super().__init__({key: tuple(tensor.shape) for key, tensor in state.items()})
         self.what = what
 
+    def __getitem__(self, key: str) -> tuple[int, ...]:
+        return _Shape(super().__getitem__(key), f"{self.what} checkpoint: {key}")
+
     def __missing__(self, key: str) -> tuple[int, ...]:
         raise ValueError(f"{self.what} checkpoint lacks {key}")
+
+
+class _Shape(tuple):
+    """A tensor's shape; a dimension that it does not have is reported with the tensor's name, as one of length 0 is."""
+
+    def __new__(cls, shape: Sequence[int], name: str):
+        made = super().__new__(cls, shape)
+        made.name = name
+        if 0 in made:
+            raise ValueError(f"{name} is {tuple(made)}, and holds nothing")
+        return made
+
+    def __getitem__(self, place: int) -> int:
+        try:
+            return super().__getitem__(place)
+        except IndexError:
+            raise ValueError(f"{self.name} is {tuple(self)}, and has too few dimensions") from None
 
 
 def read_config(
@@ -179,6 +212,11 @@ def from_official(adapter: Adapter, state: Mapping[str, torch.Tensor], config: M
     table = key_table(adapter, config)
     weights = {key: tensor for key, tensor in state.items() if not adapter.buffers.fullmatch(key)}
     _check_keys(adapter.what, weights, table)
+    for key, tensor in weights.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized
+        if tensor.dtype not in FLOATS or not plain:
+            kind = f"{tensor.dtype}".removeprefix("torch.") + ("" if plain else ", not plain numbers")
+            raise ValueError(f"{adapter.what} checkpoint: {key} must be float16, bfloat16, float32 or 64, got {kind}")
     ours: State = {}
     for official, targets in table.items():
         _check_shape(adapter, official, weights[official], targets)
@@ -196,6 +234,9 @@ def to_official(adapter: Adapter, state: Mapping[str, torch.Tensor], config: Map
     for name, value in adapter.needs.items():
         if config.get(name, value) != value:
             raise ValueError(f"only a model with {name} {value} can be a {adapter.what}; this one has {config[name]}")
+    schedule = ScaleSchedule.of(config["schedule"])
+    if adapter.square and any(h != w for h, w in schedule.sides):
+        raise ValueError(f"only a model of square scales can be a {adapter.what}; these are {schedule.text}")
     official: State = {}
     for name, targets in key_table(adapter, config).items():
         parts = [state[key] for key, _ in targets]

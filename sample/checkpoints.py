@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from sample.files import atomically
 
 State = dict[str, torch.Tensor]
 
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, TypeError, AssertionError, AttributeError, struct.error)
 _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 _SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -63,6 +65,7 @@ def stream(
     state, touched = make_state(), 0
     for key in list(state):
         if touched > budget:
+            state = None  # before it is made anew
             state, touched = make_state(), 0
         touched += state[key].nbytes
         yield key, state[key]
@@ -134,15 +137,21 @@ def map_safetensors(path: Path) -> tuple[State, mmap.mmap]:
 
 def write_pth(path: Path, state: object, mappings: Sequence[mmap.mmap]) -> None:
     """`torch.save`, which forgets mapped pages as it goes: they count as memory no longer than they are needed."""
-    with open(path, "wb") as file:
-        torch.save(state, _Forgetting(file, mappings))
+    hidden: list[OSError] = []
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, _Forgetting(file, mappings, hidden))
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and not hidden:
+            raise
+        raise OSError(f"{path} cannot be written: {(hidden or [error])[0].strerror}") from None
 
 
 class _Forgetting:
-    """A file to write to, after each `budget` bytes of which mappings are emptied."""
+    """A file to write to, after each `budget` bytes of which mappings are emptied; keeps errors, which torch hides."""
 
-    def __init__(self, file: BinaryIO, mappings: Sequence[mmap.mmap], budget: int = 2**27):
-        self.file, self.mappings, self.budget, self.written = file, mappings, budget, 0
+    def __init__(self, file: BinaryIO, mappings: Sequence[mmap.mmap], errors: list[OSError], budget: int = 2**27):
+        self.file, self.mappings, self.errors, self.budget, self.written = file, mappings, errors, budget, 0
 
     def write(self, data: bytes) -> int:
         self.written += len(data)
@@ -150,7 +159,11 @@ class _Forgetting:
             self.written = 0
             for mapping in self.mappings:
                 mapping.madvise(mmap.MADV_DONTNEED)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.errors.append(error)
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -169,9 +182,15 @@ def shard_names(index: Path) -> list[str]:
         ValueError: if it is no such index.
     """
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted({*map(_text, json.loads(index.read_text())["weight_map"].values())})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is not the index of a sharded checkpoint") from None
+
+
+def _text(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(name)
+    return name
 
 
 def _read_shards(index: Path) -> State:
@@ -238,7 +257,7 @@ def _read_pickle(path: Path) -> object:
         raise ValueError(f"{path} is not a weight file torch can read") from None
     except LookupError:
         raise ValueError(f"{path} is not a weight file torch can read") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged or cut short: {_first_sentence(error)}") from None
 
 
@@ -291,13 +310,23 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _state_dicts(nested: object) -> Iterator[State]:
-    if not isinstance(nested, Mapping):
-        return
-    tensors = {_unwrapped(key): value for key, value in nested.items() if isinstance(value, torch.Tensor)}
-    if tensors:
-        yield tensors
-    for value in nested.values():
-        yield from _state_dicts(value)
+    """The state dicts in a dictionary, at any depth; one that holds itself is looked into once."""
+    waiting, seen = [nested], set()
+    while waiting:
+        held = waiting.pop()
+        if not isinstance(held, Mapping) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        tensors: State = {}
+        for key, value in held.items():
+            if isinstance(value, torch.Tensor):
+                name = _unwrapped(key)
+                if name in tensors and not torch.equal(tensors[name], value):
+                    raise ValueError(f"two tensors of the file are {name}, as {key} is, and differ: leave one out")
+                tensors[name] = value
+        if tensors:
+            yield tensors
+        waiting += reversed(held.values())
 
 
 def _unwrapped(key: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import mmap
 import os
@@ -156,8 +157,10 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
         inside = [path for path in reads if path and out.resolve() in (p := Path(path).resolve(), *p.parents)]
         if inside:
             raise ValueError(f"out {out} holds {inside[0]}, which is read: name another folder")
-    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):  # of one that was killed
+        if not _runs(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -171,3 +174,14 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -17,6 +17,7 @@ ONLY = {  # options that mean something to some of the conversions alone
     "text_encoder": {"from infinity"},
     "schedule": SQUARES,
     "heads": FILES,
+    "refiner_heads": {"from code"},
     "depth": FILES,
     "phi_ratio": SQUARES,
     "cosine": SQUARES,
@@ -53,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told = parser.add_argument_group("what tensors cannot tell")
     told.add_argument("--schedule", help="sides of the scales, e.g. 1,2,3,4 or 1x2,2x4, where they are not recorded")
     told.add_argument("--heads", type=int, help="heads of a transformer without QK-norm (one per 64 channels)")
+    told.add_argument("--refiner-heads", type=int, help="those of such a refiner (one per 64 channels)")
     told.add_argument("--depth", type=int, help="refuse a transformer of another depth")
     told.add_argument("--phi-ratio", type=float, help="quant_resi (0.5)")
     told.add_argument("--cosine", action="store_true", help="the codebook is searched by angle (using_znorm)")

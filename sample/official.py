@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -58,7 +58,8 @@ class Flags:
 
     Attributes:
         schedule: the scales; needed only if they are not square or the checkpoint does not record them.
-        heads: attention heads of a transformer without QK-norm; one per 64 channels when None.
+        heads, refiner_heads: attention heads of a transformer and of a refiner without QK-norm; one per 64 channels
+            when None.
         depth: refuse a transformer of another depth.
         phi_ratio, cosine, beta: of the quantiser, see `MultiScaleQuantizer` (the reference's `quant_resi`,
             `using_znorm` and `beta`).
@@ -71,6 +72,7 @@ class Flags:
 
     schedule: str | None = None
     heads: int | None = None
+    refiner_heads: int | None = None
     depth: int | None = None
     phi_ratio: float = 0.5
     cosine: bool = False
@@ -82,8 +84,9 @@ class Flags:
 
     def __post_init__(self):
         """Raise ValueError on what no checkpoint can have."""
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"heads must be 1 or more, got {self.heads}")
+        for name in ("heads", "refiner_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not abs(self.phi_ratio) <= 1:
             raise ValueError(f"phi_ratio must be in -1..1, got {self.phi_ratio}")
         if not 0 <= self.beta < float("inf"):
@@ -109,8 +112,10 @@ class Component:
     def load(self) -> ModelMixin:
         """Our model with its weights, in eval mode."""
         model = self.on_meta()
-        model.load_state_dict({key: tensor.clone() for key, tensor in stream(self.weights)}, assign=True)
-        cast(model, model.dtype)  # of a file in half precision, what is to stay float32 becomes it
+        state = {key: tensor.clone() for key, tensor in stream(self.weights)}
+        model.load_state_dict(state, assign=True)
+        floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+        cast(model, reduce(torch.promote_types, floats))  # of a file in half precision, some parts stay float32
         return model.eval()
 
 
@@ -175,7 +180,8 @@ def read_components(
     source = partial(read_state, fetch(vae), adapters.VQVAE.roots, adapters.VQVAE.what)
     components = {"vqvae": _component(adapters.VQVAE, source, vae, schedule=schedule, **tokenizer)}
     for name in parts:
-        own = {"heads": flags.heads if name == "transformer" else None, "norm_eps": flags.norm_eps}
+        heads = flags.refiner_heads if name == "refiner" else flags.heads
+        own = {"heads": heads, "norm_eps": flags.norm_eps}
         components[name] = _component(adapter, sources[name], files[name], schedule=schedule, **own)
     _check_together(components, flags)
     sampling = dict(FAMILIES[family].sampling)
@@ -194,10 +200,14 @@ def _hmar_source(source: Callable[[], State], file: str | Path, masked: str | Pa
     """The state dict of a whole HMAR model, out of one file or two."""
     second = None if masked is None else partial(read_state, fetch(masked), adapters.HMAR.roots, adapters.HMAR.what)
 
+    shared: list[int] = []  # blocks, once they are known: all of both files is compared for it
+
     def whole() -> State:
         one, two = source(), None if second is None else second()
         try:
-            return hmar_keys.normalized(one, two)
+            if two is not None and not shared:
+                shared.append(hmar_keys.shared_blocks(one, two))
+            return hmar_keys.normalized(one, two, *shared)
         except ValueError as error:
             raise ValueError(f"{file} and {masked}: {error}") from None
 
@@ -238,6 +248,8 @@ def _token_patch(config: Mapping, vae: State, file: str | Path) -> int:
     weight = vae.get("encoder.conv_out.conv.weight")
     if weight is None:
         raise ValueError(f"{file}: {adapters.BSQ.what} checkpoint lacks encoder.conv_out.conv.weight")
+    if weight.ndim != 4:
+        raise ValueError(f"{file}: encoder.conv_out.conv.weight is {tuple(weight.shape)}, expected four dimensions")
     bits, channels = config["latent_channels"], weight.shape[0]
     published = INFINITY_TOKENIZERS.get((config["depth"], config["width"], bits))
     advice = f": give {published}" if published else ""

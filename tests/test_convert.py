@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import nextscale
 from sample import adapters, convert_cli
-from sample.checkpoints import read_state, stream, write_safetensors
-from sample.convert import convert, convert_back
+from sample.checkpoints import read_state, stream, write_pth, write_safetensors
+from sample.convert import convert, convert_back, finished_folder
 from sample.load import load_pipeline
 from sample.official import Flags, fetch, load_official
 from sample.pipeline import NextScalePipeline
 from tokenizer.model import MultiScaleVQ
 from var.conditioning import ClassPrompt
 from var.presets import PRESETS
+from var.transformer import NextScaleTransformer
 
 GOLDENS = Path(__file__).parent / "goldens"
 State = dict[str, torch.Tensor]
@@ -288,6 +289,32 @@ BAD = {
         lambda f, d: _saved(d / "b.pth", weights("var_tiny") | {"blocks.1.attn.zero_k_bias": torch.ones(64)}),
         r"blocks\.1\.attn\.zero_k_bias is not what",
     ),
+    "eight bits": (
+        lambda f, d: _saved(
+            d / "f8.pth", weights("var_tiny") | {"blocks.1.ffn.fc2.bias": torch.zeros(64, dtype=torch.float8_e4m3fn)}
+        ),
+        r"blocks\.1\.ffn\.fc2\.bias must be float16, bfloat16, float32 or 64, got float8_e4m3fn",
+    ),
+    "whole numbers": (
+        lambda f, d: _saved(d / "i.pth", weights("var_tiny") | {"head.bias": torch.zeros(64, dtype=torch.int64)}),
+        r"head\.bias must be float16, bfloat16, float32 or 64, got int64",
+    ),
+    "flat": (
+        lambda f, d: _saved(d / "flat.pth", weights("var_tiny") | {"pos_1LC": torch.zeros(3)}),
+        r"flat\.pth: VAR transformer checkpoint: pos_1LC is \(3,\), and has too few dimensions",
+    ),
+    "nothing": (
+        lambda f, d: _saved(d / "no.pth", weights("var_tiny") | {"word_embed.weight": torch.zeros(0, 16)}),
+        r"word_embed\.weight is \(0, 16\), and holds nothing",
+    ),
+    "far block": (
+        lambda f, d: _saved(d / "far.pth", weights("var_tiny") | {"blocks.3000000.attn.q_bias": torch.zeros(64)}),
+        "blocks are numbered up to 3000000, and there are only 5",
+    ),
+    "two of one name": (
+        lambda f, d: _saved(d / "two.pth", weights("var_tiny") | {"module.head.bias": torch.ones(64)}),
+        r"two tensors of the file are head\.bias, as module\.head\.bias is, and differ",
+    ),
     "not a number": (
         lambda f, d: _saved(d / "n.pth", weights("var_tiny") | {"blocks.1.ffn.fc2.bias": torch.full((64,), torch.nan)}),
         r"blocks\.1\.ffn\.fc2\.bias holds NaN",
@@ -307,7 +334,7 @@ def test_bad_file_is_one_clear_line(files: dict[str, Path], tmp_path: Path, case
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         convert(tmp_path / "ours", family="var", vae=files["vae"], transformer=bad)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-    assert not (tmp_path / "ours").exists() and not (tmp_path / ".ours.partial").exists()
+    assert not (tmp_path / "ours").exists() and not list(tmp_path.glob(".ours.*"))
 
 
 @pytest.mark.parametrize(
@@ -522,6 +549,58 @@ def test_files_in_half_precision_draw_at_once(files: dict[str, Path], tmp_path: 
     assert pipeline.transformer.dtype == torch.bfloat16
     assert next(pipeline.transformer.head.parameters()).dtype == torch.float32
     assert np.isfinite(pipeline(class_labels=1, seed=0, output_type="np").images).all()
+
+
+def test_one_tensor_in_half_precision_makes_no_model_of_it(files: dict[str, Path], tmp_path: Path) -> None:
+    state = weights("var_tiny")
+    torch.save(state | {"pos_start": state["pos_start"].bfloat16()}, tmp_path / "mixed.pth")
+    transformer = load_official(vae=files["vae"], transformer=tmp_path / "mixed.pth")["transformer"]
+    assert {p.dtype for p in transformer.parameters()} == {torch.float32}
+
+
+def test_a_file_that_holds_itself_is_read(tmp_path: Path) -> None:
+    whole = {"model": weights("var_tiny")}
+    whole["again"] = whole
+    torch.save(whole, tmp_path / "ring.pth")
+    assert same(read_state(tmp_path / "ring.pth", adapters.VAR.roots, "VAR"), weights("var_tiny"))
+
+
+def test_heads_of_a_refiner_without_cosine_attention_are_told(files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("drafter_2", "refiner_2"):
+        state = torch.load(files[name], weights_only=True)
+        torch.save({key: v for key, v in state.items() if "scale_mul" not in key}, tmp_path / f"plain_{name}.pth")
+    given = {"vae": files["vae"], "transformer": tmp_path / "plain_drafter_2.pth"}
+    given |= {"refiner": tmp_path / "plain_refiner_2.pth"}
+    made = load_official(**given, flags=Flags(heads=2, refiner_heads=4))
+    assert (made["transformer"].config.heads, made["refiner"].config.heads) == (2, 4)
+    with pytest.raises(ValueError, match=r"without QK-norm, \d+ wide, does not tell its heads"):
+        load_official(**given, flags=Flags(heads=2))
+
+
+def test_oblong_scales_have_no_official_file() -> None:
+    sizes = {"depth": 1, "width": 8, "heads": 1, "vocab_size": 9, "latent_channels": 3, "schedule": "1x2,2x4"}
+    model = NextScaleTransformer(**sizes)
+    with pytest.raises(ValueError, match="only a model of square scales can be a VAR transformer; these are 1x2,2x4"):
+        adapters.to_official(adapters.VAR, model.state_dict(), model.config)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    """What torch says then names neither the file nor the reason."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError, match="full cannot be written: No space left on device"):
+        write_pth(Path("/dev/full"), {"x": torch.zeros(2**20)}, [])
+
+
+def test_conversions_beside_each_other_leave_each_other_alone(tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{2**22 + 1}"  # of a process that cannot be
+    left.mkdir()
+    other = tmp_path / ".out.partial-1"
+    other.mkdir()
+    with finished_folder(tmp_path / "out", overwrite=False) as folder:
+        (folder / "x").write_text("x")
+        assert not left.exists() and other.exists()
+    assert (tmp_path / "out/x").read_text() == "x"
 
 
 def test_a_tokenizer_of_normed_scales_has_no_official_file() -> None:

@@ -242,3 +242,15 @@ def test_an_image_is_disturbed_by_itself():
         alone_ids, alone_inputs = quantizer.corrected(f[row : row + 1], SQUARE, [n[row : row + 1] for n in noise])
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone_ids, ids))
         torch.testing.assert_close(alone_inputs[0], inputs[row])
+
+
+def test_images_whose_latents_are_not_finite_have_no_tokens(tiny_vqvae):
+    image = torch.full((1, 3, *tiny_vqvae.image_hw), torch.nan)
+    with pytest.raises(ValueError, match="latents are not finite"):
+        tiny_vqvae.image_to_tokens(image)
+
+
+def test_no_images_have_no_tokens(tiny_vqvae):
+    f_BCHW = torch.zeros(0, tiny_vqvae.config.latent_channels, *tiny_vqvae.schedule.latent_hw)
+    ids = tiny_vqvae.quantizer.encode(f_BCHW, tiny_vqvae.schedule)
+    assert [tuple(tokens.shape) for tokens in ids] == [(0, n) for n in tiny_vqvae.schedule.lengths]

@@ -203,7 +203,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         """Images (B, 3, h, w) in [-1, 1] to one (B, l) int64 tensor of tokens per scale.
 
         Raises:
-            ValueError: if the images' size is not that of the schedule's latent grid.
+            ValueError: if the images' size is not that of the schedule's latent grid, or latents are not finite.
         """
         schedule = schedule or self.schedule
         expected = tuple(side * self.stride for side in schedule.latent_hw)
@@ -211,7 +211,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"image is {tuple(image.shape[-2:])} pixels (h, w); schedule {schedule.text} needs {expected}"
             )
-        return self.quantizer.encode(self.encode(image.to(self.dtype)), schedule)
+        return self.quantizer.encode(check_latents(self.encode(image.to(self.dtype))), schedule)
 
     @torch.no_grad()
     def tokens_to_image(self, ids: list[torch.Tensor], schedule: ScaleSchedule | None = None) -> torch.Tensor:
@@ -224,6 +224,13 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         if len(ids) != len(schedule):
             raise ValueError(f"ids must be of the {len(schedule)} scales of {schedule.text}, got {len(ids)} tensors")
         return self.decode(self.quantizer.partial_sums(ids, schedule)[-1]).clamp(-1, 1)
+
+
+def check_latents(f_BCHW: torch.Tensor) -> torch.Tensor:
+    """The latents; their nearest codes would be code 0, whatever the image, where they are not finite: ValueError."""
+    if not torch.isfinite(f_BCHW).all():
+        raise ValueError("latents are not finite: the weights or the image are damaged, or float32 is needed as dtype")
+    return f_BCHW
 
 
 def _check(own: FrozenDict) -> None:

@@ -319,7 +319,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
             else:  # |z - e|^2, in the order of operations of the official code
                 distance_NV = z_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
                 ids_N = torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2, beta=1).argmin(dim=1)
-        return ids_N.view(len(z_BChw), -1)
+        return ids_N.view(len(z_BChw), z_BChw.shape[2] * z_BChw.shape[3])
 
     def _shrink(self, x_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         if k == len(schedule) - 1:

@@ -22,7 +22,7 @@ from sample.fast import accelerate_tokenizer, supported
 from sample.files import check_place, write_text
 from sample.load import load_tokenizer
 from sample.processes import check_group, works_on_cpu
-from tokenizer.model import MultiScaleVQ
+from tokenizer.model import MultiScaleVQ, check_latents
 from tokenizer.precision import cast
 from train.config import base_parser, exit_code, yaml_word
 from train.data import DataConfig, build_dataset
@@ -166,7 +166,7 @@ def encode(
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
         image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
-        f_BCHW = vqvae.encode(image.to(vqvae.dtype))
+        f_BCHW = check_latents(vqvae.encode(image.to(vqvae.dtype)))
         ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))
         if config.latents:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
 
 import torch
@@ -64,6 +64,18 @@ def read_schedule(shapes: Mapping[str, Sequence[int]], level_ids: torch.Tensor |
     return ScaleSchedule.of(sides).spec
 
 
+def count_blocks(keys: Iterable[str], name: str = "blocks") -> int:
+    """One more than the largest number of a block among the keys; 0 without any.
+
+    Raises:
+        ValueError: if far more are left out than are there: such a model would be built before anything is missing.
+    """
+    found = {int(m[1]) for key in keys if (m := re.match(rf"{name}\.(\d+)\.", key))}
+    if found and max(found) > 10 * len(found):
+        raise ValueError(f"{name} are numbered up to {max(found)}, and there are only {len(found)}")
+    return 1 + max(found, default=-1)
+
+
 def read_config(
     shapes: Mapping[str, Sequence[int]],
     *,
@@ -82,7 +94,7 @@ def read_config(
     Raises:
         ValueError: if `heads` or `schedule` contradict the tensors.
     """
-    depth = 1 + max((int(m[1]) for key in shapes if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    depth = count_blocks(shapes)
     width, latent_channels = shapes["word_embed.weight"]
     shared_ada = any(key.startswith("shared_ada_lin.") for key in shapes)
     qk_norm = any(key.endswith(".attn.scale_mul_1H11") for key in shapes)
@@ -94,6 +106,10 @@ def read_config(
         if heads not in (None, detected):
             raise ValueError(f"heads is {heads}, the transformer has {detected}")
         heads = detected
+    elif heads is None and width % 64:
+        raise ValueError(
+            f"a transformer without QK-norm, {width} wide, does not tell its heads: give heads (or refiner_heads)"
+        )
     hidden = shapes["blocks.0.ffn.fc1.weight"][0]
     return {
         "depth": depth,

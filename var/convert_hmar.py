@@ -41,13 +41,16 @@ _OF_VAR = {  # what VAR's reader asks for: where it is in the whole model
 State = dict[str, torch.Tensor]
 
 
-def normalized(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor] | None = None) -> State:
+def normalized(
+    state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor] | None = None, shared: int | None = None
+) -> State:
     """The whole model's state dict: `state` itself, or made of the files of the first training and of the second.
 
     Args:
         state: of the whole model, or of the first training (VAR's keys).
         masked: of the second training, whole or only what it changed; None for the whole model, or for a model without
             masked prediction, which keeps VAR's keys.
+        shared: `shared_blocks` of the two, where they were compared before.
 
     Raises:
         ValueError: if the two do not belong together, or a second file is given beside the whole model.
@@ -56,16 +59,20 @@ def normalized(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Ten
         return dict(state)
     if any(key.startswith("base_blocks.") for key in state):
         raise ValueError("the transformer's file has masked prediction already: leave the second one out")
-    depth = _count(state, "blocks")
-    shared = _shared_blocks(state, masked, depth)
+    depth = var_keys.count_blocks(state, "blocks")
+    shared = shared_blocks(state, masked) if shared is None else shared
     own = re.compile(rf"blocks\.({'|'.join(map(str, range(shared, depth)))})\.|head\.|head_nm\.|mask_embed\.")
     whole = {_whole_name(key, shared): tensor for key, tensor in state.items()}
     return whole | {_masked_name(key, shared): tensor for key, tensor in masked.items() if own.match(key)}
 
 
-def _shared_blocks(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor], depth: int) -> int:
-    """How many first blocks the second training left alone; it may have changed only the last ones, and the head."""
-    changed = set()
+def shared_blocks(state: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor]) -> int:
+    """How many first blocks the second training left alone; it may have changed only the last ones, and the head.
+
+    Raises:
+        ValueError: if it changed anything else, or the two are of different models.
+    """
+    changed, depth = set(), var_keys.count_blocks(state, "blocks")
     for key, tensor in masked.items():
         first = state.get({"word_embed_bias": "word_embed.bias"}.get(key, key))
         block = re.match(r"blocks\.(\d+)\.", key)
@@ -106,7 +113,7 @@ def read_config(
     Raises:
         ValueError: if there are not as many blocks of masked prediction as last blocks, or as `var.convert`.
     """
-    base, last, own = (_count(shapes, name) for name in BLOCKS)
+    base, last, own = (var_keys.count_blocks(shapes, name) for name in BLOCKS)
     if not base:  # of the first training alone
         config = var_keys.read_config(shapes, schedule=schedule, heads=heads, norm_eps=norm_eps)
         return config | {"mask": "block_diagonal", "masked_layers": 0}
@@ -139,7 +146,3 @@ def official_buffers(config: Mapping, dtype: torch.dtype) -> State:
     names = [f"{name}.{i}.attn.zero_k_bias" for name, count in counts for i in range(count)]
     zeros = {name: torch.zeros(config["width"], dtype=dtype) for name in names}
     return {"lvl_1L": levels_L[None], "attn_bias_for_masking": mask_LL[None, None], **zeros}
-
-
-def _count(shapes: Mapping[str, Sequence[int]], name: str) -> int:
-    return 1 + max((int(m[1]) for key in shapes if (m := re.match(rf"{name}\.(\d+)\.", key))), default=-1)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from var.convert import count_blocks
+
 ROOTS = (
     "block_chunks.",
     "blocks.",
@@ -75,7 +77,7 @@ def chunked(state: Mapping[str, torch.Tensor], chunks: int) -> dict[str, torch.T
     Raises:
         ValueError: if the blocks do not divide into so many chunks.
     """
-    depth = _count(state)
+    depth = count_blocks(state)
     if chunks < 1 or depth % chunks:
         raise ValueError(f"chunks must divide the {depth} blocks, got {chunks}")
     if chunks == 1:
@@ -118,7 +120,7 @@ def read_config(
     if outputs != 2 * bits:
         raise ValueError(f"the transformer reads {bits} bits a token and predicts {outputs} logits: not a bitwise one")
     return {
-        "depth": _count(shapes),
+        "depth": count_blocks(shapes),
         "width": width,
         "heads": detected,
         "vocab_size": 2,
@@ -157,10 +159,6 @@ def official_buffers(config: Mapping, dtype: torch.dtype) -> dict[str, torch.Ten
     """The tensors of an official state dict that hold no weights: zero key biases."""
     names = [f"blocks.{i}.{part}.zero_k_bias" for i in range(config["depth"]) for part in ("sa", "ca")]
     return {name: torch.zeros(config["width"], dtype=dtype) for name in [*names, "text_proj_for_sos.ca.zero_k_bias"]}
-
-
-def _count(keys: Mapping[str, object]) -> int:
-    return 1 + max((int(m[1]) for key in keys if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
 
 
 def _chunk_size(state: Mapping[str, object]) -> int:
