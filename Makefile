@@ -5,7 +5,7 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 EXTRAS := dev
 BIN := $(VENV)/bin
-OUT ?= pictures
+OUT ?=
 PROMPT ?= a red star left of a blue heart
 
 ifneq ($(shell command -v uv 2>/dev/null),)
@@ -19,7 +19,7 @@ endif
 .PHONY: sample test slow-test test-oldest lint clean
 
 sample: $(VENV)/.installed
-	$(BIN)/nextscale sample "$(PROMPT)" --n 4 --seed 0 --out $(OUT)
+	$(BIN)/nextscale sample "$(PROMPT)" --n 4 --seed 0 $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

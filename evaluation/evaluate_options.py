@@ -55,7 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--n", type=int, help="images of each prompt (1; geneval 4); with --tokenizer, scenes (1200)")
     how.add_argument("--usage-n", type=int, default=2000, help="with --tokenizer, scenes to count codes on (2000)")
     how.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
-    how.add_argument("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; fd-scenes,is-scenes for scenes")
+    how.add_argument(
+        "--metrics",
+        metavar="LIST",
+        help=f"some of {','.join(METRICS)} (fd-scenes,is-scenes for scenes); with --tokenizer of "
+        + ",".join(TOKENIZER_METRICS),
+    )
     how.add_argument(
         "--reference",
         type=Path,

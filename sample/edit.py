@@ -269,7 +269,8 @@ def _window(repaint_hw: np.ndarray, model_hw: tuple[int, int]) -> tuple[int, int
         if last - first > size:
             raise ValueError(
                 f"mask_image spans {last - first} pixels, and the model, which draws {model_hw[1]}x{model_hw[0]}, "
-                f"sees {width}x{height} of this {w}x{h} image: crop or extend the image, or repaint less"
+                f"sees {width}x{height} of this {w}x{h} image at once: repaint less (one border after the other), or "
+                "crop the image"
             )
         starts.append(int(np.clip((whole - size) // 2, last - size, first)))
     return starts[1], starts[0], starts[1] + width, starts[0] + height

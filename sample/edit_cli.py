@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --n 4 --out edits/
   nextscale edit photo.png --model var-d36 --class "golden retriever" --mask mask.png --feather 8
-  nextscale edit photo.png --model var-d36 --extend 64,0,64,0      draw 64 more pixels to the left and to the right
+  nextscale edit photo.png --model var-d36 --extend 64,64,64,64    draw 64 more pixels around a square picture
   nextscale edit photo.png --model var-d36 --mask mask.png         class models fill in without a class, too
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --search best --n 8      the best of 8 edits
 
@@ -63,7 +63,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--box", action="append", metavar="X0,Y0,X1,Y1", help="repaint a box, in pixels; several are allowed"
     )
-    part.add_argument("--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", help="draw so many pixels more on each side")
+    part.add_argument(
+        "--extend",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="draw so many pixels more on each side; all that is new must fit into one window of the model's shape",
+    )
 
     edge = parser.add_argument_group("its edge")
     edge.add_argument("--invert", action="store_true", help="repaint all but that part")

@@ -111,7 +111,7 @@ def accelerate(pipeline: NextScalePipeline, settings: FastSettings | None = None
             accelerate_transformer(model, settings)
     if settings.graphs:
         pipeline.graphed = GraphedSampler(pipeline.vqvae)
-    pipeline.accelerated = settings
+    pipeline.accelerated = pipeline.transformer.accelerated_with = settings  # for a pipeline of the same parts, too
     return pipeline
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,9 +100,24 @@ def open_folder(folder: Path) -> NextScalePipeline:
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {part}/, which its model_index.json names")
     try:
-        return NextScalePipeline.from_pretrained(folder)
+        return NextScalePipeline.from_pretrained(folder, variant=variant_of(folder / "transformer"))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"model folder {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant that a part's weights are all of, as fp16 of NAME.fp16.safetensors; None where there are plain ones.
+
+    Raises:
+        ValueError: if they are of several, and none is plain.
+    """
+    name = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+    found = {match[1] for path in folder.glob("*.safetensors") if (match := name.fullmatch(path.name))}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds the variants {', '.join(sorted(found))}, and none is plain: keep one of them")
+    return found.pop()
 
 
 def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> MultiScaleVQ:

@@ -101,7 +101,7 @@ class NextScalePipeline(DiffusionPipeline):
         self.register_modules(**models, tokenizer=tokenizer, text_encoder=text_encoder)
         self.register_to_config(sampling=check_sampling(sampling or {}), handover=handover, class_names=class_names)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
-        self.accelerated = None  # what `sample.fast.accelerate` exchanged
+        self.accelerated = getattr(transformer, "accelerated_with", None)  # what `sample.fast.accelerate` exchanged
         self.graphed: GraphedSampler | None = None  # replays calls without hooks; set by `accelerate` on CUDA
         self.offloaded: str | None = None  # how `sample.offload` keeps the weights in CPU memory
 
@@ -370,13 +370,14 @@ class NextScalePipeline(DiffusionPipeline):
     def _image_hw(self, plan: Plan) -> tuple[int, int]:
         return tuple(side * self.vqvae.stride for side in plan.schedule.latent_hw)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Prompt:
-        """Texts to what the transformer is conditioned on; a call takes it as `prompt` instead of texts.
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Prompt:
+        """A text or several to what the transformer is conditioned on; a call takes it as `prompt` instead of texts.
 
         The text encoder may be on another device, or be freed afterwards.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text encoder and a tokenizer, and this pipeline was made without them")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         length = self.transformer.config.text_length
         whole = self.pads_texts
         encoded = encode_prompts(self.tokenizer, self.text_encoder, prompts, max_length=length, whole=whole)

@@ -255,7 +255,7 @@ def test_the_window_has_the_models_shape_and_holds_the_mask(data):
     try:
         x0, y0, x1, y1 = Canvas.of(image, mask, model_hw).window
     except ValueError as error:
-        assert "crop or extend the image" in str(error)
+        assert "repaint less (one border after the other), or crop" in str(error)
         assert (right - left) * model_hw[0] + model_hw[1] > h * model_hw[1] or (
             (bottom - top) * model_hw[1] + model_hw[0] > w * model_hw[0]
         )

@@ -344,6 +344,9 @@ def test_a_plain_pipeline_can_be_copied_and_an_accelerated_one_says_that_it_cann
     for duplicate in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled: load the model again"):
             duplicate(ours)
+    for same in (NextScalePipeline.from_pipe(ours), NextScalePipeline(**ours.components)):  # of the same parts
+        with pytest.raises(ValueError, match="an accelerated pipeline stays on its device and in its dtype"):
+            same.to(torch.bfloat16)
 
 
 def test_help_does_not_import_torch():

@@ -49,6 +49,12 @@ def test_a_batch_is_its_images_one_by_one(class_pipeline, text_pipeline):
     np.testing.assert_allclose(np.concatenate([one.images for one in alone]), together.images, atol=1e-5)
 
 
+def test_one_text_is_encoded_as_one(text_pipeline):
+    encoded = text_pipeline.encode_prompt(TEXTS[0])
+    assert len(encoded) == 1
+    assert np.array_equal(pixels(text_pipeline, encoded, seed=3), pixels(text_pipeline, TEXTS[0], seed=3))
+
+
 def test_encoded_texts_serve_as_negatives_but_not_for_a_search(text_pipeline):
     from sample.search import Search
     from sample.search_steps import Step
@@ -257,6 +263,18 @@ def test_a_tokenizer_is_found_wherever_one_would_look(class_folder, tmp_path):
     assert load_tokenizer("scenes").image_hw == (64, 64)
     with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json"):
         load_tokenizer("nowhere")
+
+
+def test_a_folder_of_one_variant_is_read(class_pipeline, tmp_path):
+    class_pipeline.save_pretrained(tmp_path, variant="ema")
+    assert not (tmp_path / "transformer/diffusion_pytorch_model.safetensors").exists()
+    loaded = load_pipeline(tmp_path, device="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    call = {"class_labels": 1, "seed": 1}
+    assert np.array_equal(pixels(loaded, **call), pixels(class_pipeline, **call))
+    class_pipeline.save_pretrained(tmp_path, variant="other")
+    with pytest.raises(ValueError, match="transformer holds the variants ema, other, and none is plain"):
+        load_pipeline(tmp_path, device="cpu")
 
 
 def test_sampling_defaults_are_saved(tiny_class_model, tiny_vqvae, tmp_path):
