@@ -150,9 +150,11 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     """
     works = (a, b)
     paths, names = [shard_paths(work) for work in works], names_apart(a, b)
-    rows = common_rows(*image_keys(works, paths))
+    keys = image_keys(works, paths)
+    rows = common_rows(*keys)
     row: dict = {"a": names[0], "b": names[1], "n": len(rows[0])}
-    sentences = [line for work, p in zip(works, paths, strict=True) for line in _left_out(work, p, len(rows[0]))]
+    counted = zip(works, paths, map(len, keys), strict=True)
+    sentences = [line for work, p, there in counted for line in _left_out(work, p, there, len(rows[0]))]
     statistics = stored_moments(reference) if reference is not None else None
     if reference is not None and statistics is None:
         raise ValueError(f"--reference must be an npz with mu and sigma, got {reference}")
@@ -185,9 +187,8 @@ def compare_works(a: Path, b: Path, reference: Path | None) -> tuple[dict, list[
     return row, sentences
 
 
-def _left_out(work: Path, paths: Sequence[Path], paired: int) -> list[str]:
+def _left_out(work: Path, paths: Sequence[Path], there: int, paired: int) -> list[str]:
     """Cautions about a folder's images that are not there yet, or that have no partner in the other one."""
-    there = len(read_column(paths, "seeds"))
     planned = max(settings_of(work).get("count", there), there)
     missing = sorted({*range(len(paths))} - {int(path.stem) for path in paths})
     lines = []

@@ -12,7 +12,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -137,21 +137,27 @@ def map_safetensors(path: Path) -> tuple[State, mmap.mmap]:
 
 def write_pth(path: Path, state: object, mappings: Sequence[mmap.mmap]) -> None:
     """`torch.save`, which forgets mapped pages as it goes: they count as memory no longer than they are needed."""
-    hidden: list[OSError] = []
+    with written(path), open(path, "wb") as file:
+        torch.save(state, _Forgetting(file, mappings))
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Raise OSError, naming the path, for what torch and safetensors raise inside when a disk is full."""
     try:
-        with open(path, "wb") as file:
-            torch.save(state, _Forgetting(file, mappings, hidden))
-    except (RuntimeError, OSError) as error:
-        if isinstance(error, RuntimeError) and not hidden:
+        yield
+    except (RuntimeError, SafetensorError, OSError) as error:
+        full = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
+        if getattr(error, "filename", None) is not None or (isinstance(error, RuntimeError) and not full):
             raise
-        raise OSError(f"{path} cannot be written: {(hidden or [error])[0].strerror}") from None
+        raise OSError(f"{path} cannot be written; is the disk full? ({str(error).strip().splitlines()[0]})") from None
 
 
 class _Forgetting:
-    """A file to write to, after each `budget` bytes of which mappings are emptied; keeps errors, which torch hides."""
+    """A file to write to, after each `budget` bytes of which mappings are emptied."""
 
-    def __init__(self, file: BinaryIO, mappings: Sequence[mmap.mmap], errors: list[OSError], budget: int = 2**27):
-        self.file, self.mappings, self.errors, self.budget, self.written = file, mappings, errors, budget, 0
+    def __init__(self, file: BinaryIO, mappings: Sequence[mmap.mmap], budget: int = 2**27):
+        self.file, self.mappings, self.budget, self.written = file, mappings, budget, 0
 
     def write(self, data: bytes) -> int:
         self.written += len(data)
@@ -159,11 +165,7 @@ class _Forgetting:
             self.written = 0
             for mapping in self.mappings:
                 mapping.madvise(mmap.MADV_DONTNEED)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.errors.append(error)
-            raise
+        return self.file.write(data)
 
     def flush(self) -> None:
         self.file.flush()

@@ -159,7 +159,8 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
             raise ValueError(f"out {out} holds {inside[0]}, which is read: name another folder")
     folder, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):  # of one that was killed
-        if not _runs(int(left.name.rpartition("-")[2])):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and not _runs(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -182,6 +183,6 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
-        return True
+    except PermissionError:  # another user's
+        pass
     return True

@@ -169,19 +169,19 @@ def test_two_models_are_compared_under_common_seeds(alone, class_folder, tmp_pat
 def test_unfinished_runs_are_compared_with_a_caution(alone, tmp_path):
     shutil.copytree(alone, tmp_path / "part")
     shards = shard_paths(tmp_path / "part")
-    assert not _left_out(alone, shard_paths(alone), 10)
+    assert not _left_out(alone, shard_paths(alone), 10, 10)
     shards.pop().unlink()  # of one image
-    assert _left_out(tmp_path / "part", shards, 9) == [
+    assert _left_out(tmp_path / "part", shards, 9, 9) == [
         f"caution: {tmp_path / 'part'} has 9 of 10 images: its run is not finished"
     ]
-    assert _left_out(alone, shard_paths(alone), 9) == [
+    assert _left_out(alone, shard_paths(alone), 10, 9) == [
         f"caution: 1 of 10 images of {alone} have no partner in the other, and are left out"
     ]
     settings = json.loads((tmp_path / "part/settings.json").read_text())
     del settings["count"]  # as before it was kept
     (tmp_path / "part/settings.json").write_text(json.dumps(settings))
     shards.pop(1)
-    assert "has no shard 000001: its run is not finished" in _left_out(tmp_path / "part", shards, 6)[0]
+    assert "has no shard 000001: its run is not finished" in _left_out(tmp_path / "part", shards, 6, 6)[0]
 
 
 def test_a_text_model_is_judged_and_compared_by_its_score(text_folder, tmp_path, capsys):

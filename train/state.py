@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import Dataset, IterableDataset
 
+from sample.checkpoints import written
 from sample.files import write_text
 from train.checkpoint import complete_checkpoints, drop_old, point_link, write_checkpoint
 from train.session import Meter, Objective, Session, averaged_weights
@@ -40,29 +40,17 @@ def save(session: Session) -> None:
             weights = get_model_state_dict(session.model, options=FULL)
 
     def write(folder: Path) -> None:
-        save_tensors(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
-        with averaged_weights(session) if weights is None else contextlib.nullcontext():
-            try:
-                session.task.export(folder / "weights", session.objective, weights)
-            except SafetensorError as error:
-                raise OSError(f"{folder / 'weights'} cannot be written; is the disk full? ({error})") from None
+        with written(folder / "state.pt"):
+            torch.save(state, folder / "state.pt")  # before the swap: on a CPU these tensors are the model's own
+        averaged = averaged_weights(session) if weights is None else contextlib.nullcontext()
+        with averaged, written(folder / "weights"):
+            session.task.export(folder / "weights", session.objective, weights)
 
     if accelerator.is_main_process:
-        written = write_checkpoint(config.checkpoints, session.step, write)
-        point_link(config.latest, written / "weights")
+        made = write_checkpoint(config.checkpoints, session.step, write)
+        point_link(config.latest, made / "weights")
         drop_old(config.checkpoints, keep=config.keep)
     accelerator.wait_for_everyone()
-
-
-def save_tensors(state: dict, path: Path) -> None:
-    """`torch.save`, whose RuntimeError on a full disk is an OSError here."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        if not any(writer in str(error) for writer in ("inline_container", "PytorchStreamWriter")):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"{path} cannot be written; is the disk full? ({reason})") from None
 
 
 def collect(session: Session) -> dict:
