@@ -150,7 +150,7 @@ def written(path: Path) -> Iterator[None]:
         full = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
         if getattr(error, "filename", None) is not None or (isinstance(error, RuntimeError) and not full):
             raise
-        raise OSError(f"{path} cannot be written; is the disk full? ({str(error).strip().splitlines()[0]})") from None
+        raise OSError(f"{path} cannot be written; is the disk full? ({_first_sentence(error).strip()})") from None
 
 
 class _Forgetting:
