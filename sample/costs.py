@@ -14,6 +14,8 @@ from dataclasses import astuple, dataclass, fields
 import torch
 
 from sample.plan import Plan, Stage
+from var.cache import KVCache
+from var.pruning import PrunedCache
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,17 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True
         head: count the projection to logits and the draw, too.
         prefill: count what a stage reads of earlier scales before it begins, with its first scale.
     """
-    rows, made, before = batch * (2 if plan.guided else 1), [], None
+    rows, made, before, joined = batch * (2 if plan.guided else 1), [], None, 0
     for stage in plan.stages:
-        continues = before is not None and stage.continues(before)
+        if before is None or not stage.continues(before):
+            joined = stage.scales.start
         for k in stage.scales:
-            work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens)
-            joins = k == stage.scales.start and k > 0 and not continues
-            if prefill and joins and stage.model.reads_earlier:
-                work += step_work(stage, range(k), rows, text_tokens)
+            if not stage.draws(k):
+                made.append(Work())
+                continue
+            work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens, prefilled=joined)
+            if prefill and k == joined > 0 and stage.model.reads_earlier:
+                work += step_work(stage, range(k), rows, text_tokens, prefilled=joined)
             made.append(work + head_work(stage, k, batch, text_tokens) if head else work)
         before = stage
     return made
@@ -79,23 +84,24 @@ def plan_flops(plan: Plan, widths: Sequence[int] | None = None, *, text_tokens: 
     return round(sum(width * work.flops for width, work in zip(widths or [1] * len(works), works, strict=True)))
 
 
-def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
+def step_work(stage: Stage, scales: range, rows: int, text_tokens: int, *, prefilled: int = 0) -> Work:
     """The work of one pass over some scales, up to the head; several scales are a prefill, with dense attention.
 
-    What a layer holds of earlier scales is read off the `budgets` of the stage's cache; everything without such.
+    What a layer holds of earlier scales is read off the `budgets` of the stage's cache; without such it is what the
+    layer computed of them: everything of those that were `prefilled`.
     """
     model, schedule = stage.model, stage.pyramid
     D, hidden = model.config.width, round(model.config.width * model.config.mlp_ratio)
     cross = model.config.conditioning == "text"
     begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
-    length = end - begin
     per_token = 2 * (4 * D * D + 2 * D * hidden + (2 * D * D if cross else 0))
     itemsize = next(model.parameters()).element_size()
     budgets = getattr(stage.new_cache() if stage.new_cache else None, "budgets", None)
-    earlier = begin if model.reads_earlier else 0
     fed = end - max(begin, schedule.ends[0])  # the first scale has no input to project
     total = Work(linear=2 * rows * fed * model.config.latent_channels * D)
     for layer in sorted(stage.active):
+        length = sum(_computed(stage, layer, k, prefilled) for k in scales)
+        earlier = sum(_computed(stage, layer, k, prefilled) for k in range(scales.start)) * model.reads_earlier
         S = length + (earlier if budgets is None else min(earlier, budgets[layer][scales.start]))
         total += Work(
             blocks=1,
@@ -105,6 +111,11 @@ def step_work(stage: Stage, scales: range, rows: int, text_tokens: int) -> Work:
             moved=2 * rows * S * D * itemsize,
         )
     return total
+
+
+def _computed(stage: Stage, layer: int, k: int, prefilled: int) -> int:
+    """Tokens of scale k that a layer computes: all of those that are prefilled."""
+    return stage.pyramid.lengths[k] if k < prefilled else stage.computed(layer, k)
 
 
 def head_work(stage: Stage, k: int, batch: int, text_tokens: int = 0) -> Work:
@@ -147,23 +158,28 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
         if continues:
             cache.free_layers(before.active - stage.active)
         else:
-            cache = stage.new_cache() if stage.new_cache else stage.model.new_cache(stage.pyramid)
+            cache = stage.make_cache()
         cache.reserve(plan.reserved(stage))
         if stage.scales.start and not continues:
             _feed(cache, stage, range(stage.scales.start), rows, dtype)
-        for k in stage.scales:
+        for k in filter(stage.draws, stage.scales):
             _feed(cache, stage, range(k, k + 1), rows, dtype)
         peak, before = max(peak, cache.peak_nbytes), stage
     return peak
 
 
-def _feed(cache: object, stage: Stage, scales: range, rows: int, dtype: torch.dtype) -> None:
-    schedule, heads = stage.pyramid, stage.model.config.heads
+def _feed(cache: KVCache, stage: Stage, scales: range, rows: int, dtype: torch.dtype) -> None:
+    config, schedule = stage.model.config, stage.pyramid
     begin, end = schedule.begins[scales.start], schedule.ends[scales.stop - 1]
-    shape = (rows, heads, end - begin, stage.model.config.width // heads)
-    fresh = torch.empty(shape, dtype=dtype, device="meta")
     for layer in sorted(stage.active):
+        length = stage.computed(layer, scales.start) if len(scales) == 1 else end - begin
+        shape = (rows, config.heads, length, config.width // config.heads)
+        fresh = torch.empty(shape, dtype=dtype, device="meta")
         cache.update(layer, fresh, fresh, begin=begin, q_BHld=fresh)
+        if isinstance(cache, PrunedCache) and cache.acts(layer, end) and cache.pruning.source in scales:
+            shape = (rows, schedule.lengths[cache.pruning.source], config.width)
+            for name in ("self", "text", "ffn") if config.conditioning == "text" else ("self", "ffn"):
+                cache.note(name, layer, torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def parameter_bytes(*models: torch.nn.Module | None) -> int:

@@ -21,6 +21,7 @@ from var.cache import KVCache, Pair
 from var.heads import CategoricalHead
 from var.layers import Block, rotate
 from var.masks import Mask
+from var.pruning import PrunedCache
 
 NARROW = 32  # output channels that a convolution needs to run on tensor cores (cuDNN 9)
 
@@ -57,6 +58,8 @@ class FusedBlock(Block):
         kept_2B11: None = None,
     ) -> torch.Tensor:
         """(R, l, D) to (R, l, D); the arguments are those of `Block.forward`."""
+        if isinstance(cache, PrunedCache) and cache.acts(layer, begin + x_RlD.shape[1]):
+            return self.pruned(x_RlD, ada_R6D, memory, memory_mask, mask, rope_lf, cache, layer, begin)
         few = self.counters is not None and few_rows.fits(self, x_RlD, cache, (memory, mask, rope_lf))
         if few and len(x_RlD) * x_RlD.shape[1] <= few_rows.ROWS:
             return few_rows.run(x_RlD, ada_R6D, self, cache, layer, begin)

@@ -91,17 +91,25 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
         for k in stage.scales:
             for hook in hooks:
                 hook.on_scale_begin(state, k)
-            logits, drawn = draw_in_turn(state, k) if stage.in_turn(k) else draw_at_once(state, k)
-            if len(stage.settled(k)) > 1:
-                logits, drawn = redraw(state, k, logits, drawn)
-            tokens = drawn
-            for hook in hooks:
-                tokens = hook.on_tokens(state, k, logits, tokens)
-            state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
+            if stage.draws(k):
+                make_scale(state, k, hooks, smooth=smooth)
+            else:
+                state.skip(k)
             for hook in hooks:
                 hook.on_scale_end(state, k)
     state.cache.reset()
     return state
+
+
+def make_scale(state: GenerationState, k: int, hooks: Sequence[Hook], *, smooth: bool) -> None:
+    """Draw scale k and add it to the image."""
+    logits, drawn = draw_in_turn(state, k) if state.stage.in_turn(k) else draw_at_once(state, k)
+    if len(state.stage.settled(k)) > 1:
+        logits, drawn = redraw(state, k, logits, drawn)
+    tokens = drawn
+    for hook in hooks:
+        tokens = hook.on_tokens(state, k, logits, tokens)
+    state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
 
 
 def draw_at_once(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,7 +98,8 @@ def official_cache_bytes(plan: Plan, batch: int) -> int:
 def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
     """Largest memory of a scale of one stage beside weights and caches: feed-forward, attention, or the draw."""
     stage, rows = plan.stages[place], batch * (2 if plan.guided else 1)
-    config, last = stage.model.config, plan.schedule.lengths[stage.scales[-1]]
+    k = max(filter(stage.draws, stage.scales))
+    config, last = stage.model.config, plan.schedule.lengths[k]
     D, F = config.width, round(config.width * config.mlp_ratio)
     size = torch.empty((), dtype=dtype).element_size()
     blocks = rows * last * size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
@@ -106,9 +107,9 @@ def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
     attention = rows * last * normed
     values = 2 * config.latent_channels if config.bitwise else config.vocab_size
     kernel = not config.bitwise and values <= kernels.ROW and kernels.usable(stage.model.device)
-    draw = batch * last * _draw_bytes(stage.filter(stage.scales[-1]), values, stage.model.device, kernel)
+    draw = batch * last * _draw_bytes(stage.filter(k), values, stage.model.device, kernel)
     draw += 2 * rows * last * D * FLOAT  # the head's features before and after its norm
-    if len(stage.settled(stage.scales[-1])) > 1:
+    if len(stage.settled(k)) > 1:
         draw += 2 * FLOAT * batch * last * values  # the logits of the pass before, and those of both together
     own = 0
     if not stage.model.reads_earlier:  # what is little beside a cache: keys and values of the scale, modulations

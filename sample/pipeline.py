@@ -42,7 +42,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CALLBACK_TENSORS = ("f_hat", "tokens")
 SHORT_TEXT = 128  # tokens up to which all texts are padded alike in half precision
-PLAN_WORDS = ("plan", "depth", "cache")
+PLAN_WORDS = ("plan", "depth", "cache", "prune")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
 SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", "sequential")
 SAMPLING += ("mask_schedule", *PLAN_WORDS)
@@ -214,6 +214,7 @@ class NextScalePipeline(DiffusionPipeline):
         plan: Plan | PlanConfig | str | None = None,
         depth: int | Sequence[int] | None = None,
         cache: str | float | None = None,
+        prune: str | float | Sequence[float] | None = None,
         hooks: Sequence[Hook] = (),
         search: Search | None = None,
         output_type: str = "pil",
@@ -248,8 +249,9 @@ class NextScalePipeline(DiffusionPipeline):
             smooth: mix codes by Gumbel-softmax (VAR's `more_smooth`): nicer pictures, never for measurements.
             generator: names the images by drawing a seed from it for each; or one generator an image.
             seed: names the images: image i gets seed + i; or one seed an image. Fresh seeds when both are None.
-            plan, depth, cache: which model and layers make each scale with how much memory, in words: "code:6", 4,
-                "10%" (see `sample.plan_text.PlanConfig`). Or a Plan, which leaves nothing else to say.
+            plan, depth, cache, prune: which model and layers make how much of each scale with how much memory, in
+                words: "code:6", 4, "10%", "50%" (see `sample.plan_text.PlanConfig`). Or a Plan, which leaves nothing
+                else to say.
             hooks: plugged into the loop, see `sample.state.Hook`.
             search: make several candidates of each image and give the best, see `sample.search.Search`. A
                 `sample.ledger.Ledger` among the hooks counts what it costs.
@@ -272,7 +274,7 @@ class NextScalePipeline(DiffusionPipeline):
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
-        settings |= {"sequential": sequential, "mask_schedule": mask_schedule}
+        settings |= {"sequential": sequential, "mask_schedule": mask_schedule, "prune": prune}
         plan = self.make_plan(plan, **{name: _listed(value) for name, value in settings.items() if value is not None})
         num_images_per_prompt = _listed(num_images_per_prompt)
         if image is not None and self.by_class and class_labels is None:
@@ -306,7 +308,7 @@ class NextScalePipeline(DiffusionPipeline):
     def _generate(self, plan: Plan, condition: Prompt, seeds: list[int], **call: Any) -> GenerationState:
         """By the loop; replayed where nothing but the progress bar looks on and no cache chooses as it goes."""
         *others, progress = call["hooks"]
-        chooses = any(stage.new_cache is not None for stage in plan.stages)
+        chooses = any(stage.new_cache is not None or stage.pruning is not None for stage in plan.stages)
         if self.graphed is None or others or chooses or call["negative"] is not None or call["smooth"]:
             return generate(plan, self.vqvae.quantizer, condition, seeds, **call)
         made = self.graphed.generate(plan, condition, seeds)

@@ -11,6 +11,7 @@ from sample.guidance import Guidance
 from sample.masked import MaskSchedule, check_mask_schedule
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
+from var.pruning import PrunedCache, Pruning
 from var.transformer import NextScaleTransformer
 
 
@@ -35,6 +36,8 @@ class Stage:
             was trained for when None, 0 for none.
         mask_schedule: how many tokens each pass over each scale settles, by a model of masked prediction; as
             `sample.masked.read_mask_schedule`. One pass each when None.
+        pruning: which tokens are not computed, and which scales not drawn (FastVAR); none when None. A prefill leaves
+            nothing out.
     """
 
     model: NextScaleTransformer
@@ -48,6 +51,7 @@ class Stage:
     recompute: bool = False
     sequential: int | None = None
     mask_schedule: MaskSchedule | None = None
+    pruning: Pruning | None = None
 
     @property
     def pyramid(self) -> ScaleSchedule:
@@ -59,10 +63,26 @@ class Stage:
         """The blocks that run."""
         return frozenset(range(len(self.model.blocks)) if self.layers is None else self.layers)
 
+    def make_cache(self) -> KVCache:
+        """An empty cache of the stage's kind."""
+        if self.new_cache is not None:
+            return self.new_cache()
+        if self.pruning is not None and self.pruning.source is not None:
+            return PrunedCache(len(self.model.blocks), self.pruning)
+        return self.model.new_cache(self.pyramid)
+
     def continues(self, before: Stage) -> bool:
         """Whether this stage goes on with the cache of `before`."""
-        same = self.model is before.model and self.new_cache is before.new_cache
+        same = self.model is before.model and self.new_cache is before.new_cache and self.pruning == before.pruning
         return same and not self.recompute and before.active >= self.active
+
+    def draws(self, k: int) -> bool:
+        """Whether scale k is drawn; one that is not adds nothing to the image."""
+        return self.pruning is None or k < self.pruning.drawn
+
+    def computed(self, layer: int, k: int) -> int:
+        """Tokens of scale k that a layer computes."""
+        return self.pyramid.lengths[k] if self.pruning is None else self.pruning.count(layer, k)
 
     def in_turn(self, k: int) -> bool:
         """Whether the tokens of scale k are drawn one after the other: only where all blocks run, as in training."""
@@ -115,7 +135,7 @@ class Plan:
         if not stage.model.reads_earlier:
             return [0] * len(stage.model.blocks)
         staying = after.active if after is not None and after.continues(stage) else frozenset()
-        last, schedule = stage.scales[-1], self.schedule
+        last, schedule = max(filter(stage.draws, stage.scales)), self.schedule
         return [
             schedule.ends[last] if layer in staying else schedule.begins[last] if layer in stage.active else 0
             for layer in range(len(stage.model.blocks))
@@ -236,6 +256,8 @@ def _check_stage(stage: Stage, first: Stage) -> None:
         if stage.model.masked is None:
             raise ValueError("mask_schedule is for a model of masked prediction, and this one has no part for it")
         check_mask_schedule(stage.mask_schedule, stage.pyramid)
+    if stage.pruning is not None:
+        _check_pruning(stage)
     if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale
@@ -243,3 +265,14 @@ def _check_stage(stage: Stage, first: Stage) -> None:
         raise ValueError(f"guidance needs one weight a scale, {len(first.pyramid)}, got {len(scale)}")
     if any(not -depth <= block < depth for block in stage.guidance.blocks):
         raise ValueError(f"guidance blocks must be in {-depth}..{depth - 1}, got {list(stage.guidance.blocks)}")
+
+
+def _check_pruning(stage: Stage) -> None:
+    if not stage.model.reads_earlier or stage.new_cache is not None:
+        raise ValueError("prune is for models that read earlier scales, with a cache of 100%")
+    if stage.pruning.schedule != stage.pyramid:
+        raise ValueError(
+            f"prune is for the scales {stage.pruning.schedule.text}, and the plan's are {stage.pyramid.text}"
+        )
+    if not stage.draws(stage.scales.start):
+        raise ValueError(f"prune leaves scale {stage.scales.start} out, where a stage of the plan begins")

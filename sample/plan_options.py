@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
-SETTINGS += ("guidance_ramp", "guidance_blocks", "aspect", "size", "sequential", "mask_schedule")
+SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "aspect", "size", "sequential", "mask_schedule")
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
@@ -20,6 +20,11 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--depth", help="layers of the plan's subnet, or one number a scale: 4 or 6,4,4")
     parser.add_argument("--cache", help="share of the cache to keep: 10%%, or window:, streaming:, snapkv:10%%")
+    parser.add_argument(
+        "--prune",
+        metavar="LIST",
+        help="shares of the last scales' tokens to leave out: 50%%, or 40%%,50%%,100%% (FastVAR)",
+    )
     parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
     parser.add_argument("--aspect", metavar="W:H", help="16:9, 2:3, ... from 3:1 to 1:3 (models with rotary positions)")
     parser.add_argument("--size", help="with or without --aspect: 0.06M, 0.25M, 0.60M or 1M pixels")

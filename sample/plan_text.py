@@ -5,7 +5,9 @@
     code:N         the model for N scales, then the refiner, or the model itself with `depth` layers    (CoDe)
     self:N         the latter, also where the model has a refiner
 
-A subnet after a bridge reads the keys that all layers made; a refiner makes its own keys of the earlier scales.
+A subnet after a bridge reads the keys that all layers made; a refiner makes its own keys of the earlier scales. With
+`--prune 50%` or `--prune 40%,50%,100%` layers compute only some tokens of the last scales, of those at 100% nothing
+(FastVAR).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from sample.plan import Plan, Stage, check_count
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
+from var.pruning import Pruning
 from var.scalekv import ScaleKVCache, scalekv_budgets
 from var.supernet import equidistant, runs_of_depth
 from var.transformer import NextScaleTransformer
@@ -38,6 +41,8 @@ class PlanConfig:
         depth: layers of the subnet: one number for all its scales, or one a scale (4 or "4" or "6,4,4").
         cache: share of the key/value cache to keep: "100%" is all; "10%" is scalekv:10%, or window:10%, streaming:10%
             or snapkv:10%. "scalekv:10%,window=3" sets the side of the observed grid.
+        prune: share of the tokens that most layers leave out at the last scale, or shares for the last scales:
+            "40%,50%,100%,100%" or [0.4, 0.5, 1, 1]. Scales of 100% are not drawn. It needs a whole cache.
 
     Raises:
         ValueError: on a text that is not one of these.
@@ -46,9 +51,11 @@ class PlanConfig:
     plan: str = "var"
     depth: int | Sequence[int] | str | None = None
     cache: str | float = "100%"
+    prune: str | float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        read_cache(self.cache)
+        if read_prune(self.prune) and read_cache(self.cache)[1] < 1:
+            raise ValueError(f"prune {self.prune} needs a cache of 100%, got {self.cache}")
         if self.kind in ("supernet", "self") and not self.depths:
             raise ValueError(f"plan {self.plan} needs a depth: the layers of its subnet")
 
@@ -108,7 +115,7 @@ class PlanConfig:
                 of_stage = of_stage[scales.start : scales.stop]
             layers = None if depth is None else equidistant(len(model.blocks), depth)
             common = {"guidance": shared, "filters": of_stage, "new_cache": caches[id(model)], "schedule": schedule}
-            common["sequential"] = sequential
+            common |= {"sequential": sequential, "pruning": pruning_of(self.prune, model, schedule)}
             if model.masked is not None:
                 common["mask_schedule"] = read_mask_schedule(mask_schedule, schedule or model.schedule)
             return Stage(model, scales, layers=layers, recompute=recompute, **common)
@@ -158,6 +165,34 @@ def read_cache(cache: str | float) -> tuple[str, float, int | None]:
     if not found or not 0 < share <= 1 or (found[3] and (found[1] or CACHES[0]) != "scalekv"):
         raise ValueError(f"cache must be like 10% or {':10%, '.join(CACHES)}:10% up to 100%, got {cache!r}")
     return found[1] or CACHES[0], share, int(found[3]) if found[3] else None
+
+
+def read_prune(prune: str | float | Sequence[float] | None) -> tuple[float, ...]:
+    """(0.4, 1.0) of "40%,100%", "0.4,1" and [0.4, 1]; () of None and of "off"."""
+    if prune is None or prune == "off":
+        return ()
+    parts = prune.split(",") if isinstance(prune, str) else prune if isinstance(prune, Sequence) else [prune]
+    found = [re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(part).strip()) for part in parts]
+    shares = [float(match[1]) / (100 if match[2] else 1) if match else 2.0 for match in found]
+    if not shares or max(shares) > 1:
+        raise ValueError(f"prune must be like 50% or 40%,50%,100%, shares of the last scales' tokens; got {prune!r}")
+    return tuple(shares)
+
+
+def pruning_of(
+    prune: str | float | Sequence[float] | None, model: NextScaleTransformer, schedule: ScaleSchedule | None = None
+) -> Pruning | None:
+    """What a model leaves out; None for nothing.
+
+    Raises:
+        ValueError: if there are more shares than scales, or as `Pruning`.
+    """
+    shares, schedule = read_prune(prune), model.check_schedule(schedule)
+    if not any(shares):
+        return None
+    if len(shares) > len(schedule):
+        raise ValueError(f"prune must have at most {len(schedule)} shares, one a scale, got {prune}")
+    return Pruning.of_last(shares, schedule, len(model.blocks))
 
 
 def cache_factory(

@@ -86,7 +86,7 @@ class GenerationState:
             self.cache.free_layers(before.active - stage.active)
         else:
             self.cond = self._condition(stage)
-            self.cache = stage.new_cache() if stage.new_cache else stage.model.new_cache()
+            self.cache = stage.make_cache()
         self._reserve()
         if self.scale and not continues and stage.model.reads_earlier:
             self._prefill(stage)
@@ -116,6 +116,11 @@ class GenerationState:
         if k + 1 < len(schedule):
             self.inputs.append(self.quantizer.next_input(self.f_hat_BCHW, k + 1, schedule))
         self._reserve()
+
+    def skip(self, k: int) -> None:
+        """Leave scale k out, as all after it: its tokens are -1, and the image stays as it is."""
+        like = self.uniforms(k)
+        self.tokens.append(torch.full(like.shape, -1, dtype=torch.int64, device=like.device))
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> None:
         """Keep the images of `rows`, in that order; a row may be named several times.

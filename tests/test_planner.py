@@ -30,6 +30,14 @@ PLANS = [
     {"cache": "window:50%"},
     {"plan": "supernet:1", "depth": 3, "cache": "40%"},
     {"plan": "code:2", "cache": "60%"},
+    {"prune": "50%"},
+    {"prune": "30%,40%,50%"},
+    {"prune": "20%,50%,100%"},
+    {"prune": "100%,100%"},
+    {"plan": "supernet:2", "depth": 2, "prune": "25%,50%"},
+    {"plan": "code:2", "prune": "25%,50%"},
+    {"plan": "code:3", "prune": "25%,50%,60%"},  # the refiner makes all of what the drafter left out
+    {"plan": "self:2", "depth": "3,2", "prune": "50%,60%"},
 ]
 
 

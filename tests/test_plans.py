@@ -67,6 +67,10 @@ NEUTRAL = [
     {"cache": "window:100%"},
     {"plan": "supernet:2", "depth": "4,4", "cache": "scalekv:100%"},
     {"plan": "self:3", "depth": DEPTH, "cache": "scalekv:100%"},
+    {"prune": "off"},
+    {"prune": "0%,0%"},
+    {"prune": "10%,6%"},  # 0 of 9 tokens, and of 16
+    {"plan": "self:3", "depth": DEPTH, "prune": 0.05},
 ]
 
 

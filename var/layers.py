@@ -5,6 +5,7 @@ Shapes: B images, l query tokens, S key tokens, T text tokens, D width, H heads,
 
 from __future__ import annotations
 
+from functools import partial
 from math import log
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.masks import Groups, Mask
+from var.pruning import PrunedCache
 
 EPS = 1e-6
 
@@ -249,33 +251,65 @@ class Block(nn.Module):
         kept_2B11: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, l, D) to (B, l, D); `kept_2B11` comes from `draw_kept`."""
-        read_BlD = self.attn.read(*self.before(x_BlD, ada_B6D, rope_lf), mask, cache, layer, begin)
-        return self.after(x_BlD, read_BlD, ada_B6D, memory, memory_mask, kept_2B11)
+        if isinstance(cache, PrunedCache) and cache.acts(layer, begin + x_BlD.shape[1]):
+            return self.pruned(x_BlD, ada_B6D, memory, memory_mask, mask, rope_lf, cache, layer, begin)
+        kept = (1.0, 1.0) if kept_2B11 is None else kept_2B11
+        x_BlD = x_BlD + self.self_branch(x_BlD, ada_B6D, mask, rope_lf, cache, layer, begin, kept[0])
+        if memory is not None:
+            x_BlD = x_BlD + self.text_branch(x_BlD, memory, memory_mask)
+        return x_BlD + self.ffn_branch(x_BlD, ada_B6D, kept[1])
 
-    def before(
-        self, x_BlD: torch.Tensor, ada_B6D: torch.Tensor, rope_lf: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """What goes into self-attention: queries, keys and values."""
-        _, _, scale_B1D, _, shift_B1D, _ = ada_B6D[:, :, None].unbind(dim=1)
-        return self.attn.project(modulate(x_BlD, scale_B1D, shift_B1D, self.norm_eps), rope_lf)
-
-    def after(
+    def pruned(
         self,
         x_BlD: torch.Tensor,
-        read_BlD: torch.Tensor,
         ada_B6D: torch.Tensor,
-        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
-        memory_mask: torch.Tensor | None = None,
-        kept_2B11: torch.Tensor | None = None,
+        memory: tuple[torch.Tensor, torch.Tensor] | None,
+        memory_mask: torch.Tensor | None,
+        mask: Mask | None,
+        rope_lf: torch.Tensor | None,
+        cache: PrunedCache,
+        layer: int,
+        begin: int,
     ) -> torch.Tensor:
-        """The block's output, from its input and what self-attention read."""
-        kept = (1.0, 1.0) if kept_2B11 is None else kept_2B11
-        gamma1, gamma2, _, scale2, _, shift2 = ada_B6D[:, :, None].unbind(dim=1)  # each (B, 1, D)
-        x_BlD = x_BlD + self.attn.to_out(read_BlD) * (gamma1 * kept[0])
+        """The same where a cache chooses which tokens each branch computes (`var.pruning`)."""
+
+        def tokens(few_BnD: torch.Tensor, places_Bn: torch.Tensor | None) -> torch.Tensor:
+            rope = rope_lf if rope_lf is None or places_Bn is None else rope_lf[places_Bn][:, None]
+            return self.self_branch(few_BnD, ada_B6D, mask, rope, cache, layer, begin)
+
+        x_BlD = cache.add("self", layer, begin, x_BlD, tokens)
         if memory is not None:
-            read = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
-            x_BlD = x_BlD + (read if self.cross_gate_D is None else read * self.cross_gate_D)
-        return x_BlD + self.ffn(modulate(x_BlD, scale2, shift2, self.norm_eps)) * (gamma2 * kept[1])
+            text = partial(self.text_branch, memory=memory, memory_mask=memory_mask)
+            x_BlD = cache.add("text", layer, begin, x_BlD, lambda few_BnD, _: text(few_BnD))
+        return cache.add("ffn", layer, begin, x_BlD, lambda few_BnD, _: self.ffn_branch(few_BnD, ada_B6D))
+
+    def self_branch(
+        self,
+        x_BlD: torch.Tensor,
+        ada_B6D: torch.Tensor,
+        mask: Mask | None,
+        rope_lf: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        begin: int,
+        kept: torch.Tensor | float = 1.0,
+    ) -> torch.Tensor:
+        """What self-attention adds, (B, l, D)."""
+        gamma_B1D, _, scale_B1D, _, shift_B1D, _ = ada_B6D[:, :, None].unbind(dim=1)
+        q, k, v = self.attn.project(modulate(x_BlD, scale_B1D, shift_B1D, self.norm_eps), rope_lf)
+        return self.attn.to_out(self.attn.read(q, k, v, mask, cache, layer, begin)) * (gamma_B1D * kept)
+
+    def text_branch(
+        self, x_BlD: torch.Tensor, memory: tuple[torch.Tensor, torch.Tensor], memory_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """What cross-attention adds, (B, l, D)."""
+        read_BlD = self.cross(self.cross_norm(x_BlD), memory, memory_mask)
+        return read_BlD if self.cross_gate_D is None else read_BlD * self.cross_gate_D
+
+    def ffn_branch(self, x_BlD: torch.Tensor, ada_B6D: torch.Tensor, kept: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """What the feed-forward adds, (B, l, D)."""
+        _, gamma_B1D, _, scale_B1D, _, shift_B1D = ada_B6D[:, :, None].unbind(dim=1)
+        return self.ffn(modulate(x_BlD, scale_B1D, shift_B1D, self.norm_eps)) * (gamma_B1D * kept)
 
     def draw_kept(self, x_BlD: torch.Tensor) -> torch.Tensor | None:
         """Stochastic depth: 1 / (1 - p) where a training image keeps its two branches, 0 where not, (2, B, 1, 1).
