@@ -40,7 +40,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--specialised", metavar="MODEL", help="the refiner specialised by distillation, calibrated")
     parser.add_argument("--bridge", type=int, help="scales that subnets leave to all layers (about 3/5 of them)")
     parser.add_argument("--shares", default="50%,20%,10%,4%", help="of the cache (50%%,20%%,10%%,4%%)")
-    parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,composition")
+    parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,prune,composition")
     parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 images a row)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")

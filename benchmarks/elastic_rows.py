@@ -26,6 +26,7 @@ from sample.plan_text import PlanConfig
 
 SHARES = ("50%", "20%", "10%", "4%")
 BASELINES = ("window", "streaming", "snapkv")
+PRUNES = ("25%", "50%", "75%", "100%", "25%,50%", "50%,75%", "50%,100%")  # of the last scales' tokens
 PARTS = {"1/2": 2, "1/4": 4, "1/8": 8}  # of the depth
 
 
@@ -34,10 +35,10 @@ class Row:
     """One configuration.
 
     Attributes:
-        group: what it is compared with: full, subnet, code, cache or composition.
-        label: how it is trained: "plain" models, "supernet", "specialised" or "self"; a cache policy.
+        group: what it is compared with: full, subnet, code, cache, prune or composition.
+        label: how it is trained: "plain" models, "supernet", "specialised" or "self"; a cache policy; "FastVAR".
         model, refiner: keys of the models given to the benchmark.
-        plan, depth, cache: the plan in words.
+        plan, depth, cache, prune: the plan in words.
     """
 
     group: str
@@ -47,19 +48,21 @@ class Row:
     depth: int | None = None
     cache: str = "100%"
     refiner: str | None = None
+    prune: str | None = None
 
     @property
     def name(self) -> str:
         """The row in a word, for the table."""
         depth = "" if self.depth is None else f" depth {self.depth}"
         cache = "" if self.cache == "100%" else f" {self.cache}"
-        label = "" if self.group == "cache" else f" ({self.label})"
-        return f"{self.plan}{depth}{cache}{label}"
+        prune = "" if self.prune is None else f" prune {self.prune}"
+        label = "" if self.group in ("cache", "prune") else f" ({self.label})"
+        return f"{self.plan}{depth}{cache}{prune}{label}"
 
     @property
     def words(self) -> PlanConfig:
         """The plan."""
-        return PlanConfig(plan=self.plan, depth=self.depth, cache=self.cache)
+        return PlanConfig(plan=self.plan, depth=self.depth, cache=self.cache, prune=self.prune)
 
 
 def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares: Sequence[str] = SHARES) -> list[Row]:
@@ -82,6 +85,7 @@ def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares
         rows.append(Row("code", "self", "supernet", f"self:{border}", half))
     for share in shares:
         rows += [Row("cache", policy, "full", cache=f"{policy}:{share}") for policy in ("scalekv", *BASELINES)]
+    rows += [Row("prune", "FastVAR", "full", prune=prune) for prune in PRUNES if prune.count(",") + 1 < scales]
     for share in shares[:-1]:
         cache = f"scalekv:{share}"
         rows.append(Row("composition", "supernet", "supernet", f"supernet:{bridge}", half, cache))

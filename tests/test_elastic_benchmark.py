@@ -27,6 +27,8 @@ def test_rows_are_those_that_the_models_allow():
     assert len(set(names)) == len(names)
     assert [row.depth for row in rows if row.group == "subnet" and row.label == "plain"] == [4, 2, 1]
     assert sum(row.group == "code" for row in rows) == 3 * 6 and sum(row.group == "cache" for row in rows) == 16
+    assert [row.name for row in rows if row.group == "prune"][:2] == ["var prune 25%", "var prune 50%"]
+    assert not any(row.prune and "," in row.prune for row in all_rows(8, 2, 1, ["full"]))
     assert {row.model for row in all_rows(8, 7, 4, ["full"])} == {"full"}
     assert not any(row.refiner for row in all_rows(8, 7, 4, ["full", "supernet"]))
 
@@ -49,7 +51,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
 
 def test_the_command(calibrated, tmp_path):
     argv = ["--full", str(calibrated), "--supernet", str(calibrated), "--per-tag", "1", "--batch-size", "3"]
-    argv += ["--shares", "60%,40%", "--groups", "subnet,cache"]
+    argv += ["--shares", "60%,40%", "--groups", "subnet,cache,prune"]
     argv += ["--repeats", "2", "--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "e.json")]
     assert elastic.main(argv) == 0
     content = json.loads((tmp_path / "e.json").read_text())
@@ -57,6 +59,7 @@ def test_the_command(calibrated, tmp_path):
     assert rows["var (plain)"]["speed"] == 1 and content["n"] == 6
     assert rows["var (plain)"]["correct_minus_full_ci95"] == [0, 0] == rows["var (supernet)"]["correct_minus_full_ci95"]
     assert rows["var window:40%"]["peak_cache_mib"] < rows["var (plain)"]["peak_cache_mib"]
+    assert rows["var prune 50%"]["speed"] > 0 and rows["var prune 100%"]["fd"] != 1
     assert (tmp_path / "e.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "e.png").stat().st_size > 10_000
     assert elastic.main([*argv, "--groups", "cache"]) == 0  # resumed: nothing is measured twice
     assert elastic.main([*argv, "--groups", "full", "--dtype", "bfloat16"]) == 0  # another dtype: measured anew

@@ -159,12 +159,12 @@ def prompts_of(whole: NextScalePipeline) -> dict:
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
-@pytest.mark.parametrize("cache", ["100%", "snapkv:50%"])
+@pytest.mark.parametrize("words", [{}, {"cache": "snapkv:50%"}, {"prune": "40%"}], ids=str)
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
-def test_fused_pipeline_draws_the_tokens_of_the_plain_one(options, cache, bitwise, monkeypatch):
+def test_fused_pipeline_draws_the_tokens_of_the_plain_one(options, words, bitwise, monkeypatch):
     plain = whole_pipeline(options, bitwise=bitwise)
     ours = fused(whole_pipeline(options, bitwise=bitwise), monkeypatch)
-    call = {"seed": 5, "guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "cache": cache, "output_type": "pt"}
+    call = {"seed": 5, "guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "output_type": "pt", **words}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected, made = (whole(**prompts_of(whole), **call) for whole in (plain, ours))
     assert all(torch.equal(a, b) for a, b in zip(made.tokens, expected.tokens))

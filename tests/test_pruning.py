@@ -13,11 +13,13 @@ from sample.generate import generate
 from sample.plan import plain
 from sample.plan_text import PlanConfig, pruning_of, read_prune
 from sample.state import Hook
+from tokenizer.aspects import aspect_schedule
 from tokenizer.quantizer import MultiScaleQuantizer
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.conditioning import ClassPrompt, TextPrompt
 from var.layers import attention, modulate
+from var.presets import PRESETS
 from var.pruning import PrunedCache, Pruning, farthest, resize
 from var.transformer import NextScaleTransformer
 
@@ -293,3 +295,23 @@ def test_the_command_line(class_folder, class_pipeline, tmp_path, capsys):
     capsys.readouterr()
     assert nextscale.main([*words, "--prune", "60", "--out", str(tmp_path / "bad")]) == 2
     assert "prune must be like 50% or 40%,50%,100%" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_the_benchmark(tmp_path, monkeypatch):
+    """Operations and caches are of the shapes; the timed model is a tiny one here."""
+    from benchmarks import pruning
+
+    tiny = PRESETS["infinity-125m"] | {"depth": 4, "width": 32, "heads": 2, "pool_heads": 2}
+    monkeypatch.setitem(PRESETS, "infinity-125m", tiny)
+    out = tmp_path / "p.json"
+    assert pruning.main(["--pixels", "0.06M", "--rounds", "1", "--device", "cpu", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    own, published = rows[:4], rows[4:]
+    assert [row["row"] for row in own] == list(pruning.PRUNES) == [row["row"] for row in published]
+    assert all(row["speed"] > 0 and row["seconds"] > 0 for row in own) and "speed" not in published[0]
+    lengths = aspect_schedule("1:1", "0.06M").lengths
+    assert own[2]["computed"] == published[2]["computed"] == sum(lengths[:-2]) / sum(lengths)
+    assert own[0]["computed"] == own[0]["ceiling"] == 1 < own[1]["ceiling"] < own[2]["ceiling"] < own[3]["ceiling"]
+    assert out.with_suffix(".md").read_text().count("\n") == 10
+    with pytest.raises(SystemExit):
+        pruning.main(["--out", str(tmp_path / "p.txt")])
