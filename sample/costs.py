@@ -62,7 +62,7 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True
         head: count the projection to logits and the draw, too.
         prefill: count what a stage reads of earlier scales before it begins, with its first scale.
     """
-    rows, made, before, joined = batch * (2 if plan.guided else 1), [], None, 0
+    made, before, joined = [], None, 0
     for stage in plan.stages:
         if before is None or not stage.continues(before):
             joined = stage.scales.start
@@ -70,8 +70,10 @@ def plan_work(plan: Plan, batch: int, *, text_tokens: int = 0, head: bool = True
             if not stage.draws(k):
                 made.append(Work())
                 continue
+            rows = batch * (1 + plan.doubles(stage, k))
             work = Work(steps=1) + step_work(stage, range(k, k + 1), rows, text_tokens, prefilled=joined)
             if prefill and k == joined > 0 and stage.model.reads_earlier:
+                rows = batch * (1 + plan.doubles(stage, k, prefilling=True))
                 work += step_work(stage, range(k), rows, text_tokens, prefilled=joined)
             made.append(work + head_work(stage, k, batch, text_tokens) if head else work)
         before = stage
@@ -149,7 +151,7 @@ def sequential_work(stage: Stage, length: int, batch: int) -> Work:
 
 def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
     """Most bytes of keys and values alive at once: the plan's own caches, run on tensors without storage."""
-    rows, peak, before, cache = batch * (2 if plan.guided else 1), 0, None, None
+    rows, peak, before, cache = 0, 0, None, None
     for stage in plan.stages:
         if not stage.model.reads_earlier:
             before = stage
@@ -158,11 +160,14 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
         if continues:
             cache.free_layers(before.active - stage.active)
         else:
-            cache = stage.make_cache()
+            rows, cache = batch * (1 + plan.doubles(stage, stage.scales.start, prefilling=True)), stage.make_cache()
         cache.reserve(plan.reserved(stage))
         if stage.scales.start and not continues:
             _feed(cache, stage, range(stage.scales.start), rows, dtype)
         for k in filter(stage.draws, stage.scales):
+            if rows > batch and not plan.doubles(stage, k):
+                rows = batch
+                cache.select(torch.arange(batch, device="meta"))
             _feed(cache, stage, range(k, k + 1), rows, dtype)
         peak, before = max(peak, cache.peak_nbytes), stage
     return peak

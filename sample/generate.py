@@ -89,6 +89,7 @@ def play(state: GenerationState, hooks: Sequence[Hook] = (), *, smooth: bool = F
     for stage in state.plan.stages:
         state.enter(stage)
         for k in stage.scales:
+            state.begin(k)
             for hook in hooks:
                 hook.on_scale_begin(state, k)
             if stage.draws(k):

@@ -5,7 +5,7 @@ A schedule gives a weight t, and guided = (1 + t) * conditional - t * unconditio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -25,12 +25,14 @@ class Guidance:
         ramp: "linear" (VAR: t = scale * k / (K - 1), nothing at scale 0) or "constant" (Infinity, whose cfg is 1 + t).
         blocks: after these blocks both halves go on from the guided hidden states; -1 is the last block.
         on_logits: guide the logits; without it the conditional half's are taken as they are.
+        until: scales from this one on are not guided; None guides all.
     """
 
     scale: float | Sequence[float] = 1.5
     ramp: str = "linear"
     blocks: tuple[int, ...] = ()
     on_logits: bool = True
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if self.ramp not in ("linear", "constant"):
@@ -43,21 +45,24 @@ class Guidance:
             if not 0 <= weight <= LARGEST:
                 raise ValueError(f"guidance must be in [0, {LARGEST}], 0 being none, got {weight}")
 
+        if self.until is not None and (not isinstance(self.until, int) or self.until < 0):
+            raise ValueError(f"guidance_until must be a number of scales, got {self.until!r}")
         if not all(isinstance(block, int) for block in self.blocks):
             raise TypeError(f"guidance blocks must be whole numbers, -1 being the last block, got {self.blocks!r}")
 
     def weight(self, k: int, num_scales: int) -> float:
         """t of scale k."""
+        if self.until is not None and k >= self.until:
+            return 0.0
         if isinstance(self.scale, Sequence):
             return float(self.scale[k])
         if self.ramp == "constant" or num_scales == 1:
             return float(self.scale)
         return self.scale * k / (num_scales - 1)
 
-    @property
-    def is_off(self) -> bool:
-        """Whether no scale is guided, so that the unconditional half need not run."""
-        return not any(self.scale) if isinstance(self.scale, Sequence) else self.scale == 0
+    def guides(self, scales: Iterable[int], num_scales: int) -> bool:
+        """Whether any of some scales is guided: if none is, the unconditional half need not run there."""
+        return any(self.weight(k, num_scales) for k in scales)
 
     def inside(
         self, scales: range, schedule: ScaleSchedule, depth: int

@@ -17,7 +17,7 @@ from sample import kernels
 from sample.costs import cache_peak
 from sample.draw import Filter
 from sample.offload import decoding_units, drawing_units
-from sample.plan import Plan
+from sample.plan import Plan, Stage
 
 if TYPE_CHECKING:
     from tokenizer.model import MultiScaleVQ
@@ -97,23 +97,29 @@ def official_cache_bytes(plan: Plan, batch: int) -> int:
 
 def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
     """Largest memory of a scale of one stage beside weights and caches: feed-forward, attention, or the draw."""
-    stage, rows = plan.stages[place], batch * (2 if plan.guided else 1)
-    k = max(filter(stage.draws, stage.scales))
-    config, last = stage.model.config, plan.schedule.lengths[k]
+    stage = plan.stages[place]
+    drawn = [k for k in stage.scales if stage.draws(k)]
+    doubled = [k for k in drawn if plan.doubles(stage, k)]
+    return max(_scale_bytes(plan, stage, own[-1], batch, dtype) for own in (drawn, doubled) if own)
+
+
+def _scale_bytes(plan: Plan, stage: Stage, k: int, batch: int, dtype: torch.dtype) -> int:
+    """The same of one scale."""
+    config, length, rows = stage.model.config, plan.schedule.lengths[k], batch * (1 + plan.doubles(stage, k))
     D, F = config.width, round(config.width * config.mlp_ratio)
     size = torch.empty((), dtype=dtype).element_size()
-    blocks = rows * last * size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
+    blocks = rows * length * size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
     normed = FLOAT * (2 * D) + size * (5 * D)  # queries and keys in float32; the stream, its norm, q, k, v
-    attention = rows * last * normed
+    attention = rows * length * normed
     values = 2 * config.latent_channels if config.bitwise else config.vocab_size
     kernel = not config.bitwise and values <= kernels.ROW and kernels.usable(stage.model.device)
-    draw = batch * last * _draw_bytes(stage.filter(k), values, stage.model.device, kernel)
-    draw += 2 * rows * last * D * FLOAT  # the head's features before and after its norm
+    draw = batch * length * _draw_bytes(stage.filter(k), values, stage.model.device, kernel)
+    draw += 2 * rows * length * D * FLOAT  # the head's features before and after its norm
     if len(stage.settled(k)) > 1:
-        draw += 2 * FLOAT * batch * last * values  # the logits of the pass before, and those of both together
+        draw += 2 * FLOAT * batch * length * values  # the logits of the pass before, and those of both together
     own = 0
     if not stage.model.reads_earlier:  # what is little beside a cache: keys and values of the scale, modulations
-        own = rows * D * size * (2 * last + 6 * len(stage.model.all_blocks))
+        own = rows * D * size * (2 * length + 6 * len(stage.model.all_blocks))
     return own + max(blocks, attention, draw)
 
 

@@ -44,6 +44,7 @@ CALLBACK_TENSORS = ("f_hat", "tokens")
 SHORT_TEXT = 128  # tokens up to which all texts are padded alike in half precision
 PLAN_WORDS = ("plan", "depth", "cache", "prune")
 GUIDANCE_WORDS = {"guidance_scale": "scale", "guidance_ramp": "ramp", "guidance_blocks": "blocks"}
+GUIDANCE_WORDS |= {"guidance_until": "until"}
 SAMPLING = (*GUIDANCE_WORDS, "top_k", "top_p", "temperature", "temperature_last", "aspect", "size", "sequential")
 SAMPLING += ("mask_schedule", *PLAN_WORDS)
 
@@ -204,6 +205,7 @@ class NextScalePipeline(DiffusionPipeline):
         temperature_last: bool | None = None,
         guidance_ramp: str | None = None,
         guidance_blocks: Sequence[int] | None = None,
+        guidance_until: int | None = None,
         aspect: str | None = None,
         size: str | None = None,
         sequential: int | None = None,
@@ -236,6 +238,7 @@ class NextScalePipeline(DiffusionPipeline):
             guidance_scale: t of VAR's guidance (1 + t) * conditional - t * unconditional; 0 is none. It grows linearly
                 from 0 at the first scale; a sequence gives it scale by scale. Infinity's cfg is 1 + t.
             guidance_ramp: "linear", or "constant" for the same on every scale; the model's own when None.
+            guidance_until: scales from this one on are not guided, at half the price; as a sequence that ends in zeros.
             guidance_blocks: guide the hidden states after these blocks instead of the logits; -1 is the last one.
             top_k, top_p, temperature, temperature_last: what may be drawn, see `sample.draw.Filter`; a sequence gives
                 it scale by scale. The model's own defaults when None.
@@ -275,6 +278,7 @@ class NextScalePipeline(DiffusionPipeline):
         settings |= {"temperature_last": temperature_last, "depth": depth, "cache": cache}
         settings |= {"guidance_ramp": guidance_ramp, "guidance_blocks": guidance_blocks, "aspect": aspect, "size": size}
         settings |= {"sequential": sequential, "mask_schedule": mask_schedule, "prune": prune}
+        settings |= {"guidance_until": guidance_until}
         plan = self.make_plan(plan, **{name: _listed(value) for name, value in settings.items() if value is not None})
         num_images_per_prompt = _listed(num_images_per_prompt)
         if image is not None and self.by_class and class_labels is None:

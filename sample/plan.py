@@ -147,9 +147,23 @@ class Plan:
         return max(len(stage.settled(k)) for stage in self.stages for k in stage.scales)
 
     @property
+    def guided_scales(self) -> int:
+        """Scales up to the last one that is guided; the unconditional half does not run after them."""
+        K = len(self.schedule)
+        return max((k + 1 for stage in self.stages for k in stage.scales if stage.guidance.weight(k, K)), default=0)
+
+    @property
     def guided(self) -> bool:
-        """Whether any stage needs the unconditional half."""
-        return any(not stage.guidance.is_off for stage in self.stages)
+        """Whether any scale is guided."""
+        return self.guided_scales > 0
+
+    def doubles(self, stage: Stage, k: int, *, prefilling: bool = False) -> bool:
+        """Whether the unconditional half of scale k runs; or that of the scales before k, when a stage prefills them.
+
+        Guidance inside the blocks is part of what the conditional half's keys are made of.
+        """
+        inside = prefilling and stage.guidance.blocks and stage.guidance.guides(range(k), len(self.schedule))
+        return k < self.guided_scales or bool(inside)
 
 
 def plain(
@@ -263,6 +277,8 @@ def _check_stage(stage: Stage, first: Stage) -> None:
     scale = stage.guidance.scale
     if isinstance(scale, Sequence) and len(scale) != len(first.pyramid):
         raise ValueError(f"guidance needs one weight a scale, {len(first.pyramid)}, got {len(scale)}")
+    if stage.guidance.until is not None and stage.guidance.until > len(first.pyramid):
+        raise ValueError(f"guidance_until must be at most {len(first.pyramid)} scales, got {stage.guidance.until}")
     if any(not -depth <= block < depth for block in stage.guidance.blocks):
         raise ValueError(f"guidance blocks must be in {-depth}..{depth - 1}, got {list(stage.guidance.blocks)}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
-SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "aspect", "size", "sequential", "mask_schedule")
+SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "guidance_until", "aspect", "size", "sequential")
+SETTINGS += ("mask_schedule",)
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
@@ -40,6 +41,9 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
         help="tokens that each pass over a scale settles, from the first scale on: 1/1,3/1,1,2,5; or off (HMAR)",
     )
     parser.add_argument("--guidance-ramp", choices=["linear", "constant"], help="guidance over the scales")
+    parser.add_argument(
+        "--guidance-until", type=int, metavar="N", help="guide the first N scales only: those after cost half as much"
+    )
     parser.add_argument(
         "--guidance-blocks", type=block_list, metavar="LIST", help="guide hidden states after these blocks: -2 or -5,-1"
     )
@@ -90,6 +94,7 @@ KINDS: dict[str, Callable[[str], Any]] = {  # what settings of a file are read a
     "temperature": by_scale(float),
     "temperature_last": yes_or_no,
     "guidance_blocks": block_list,
+    "guidance_until": int,
     "sequential": int,
 }
 

@@ -31,7 +31,8 @@ class GenerationState:
         f_hat_BCHW: the running reconstruction, float32.
         tokens: int64 (B, l) of every finished scale.
         inputs: float32 (B, l, C), the transformer input of scales 1.. made so far (one more than finished scales - 1).
-        stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when guided.
+        stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when doubled.
+        doubled: whether the transformer runs an unconditional half.
         origins: which image of the request each row is, or is a copy of.
         copies: rows made of each origin by duplication, for fresh streams.
         extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given" (B, L) int64
@@ -52,6 +53,7 @@ class GenerationState:
     stage: Stage | None = None
     cond: Conditioning | None = None
     cache: KVCache | None = None
+    doubled: bool = False
     origins: list[int] = field(default_factory=list)
     copies: Counter = field(default_factory=Counter)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,11 +71,6 @@ class GenerationState:
         """The next scale to make; K when done."""
         return len(self.tokens)
 
-    @property
-    def doubled(self) -> bool:
-        """Whether the transformer runs an unconditional half."""
-        return self.plan.guided
-
     def input(self, k: int) -> torch.Tensor | None:
         """The transformer's input of scale k, (B or 2B, l, C); None for scale 0."""
         return self._double(self.inputs[k - 1]) if k else None
@@ -85,11 +82,19 @@ class GenerationState:
         if continues:
             self.cache.free_layers(before.active - stage.active)
         else:
+            self.doubled = self.plan.doubles(stage, self.scale, prefilling=stage.model.reads_earlier)
             self.cond = self._condition(stage)
             self.cache = stage.make_cache()
         self._reserve()
         if self.scale and not continues and stage.model.reads_earlier:
             self._prefill(stage)
+
+    def begin(self, k: int) -> None:
+        """Begin a scale: without the unconditional half if none from here on is guided."""
+        if self.doubled and not self.plan.doubles(self.stage, k):
+            rows = torch.arange(len(self), device=self.f_hat_BCHW.device)
+            self.cond, self.doubled = self.cond.select(rows), False
+            self.cache.select(rows)
 
     def uniforms(self, k: int, step: int = 0) -> torch.Tensor:
         """The draws of a pass over this scale: (B, l) or, with several draws a token, (B, l, n)."""

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nextscale
 from sample.costs import cache_peak, plan_work
 from sample.generate import generate
+from sample.guidance import Guidance
 from sample.measure import Stopwatch, line_fit, nonnegative_fit
 from sample.plan_text import PlanConfig
 from sample.planner import Choice, best, evaluate, fitting, pareto, read_size, read_time
@@ -59,7 +60,10 @@ def generated(plan, batch, hooks=()):
     return generate(plan, quantizer, ClassPrompt(torch.arange(batch) % 4), range(batch), hooks=hooks)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
+ENDING = [Guidance(1.5, until=2), Guidance((0.0, 2.0, 0.0, 0.0), blocks=(0,), on_logits=False)]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5, *ENDING], ids=str)
 @pytest.mark.parametrize("words", PLANS, ids=str)
 def test_cache_bytes_are_known_beforehand(models, words, guidance):
     model, refiner = models
@@ -70,11 +74,12 @@ def test_cache_bytes_are_known_beforehand(models, words, guidance):
     assert len(watch.seconds) == 4 and all(second >= 0 for second in watch.seconds)
 
 
+@pytest.mark.parametrize("guidance", [1.5, *ENDING], ids=str)
 @pytest.mark.parametrize("words", [words for words in PLANS if "cache" not in words], ids=str)
-def test_operations_are_those_that_torch_counts(models, words):
+def test_operations_are_those_that_torch_counts(models, words, guidance):
     """All but what is once an image: conditions, the quantiser."""
     model, refiner = models
-    plan = PlanConfig(**words).build(model, refiner=refiner)
+    plan = PlanConfig(**words).build(model, refiner=refiner, guidance=guidance)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's kernel is not counted
         generated(plan, 2)
     parts = {

@@ -109,6 +109,60 @@ def test_guidance_inside_the_blocks_of_oblong_scales_reaches_a_prefill(quantizer
     assert torch.equal(tokens(late, quantizer), wanted)
 
 
+ENDS = [
+    Guidance((1.0, 3.0, 0.0, 0.0)),
+    Guidance((0.0, 2.0, 2.0, 0.0), blocks=(1, -1), on_logits=False),
+    Guidance(2.0, until=1, ramp="constant", blocks=(0,)),
+]
+LATE = [
+    {},
+    {"cache": "window:50%"},
+    {"plan": "self:2", "depth": 3},
+    {"plan": "code:3", "depth": 2},
+    {"prune": "40%,50%"},
+]
+LATE += [{"plan": "supernet:1", "depth": "4,2,1"}]
+
+
+class Rows(Hook):
+    """Rows of conditions and cache at each scale."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_tokens(self, state, k, logits_BlV, tokens_Bl):
+        self.seen.append((len(state.cond.start_BD), len(state.cache.keys[0]) if k < 3 else None))
+        return tokens_Bl
+
+
+@pytest.mark.parametrize("config", LATE, ids=str)
+@pytest.mark.parametrize("guidance", ENDS, ids=str)
+def test_the_unconditional_half_ends_with_the_guidance(model, quantizer, config, guidance, monkeypatch):
+    """After the last guided scale it would change nothing: the tokens are those with it."""
+    plan, rows = PlanConfig(**config).build(model, guidance=guidance), Rows()
+    made = torch.cat(run(plan, quantizer, hooks=[rows]).tokens, dim=1)
+    ends = max(k for k in range(4) if guidance.weight(k, 4)) + 1
+    assert plan.guided_scales == ends and [seen[0] for seen in rows.seen] == [8] * ends + [4] * (4 - ends)
+    if not config:
+        assert [seen[1] for seen in rows.seen[:3]] == [8] * ends + [4] * (3 - ends)
+    monkeypatch.setattr(Plan, "doubles", lambda *_, **__: True)
+    kept = Rows()
+    assert torch.equal(torch.cat(run(plan, quantizer, hooks=[kept]).tokens, dim=1), made)
+    assert [seen[0] for seen in kept.seen] == [8] * 4
+
+
+def test_where_guidance_ends(model, quantizer):
+    until = tokens(plain(model, guidance=Guidance(3.0, until=2)), quantizer)
+    assert torch.equal(until, tokens(plain(model, guidance=[0.0, 1.0, 0.0, 0.0]), quantizer))
+    assert not torch.equal(until, tokens(plain(model, guidance=3.0), quantizer))
+    assert plain(model, guidance=Guidance(3.0, until=0)).guided_scales == 0
+    assert plain(model, guidance=Guidance(3.0, until=4)).guided_scales == 4 == plain(model, guidance=1.0).guided_scales
+    with pytest.raises(ValueError, match="guidance_until must be at most 4 scales, got 5"):
+        plain(model, guidance=Guidance(3.0, until=5))
+    with pytest.raises(ValueError, match="guidance_until must be a number of scales, got -1"):
+        Guidance(3.0, until=-1)
+
+
 @pytest.mark.parametrize("cache", ["100%", "scalekv:100%"])
 def test_a_refiner_equal_to_the_drafter_changes_nothing(model, quantizer, cache):
     wanted = tokens(plain(model), quantizer)

@@ -240,7 +240,7 @@ def test_every_round_is_another_attempt_and_the_first_of_equals_stays(run):
 
 
 WORDS = [{"plan": "supernet:1", "depth": 1}, {"plan": "self:2", "depth": 1}]
-WORDS += [{"cache": "snapkv:50%"}, {"cache": "window:50%"}, {"prune": "60%"}]
+WORDS += [{"cache": "snapkv:50%"}, {"cache": "window:50%"}, {"prune": "60%"}, {"guidance_until": 2}]
 
 
 @pytest.mark.parametrize("words", WORDS)
