@@ -24,6 +24,7 @@ COLUMNS = (
     "tokens_images_per_s",
     "images_per_s",
     "speed",
+    "ceiling",
     "peak_cache_mib",
     "cache_of_full",
     "peak_memory_mib",
@@ -40,7 +41,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--specialised", metavar="MODEL", help="the refiner specialised by distillation, calibrated")
     parser.add_argument("--bridge", type=int, help="scales that subnets leave to all layers (about 3/5 of them)")
     parser.add_argument("--shares", default="50%,20%,10%,4%", help="of the cache (50%%,20%%,10%%,4%%)")
-    parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,prune,composition")
+    parser.add_argument("--groups", help="only these rows: full,subnet,code,cache,prune,guidance,composition")
     parser.add_argument("--per-tag", type=int, default=92, help="prompts of each tag (92: 552 images a row)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")
@@ -72,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict | None:
     groups = options.groups.split(",") if options.groups else None
     rows = [row for row in rows if groups is None or row.group in ("full", *groups)]
     for row in rows:  # what cannot be run is told before anything is
-        ready(row, pipelines).make_plan(row.words)
+        ready(row, pipelines).make_plan(row.words, **row.settings)
     digests = {name: model_digest(folder) for name, folder in folders.items()}
     made = {"models": digests, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     settings = made | {"bridge": bridge, "per_tag": options.per_tag, "batch_size": options.batch_size}

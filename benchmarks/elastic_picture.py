@@ -12,7 +12,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from sample.files import atomically
 
-MARKS = {"full": "*", "subnet": "s", "code": "o", "cache": "^", "prune": "v", "composition": "D"}
+MARKS = {"full": "*", "subnet": "s", "code": "o", "cache": "^", "prune": "v", "guidance": "P", "composition": "D"}
 AXES = (
     ("tokens_images_per_s", "images a second, without the decoder"),
     ("peak_cache_mib", "peak key/value cache, MiB"),

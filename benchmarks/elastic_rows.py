@@ -17,7 +17,7 @@ from evaluation.frechet import frechet_distance, frechet_interval, moments
 from evaluation.intervals import mean_interval
 from evaluation.judge import judge, score
 from evaluation.scene_features import load_scene_features, scene_reference
-from sample.costs import parameter_bytes
+from sample.costs import parameter_bytes, plan_work
 from sample.files import write_text
 from sample.images import image_stream, make_requests
 from sample.measure import measure_once
@@ -35,10 +35,11 @@ class Row:
     """One configuration.
 
     Attributes:
-        group: what it is compared with: full, subnet, code, cache, prune or composition.
+        group: what it is compared with: full, subnet, code, cache, prune, guidance or composition.
         label: how it is trained: "plain" models, "supernet", "specialised" or "self"; a cache policy; "FastVAR".
         model, refiner: keys of the models given to the benchmark.
         plan, depth, cache, prune: the plan in words.
+        until: scales that are guided; all where there is guidance when None.
     """
 
     group: str
@@ -49,6 +50,7 @@ class Row:
     cache: str = "100%"
     refiner: str | None = None
     prune: str | None = None
+    until: int | None = None
 
     @property
     def name(self) -> str:
@@ -56,13 +58,19 @@ class Row:
         depth = "" if self.depth is None else f" depth {self.depth}"
         cache = "" if self.cache == "100%" else f" {self.cache}"
         prune = "" if self.prune is None else f" prune {self.prune}"
-        label = "" if self.group in ("cache", "prune") else f" ({self.label})"
-        return f"{self.plan}{depth}{cache}{prune}{label}"
+        until = "" if self.until is None else f" guided until {self.until}"
+        label = f" ({self.label})" if self.group not in ("cache", "prune", "guidance") else ""
+        return f"{self.plan}{depth}{cache}{prune}{until}{label}"
 
     @property
     def words(self) -> PlanConfig:
         """The plan."""
         return PlanConfig(plan=self.plan, depth=self.depth, cache=self.cache, prune=self.prune)
+
+    @property
+    def settings(self) -> dict:
+        """What the pipeline is told besides the plan."""
+        return {} if self.until is None else {"guidance_until": self.until}
 
 
 def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares: Sequence[str] = SHARES) -> list[Row]:
@@ -86,6 +94,7 @@ def all_rows(depth: int, scales: int, bridge: int, models: Sequence[str], shares
     for share in shares:
         rows += [Row("cache", policy, "full", cache=f"{policy}:{share}") for policy in ("scalekv", *BASELINES)]
     rows += [Row("prune", "FastVAR", "full", prune=prune) for prune in PRUNES if prune.count(",") + 1 < scales]
+    rows += [Row("guidance", "fewer scales", "full", until=until) for until in range(scales)]
     for share in shares[:-1]:
         cache = f"scalekv:{share}"
         rows.append(Row("composition", "supernet", "supernet", f"supernet:{bridge}", half, cache))
@@ -151,7 +160,7 @@ def quality(pipeline: NextScalePipeline, row: Row, metadatas: Sequence[dict], se
     """Scene score and FD-scenes with intervals, and which images are right."""
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, seed=seed, metadata=list(metadatas))
-    stream = image_stream(pipeline, requests, batch_size=batch_size, plan=row.words)
+    stream = image_stream(pipeline, requests, batch_size=batch_size, plan=row.words, **row.settings)
     images = [image for _, image in tqdm(stream, total=len(requests), desc=row.name, leave=False, disable=None)]
     correct = [judge(image, metadata).correct for image, metadata in zip(images, metadatas)]
     scores = score(correct, metadatas)
@@ -167,11 +176,11 @@ def quality(pipeline: NextScalePipeline, row: Row, metadatas: Sequence[dict], se
 
 
 def speed(pipeline: NextScalePipeline, row: Row, prompts: Sequence[str] | Sequence[int], repeats: int) -> dict:
-    """Images a second without and with the decoder, with intervals over calls; peak cache and memory, MiB.
+    """Images a second without and with the decoder, with intervals over calls; GFLOP an image; peak memory, MiB.
 
     The peak memory is the weights of the plan's models, the decoder and the text encoder, and what a call adds.
     """
-    plan = pipeline.make_plan(row.words)
+    plan = pipeline.make_plan(row.words, **row.settings)
     measure_once(pipeline, prompts, plan)
     runs = [measure_once(pipeline, prompts, plan) for _ in range(repeats)]
     figures: dict = {}
@@ -182,6 +191,7 @@ def speed(pipeline: NextScalePipeline, row: Row, prompts: Sequence[str] | Sequen
         figures[name] = fmean(rates)
         if repeats > 1:
             figures[f"{name}_ci95"] = mean_interval(np.array(rates))
+    figures["gflop"] = sum(work.flops for work in plan_work(plan, len(prompts))) / len(prompts) / 1e9
     figures["peak_cache_mib"] = runs[0].cache_bytes / 2**20
     models = {stage.model for stage in plan.stages}
     weights = parameter_bytes(*models, pipeline.vqvae, pipeline.text_encoder)
@@ -190,13 +200,17 @@ def speed(pipeline: NextScalePipeline, row: Row, prompts: Sequence[str] | Sequen
 
 
 def against_full(rows: Sequence[dict]) -> list[dict]:
-    """The rows with what they gain and lose against the first: ratios, and the paired difference of scores."""
+    """The rows with what they gain and lose against the first: ratios, and the paired difference of scores.
+
+    The ceiling is the first row's operations over a row's own, those that attend to texts left out.
+    """
     full = rows[0]
     base = np.array([int(bit) for bit in full.get("correct", "")])
     compared = []
     for row in rows:
         ratios = {
             "speed": row["tokens_images_per_s"] / full["tokens_images_per_s"],
+            "ceiling": full["gflop"] / row["gflop"],
             "cache_of_full": row["peak_cache_mib"] / full["peak_cache_mib"],
         }
         if "correct" in row:

@@ -34,11 +34,11 @@ def test_rows_are_those_that_the_models_allow():
 
 
 def test_rows_are_compared_with_the_first():
-    full = {"tokens_images_per_s": 2.0, "peak_cache_mib": 4.0, "fd_scenes": 2.0, "correct": "1100"}
-    half = {"tokens_images_per_s": 4.0, "peak_cache_mib": 1.0, "fd_scenes": 3.0, "correct": "1000"}
+    full = {"tokens_images_per_s": 2.0, "gflop": 3.0, "peak_cache_mib": 4.0, "fd_scenes": 2.0, "correct": "1100"}
+    half = {"tokens_images_per_s": 4.0, "gflop": 1.0, "peak_cache_mib": 1.0, "fd_scenes": 3.0, "correct": "1000"}
     one, other = against_full([full, half])
     assert (one["speed"], one["fd"], one["correct_minus_full"]) == (1, 1, 0)
-    assert (other["speed"], other["cache_of_full"], other["fd"]) == (2, 0.25, 1.5)
+    assert (other["speed"], other["ceiling"], other["cache_of_full"], other["fd"]) == (2, 3, 0.25, 1.5)
     assert other["correct_minus_full"] == -0.25 and "correct" not in other
 
 
@@ -51,7 +51,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
 
 def test_the_command(calibrated, tmp_path):
     argv = ["--full", str(calibrated), "--supernet", str(calibrated), "--per-tag", "1", "--batch-size", "3"]
-    argv += ["--shares", "60%,40%", "--groups", "subnet,cache,prune"]
+    argv += ["--shares", "60%,40%", "--groups", "subnet,cache,prune,guidance"]
     argv += ["--repeats", "2", "--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "e.json")]
     assert elastic.main(argv) == 0
     content = json.loads((tmp_path / "e.json").read_text())
@@ -59,6 +59,7 @@ def test_the_command(calibrated, tmp_path):
     assert rows["var (plain)"]["speed"] == 1 and content["n"] == 6
     assert rows["var (plain)"]["correct_minus_full_ci95"] == [0, 0] == rows["var (supernet)"]["correct_minus_full_ci95"]
     assert rows["var window:40%"]["peak_cache_mib"] < rows["var (plain)"]["peak_cache_mib"]
+    assert rows["var guided until 0"]["speed"] > 0 and rows["var guided until 0"]["fd"] != 1
     assert rows["var prune 50%"]["speed"] > 0 and rows["var prune 100%"]["fd"] != 1
     assert (tmp_path / "e.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "e.png").stat().st_size > 10_000
     assert elastic.main([*argv, "--groups", "cache"]) == 0  # resumed: nothing is measured twice
