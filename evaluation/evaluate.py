@@ -54,6 +54,8 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     if not process_group(args.device).is_main_process and args.model is None:
         return 0  # one process measures, all of them draw
+    if args.images is not None and not args.images.exists():
+        raise FileNotFoundError(f"--images {args.images} does not exist: give a folder, an .npz or a .parquet file")
     measure = Measure.of(args)
     settings: dict = {}
     source = args.images
