@@ -147,6 +147,11 @@ class Plan:
         return max(len(stage.settled(k)) for stage in self.stages for k in stage.scales)
 
     @property
+    def drawn(self) -> int:
+        """Scales that are drawn, all but some of the last."""
+        return sum(stage.draws(k) for stage in self.stages for k in stage.scales)
+
+    @property
     def guided_scales(self) -> int:
         """Scales up to the last one that is guided; the unconditional half does not run after them."""
         K = len(self.schedule)

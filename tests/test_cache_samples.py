@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_kept_pictures_are_good_and_can_be_made_again(text_folder, real_cache, e
     for name in ("00000.npy", "00001.npy", "00002.npy", "00001.jsonl", "manifest.json"):
         assert (first / "train" / name).read_bytes() == (second / "train" / name).read_bytes()
     assert (second / "val" / "manifest.json").read_bytes() == (real_cache / "val" / "manifest.json").read_bytes()
+
+
+def test_a_model_that_leaves_scales_out_is_refused(text_folder, real_cache, enough, tmp_path, capfd):
+    shutil.copytree(text_folder, tmp_path / "model")
+    index = tmp_path / "model/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sampling": {"prune": "100%"}}))
+    assert samples(tmp_path / "model", real_cache, tmp_path / "made", enough) == 2
+    assert "leaves out its last scales (prune)" in capfd.readouterr().err and not (tmp_path / "made").exists()
 
 
 def test_training_takes_them(text_folder, real_cache, enough, tmp_path):

@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.text_encoder is None:
         raise ValueError(f"samples.model {config.model!r} reads no captions: rewards are of pictures and captions")
+    if pipeline.make_plan().drawn < len(pipeline.vqvae.schedule):
+        raise ValueError(f"samples.model {config.model!r} leaves out its last scales (prune): it has no tokens of them")
     if built.data.streaming:
         raise ValueError("data.streaming must be false: captions are drawn from all of the data")
     data = build_dataset(built.data, "train", seed=config.seed)
