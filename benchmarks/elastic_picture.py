@@ -13,6 +13,24 @@ from matplotlib.ticker import ScalarFormatter
 from sample.files import atomically
 
 MARKS = {"full": "*", "subnet": "s", "code": "o", "cache": "^", "prune": "v", "guidance": "P", "composition": "D"}
+SERIES = (  # the colour of each is its place in tab20, the same in every picture
+    ("full", "plain"),
+    ("full", "supernet"),
+    ("subnet", "plain"),
+    ("subnet", "supernet"),
+    ("code", "plain"),
+    ("code", "specialised"),
+    ("code", "self"),
+    ("cache", "scalekv"),
+    ("cache", "window"),
+    ("cache", "streaming"),
+    ("cache", "snapkv"),
+    ("composition", "supernet"),
+    ("composition", "self"),
+    ("composition", "specialised"),
+    ("prune", "FastVAR"),
+    ("guidance", "fewer scales"),
+)
 AXES = (
     ("tokens_images_per_s", "images a second, without the decoder"),
     ("peak_cache_mib", "peak key/value cache, MiB"),
@@ -72,7 +90,7 @@ def _scatter(axes: Axes, rows: Sequence[dict], cost: str, quality: str) -> None:
     for row in rows:
         series.setdefault((row["group"], row.get("label", "")), []).append(row)
     colours = matplotlib.colormaps["tab20"].colors
-    for place, ((group, label), members) in enumerate(series.items()):
+    for (group, label), members in series.items():
         if group == "cache" and cost != "peak_cache_mib":
             continue  # a smaller cache is about memory
         ordered = sorted(members, key=lambda row: row[cost])
@@ -85,6 +103,14 @@ def _scatter(axes: Axes, rows: Sequence[dict], cost: str, quality: str) -> None:
         size = 14 if group == "full" else 6
         name = f"{group}: {label}" if label else group
         axes.errorbar(
-            x, y, reach, marker=MARKS[group], ms=size, lw=1, elinewidth=0.5, color=colours[place % 20], label=name
+            x,
+            y,
+            reach,
+            marker=MARKS[group],
+            ms=size,
+            lw=1,
+            elinewidth=0.5,
+            color=colours[SERIES.index((group, label))],
+            label=name,
         )
     axes.grid(alpha=0.3)
