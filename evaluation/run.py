@@ -62,6 +62,7 @@ SUITES = {
     "scenes": Suite("scenes", 1000, metrics="fd-scenes,is-scenes"),
 }
 NEUTRAL = {"temperature": 1, "temperature_last": False, "guidance_ramp": "linear", "plan": "var", "cache": "100%"}
+NEUTRAL |= {"prune": "off"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

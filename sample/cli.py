@@ -365,8 +365,10 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
 def plan_of_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: dict[str, Any]) -> Plan:
     """The plan of the settings in `call`. Raises ValueError if they make none, or an option could do nothing in it."""
     plan = pipeline.make_plan(**{name: v for name, v in call.items() if name not in ("negative_prompt", "smooth")})
+    if call.get("guidance_until") and not plan.guided:
+        raise ValueError(f"--guidance-until {call['guidance_until']}: none of these scales is guided, see --guidance")
     if call.get("negative_prompt") is not None and not plan.guided:
-        raise ValueError("--negative acts through guidance, which is 0: give --guidance")
+        raise ValueError("--negative acts through guidance, and no scale is guided: see --guidance")
     refiner = how_options(args).get("refiner")
     if refiner is not None and all(stage.model is not pipeline.refiner for stage in plan.stages):
         raise ValueError(f"--refiner {refiner} makes the scales after code:N: give --plan code:N")

@@ -161,13 +161,15 @@ def cache_peak(plan: Plan, batch: int, dtype: torch.dtype) -> int:
             cache.free_layers(before.active - stage.active)
         else:
             rows, cache = batch * (1 + plan.doubles(stage, stage.scales.start, prefilling=True)), stage.make_cache()
-        cache.reserve(plan.reserved(stage))
+        ends = max(plan.guided_scales, stage.scales.start)  # of the unconditional half
+        cache.reserve(plan.reserved(stage, ends if rows > batch else None))
         if stage.scales.start and not continues:
             _feed(cache, stage, range(stage.scales.start), rows, dtype)
         for k in filter(stage.draws, stage.scales):
             if rows > batch and not plan.doubles(stage, k):
                 rows = batch
                 cache.select(torch.arange(batch, device="meta"))
+                cache.reserve(plan.reserved(stage))
             _feed(cache, stage, range(k, k + 1), rows, dtype)
         peak, before = max(peak, cache.peak_nbytes), stage
     return peak

@@ -5,9 +5,9 @@ A schedule gives a weight t, and guided = (1 + t) * conditional - t * unconditio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -45,7 +45,8 @@ class Guidance:
             if not 0 <= weight <= LARGEST:
                 raise ValueError(f"guidance must be in [0, {LARGEST}], 0 being none, got {weight}")
 
-        if self.until is not None and (not isinstance(self.until, int) or self.until < 0):
+        whole = isinstance(self.until, Integral) and not isinstance(self.until, bool)
+        if self.until is not None and (not whole or self.until < 0):
             raise ValueError(f"guidance_until must be a number of scales, got {self.until!r}")
         if not all(isinstance(block, int) for block in self.blocks):
             raise TypeError(f"guidance blocks must be whole numbers, -1 being the last block, got {self.blocks!r}")
@@ -59,10 +60,6 @@ class Guidance:
         if self.ramp == "constant" or num_scales == 1:
             return float(self.scale)
         return self.scale * k / (num_scales - 1)
-
-    def guides(self, scales: Iterable[int], num_scales: int) -> bool:
-        """Whether any of some scales is guided: if none is, the unconditional half need not run there."""
-        return any(self.weight(k, num_scales) for k in scales)
 
     def inside(
         self, scales: range, schedule: ScaleSchedule, depth: int

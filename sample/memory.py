@@ -96,21 +96,33 @@ def official_cache_bytes(plan: Plan, batch: int) -> int:
 
 
 def step_bytes(plan: Plan, place: int, batch: int, dtype: torch.dtype) -> int:
-    """Largest memory of a scale of one stage beside weights and caches: feed-forward, attention, or the draw."""
-    stage = plan.stages[place]
+    """Largest memory of a scale of one stage beside weights and caches: feed-forward, attention, or the draw.
+
+    Or of what the stage reads of earlier scales before it begins.
+    """
+    stage, begins = plan.stages[place], plan.stages[place].scales.start
     drawn = [k for k in stage.scales if stage.draws(k)]
     doubled = [k for k in drawn if plan.doubles(stage, k)]
-    return max(_scale_bytes(plan, stage, own[-1], batch, dtype) for own in (drawn, doubled) if own)
+    sizes = [_scale_bytes(plan, stage, own[-1], batch, dtype) for own in (drawn, doubled) if own]
+    if plan.joins(stage):
+        rows = batch * (1 + plan.doubles(stage, begins, prefilling=True))
+        sizes.append(rows * plan.schedule.begins[begins] * _token_bytes(stage, dtype))
+    return max(sizes)
+
+
+def _token_bytes(stage: Stage, dtype: torch.dtype) -> int:
+    """Of one token in a block, the larger of feed-forward and attention."""
+    D, size = stage.model.config.width, torch.empty((), dtype=dtype).element_size()
+    F = round(D * stage.model.config.mlp_ratio)
+    forward = size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
+    normed = FLOAT * (2 * D) + size * (5 * D)  # queries and keys in float32; the stream, its norm, q, k, v
+    return max(forward, normed)
 
 
 def _scale_bytes(plan: Plan, stage: Stage, k: int, batch: int, dtype: torch.dtype) -> int:
-    """The same of one scale."""
+    """The largest memory of one scale."""
     config, length, rows = stage.model.config, plan.schedule.lengths[k], batch * (1 + plan.doubles(stage, k))
-    D, F = config.width, round(config.width * config.mlp_ratio)
-    size = torch.empty((), dtype=dtype).element_size()
-    blocks = rows * length * size * (2 * D + 2 * F)  # the residual stream, its norm, hidden before and after GELU
-    normed = FLOAT * (2 * D) + size * (5 * D)  # queries and keys in float32; the stream, its norm, q, k, v
-    attention = rows * length * normed
+    D, size = config.width, torch.empty((), dtype=dtype).element_size()
     values = 2 * config.latent_channels if config.bitwise else config.vocab_size
     kernel = not config.bitwise and values <= kernels.ROW and kernels.usable(stage.model.device)
     draw = batch * length * _draw_bytes(stage.filter(k), values, stage.model.device, kernel)
@@ -120,7 +132,11 @@ def _scale_bytes(plan: Plan, stage: Stage, k: int, batch: int, dtype: torch.dtyp
     own = 0
     if not stage.model.reads_earlier:  # what is little beside a cache: keys and values of the scale, modulations
         own = rows * D * size * (2 * length + 6 * len(stage.model.all_blocks))
-    return own + max(blocks, attention, draw)
+    most = max(
+        stage.computed(layer, k) for layer in stage.active
+    )  # of a layer; the others pass by it, and are restored
+    blocks = rows * (most * _token_bytes(stage, dtype) + (length - most) * 4 * D * size)
+    return own + max(blocks, draw)
 
 
 def _draw_bytes(filters: Filter, values: int, device: torch.device, kernel: bool) -> int:

@@ -35,6 +35,7 @@ from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
+from var.cache import KVCache
 from var.conditioning import ClassPrompt, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
@@ -60,7 +61,7 @@ class NextScaleOutput(BaseOutput):
         images: B PIL images; or float32 in [0, 1], (B, h, w, 3) numpy for "np", (B, 3, h, w) for "pt"; or the latents
             (B, C, H, W) for "latent".
         seeds: the name of each image: the same seed and prompt make it again, alone or in any batch.
-        tokens: one int64 (B, l) tensor per scale.
+        tokens: one int64 (B, l) tensor per scale; -1 in scales that were not drawn (prune).
         search: what a search found on the way and what it cost, where there was one.
     """
 
@@ -312,7 +313,7 @@ class NextScalePipeline(DiffusionPipeline):
     def _generate(self, plan: Plan, condition: Prompt, seeds: list[int], **call: Any) -> GenerationState:
         """By the loop; replayed where nothing but the progress bar looks on and no cache chooses as it goes."""
         *others, progress = call["hooks"]
-        chooses = any(stage.new_cache is not None or stage.pruning is not None for stage in plan.stages)
+        chooses = any(type(stage.make_cache()) is not KVCache for stage in plan.stages)
         if self.graphed is None or others or chooses or call["negative"] is not None or call["smooth"]:
             return generate(plan, self.vqvae.quantizer, condition, seeds, **call)
         made = self.graphed.generate(plan, condition, seeds)

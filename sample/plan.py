@@ -122,24 +122,33 @@ class Plan:
             raise ValueError(f"plan must make scales 0 to {len(self.schedule) - 1} once, in order; it makes {made}")
         for stage in self.stages:
             _check_stage(stage, self.stages[0])
+        drawn = [stage.draws(k) for stage in self.stages for k in stage.scales]
+        if drawn != sorted(drawn, reverse=True):
+            raise ValueError(f"plan draws scales after one that it leaves out (prune): {drawn.index(False)}")
 
     @property
     def schedule(self) -> ScaleSchedule:
         """The token schedule of all stages."""
         return self.stages[0].pyramid
 
-    def reserved(self, stage: Stage) -> list[int]:
-        """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again."""
+    def reserved(self, stage: Stage, scales: int | None = None) -> list[int]:
+        """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again.
+
+        Args:
+            scales: not those of scales from this one on: there will be fewer rows then.
+        """
         place = next(i for i, own in enumerate(self.stages) if own is stage)
         after = self.stages[place + 1] if place + 1 < len(self.stages) else None
         if not stage.model.reads_earlier:
             return [0] * len(stage.model.blocks)
         staying = after.active if after is not None and after.continues(stage) else frozenset()
         last, schedule = max(filter(stage.draws, stage.scales)), self.schedule
-        return [
+        most = schedule.total if scales is None else schedule.ends[scales - 1]
+        held = (
             schedule.ends[last] if layer in staying else schedule.begins[last] if layer in stage.active else 0
             for layer in range(len(stage.model.blocks))
-        ]
+        )
+        return [min(tokens, most) for tokens in held]
 
     @property
     def passes(self) -> int:
@@ -153,22 +162,28 @@ class Plan:
 
     @property
     def guided_scales(self) -> int:
-        """Scales up to the last one that is guided; the unconditional half does not run after them."""
+        """Scales up to the last one that is drawn and guided; the unconditional half does not run after them."""
         K = len(self.schedule)
-        return max((k + 1 for stage in self.stages for k in stage.scales if stage.guidance.weight(k, K)), default=0)
+        drawn = ((stage, k) for stage in self.stages for k in stage.scales if stage.draws(k))
+        return max((k + 1 for stage, k in drawn if stage.guidance.weight(k, K)), default=0)
 
     @property
     def guided(self) -> bool:
         """Whether any scale is guided."""
         return self.guided_scales > 0
 
+    def joins(self, stage: Stage) -> bool:
+        """Whether a stage prefills a cache of its own with the scales before it."""
+        place = next(i for i, own in enumerate(self.stages) if own is stage)
+        return place > 0 and stage.model.reads_earlier and not stage.continues(self.stages[place - 1])
+
     def doubles(self, stage: Stage, k: int, *, prefilling: bool = False) -> bool:
         """Whether the unconditional half of scale k runs; or that of the scales before k, when a stage prefills them.
 
         Guidance inside the blocks is part of what the conditional half's keys are made of.
         """
-        inside = prefilling and stage.guidance.blocks and stage.guidance.guides(range(k), len(self.schedule))
-        return k < self.guided_scales or bool(inside)
+        guided = any(stage.guidance.weight(i, len(self.schedule)) for i in range(k))
+        return k < self.guided_scales or (prefilling and bool(stage.guidance.blocks) and guided)
 
 
 def plain(

@@ -24,7 +24,7 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prune",
         metavar="LIST",
-        help="shares of the last scales' tokens to leave out: 50%%, or 40%%,50%%,100%% (FastVAR)",
+        help="shares of the last scales' tokens to leave out: 50%%, or 40%%,50%%,100%% (FastVAR); or off",
     )
     parser.add_argument("--refiner", metavar="MODEL", help="makes the scales after code:N; it shares the tokenizer")
     parser.add_argument("--aspect", metavar="W:H", help="16:9, 2:3, ... from 3:1 to 1:3 (models with rotary positions)")

@@ -41,8 +41,9 @@ class PlanConfig:
         depth: layers of the subnet: one number for all its scales, or one a scale (4 or "4" or "6,4,4").
         cache: share of the key/value cache to keep: "100%" is all; "10%" is scalekv:10%, or window:10%, streaming:10%
             or snapkv:10%. "scalekv:10%,window=3" sets the side of the observed grid.
-        prune: share of the tokens that most layers leave out at the last scale, or shares for the last scales:
-            "40%,50%,100%,100%" or [0.4, 0.5, 1, 1]. Scales of 100% are not drawn. It needs a whole cache.
+        prune: share of the tokens that layers leave out at the last scale, or shares for the last scales:
+            "40%,50%,100%,100%" or [0.4, 0.5, 1, 1]; "off" for none. All layers but the first 3/32 and the last 4/32 do
+            so. Scales of 100% are not drawn. It needs a whole cache.
 
     Raises:
         ValueError: on a text that is not one of these.
@@ -54,8 +55,11 @@ class PlanConfig:
     prune: str | float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if read_prune(self.prune) and read_cache(self.cache)[1] < 1:
-            raise ValueError(f"prune {self.prune} needs a cache of 100%, got {self.cache}")
+        share = read_cache(self.cache)[1]
+        if any(read_prune(self.prune)) and share < 1:
+            raise ValueError(
+                f"prune {self.prune} needs a cache of 100%, got {self.cache}; prune off leaves nothing out"
+            )
         if self.kind in ("supernet", "self") and not self.depths:
             raise ValueError(f"plan {self.plan} needs a depth: the layers of its subnet")
 
@@ -172,7 +176,8 @@ def read_prune(prune: str | float | Sequence[float] | None) -> tuple[float, ...]
     if prune is None or prune == "off":
         return ()
     parts = prune.split(",") if isinstance(prune, str) else prune if isinstance(prune, Sequence) else [prune]
-    found = [re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(part).strip()) for part in parts]
+    texts = [f"{part:.9f}" if isinstance(part, float) else str(part).strip() for part in parts]
+    found = [re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text) for text in texts]
     shares = [float(match[1]) / (100 if match[2] else 1) if match else 2.0 for match in found]
     if not shares or max(shares) > 1:
         raise ValueError(f"prune must be like 50% or 40%,50%,100%, shares of the last scales' tokens; got {prune!r}")

@@ -95,6 +95,7 @@ class GenerationState:
             rows = torch.arange(len(self), device=self.f_hat_BCHW.device)
             self.cond, self.doubled = self.cond.select(rows), False
             self.cache.select(rows)
+            self._reserve()
 
     def uniforms(self, k: int, step: int = 0) -> torch.Tensor:
         """The draws of a pass over this scale: (B, l) or, with several draws a token, (B, l, n)."""
@@ -178,11 +179,10 @@ class GenerationState:
 
     def _reserve(self) -> None:
         """Room in the cache for what this stage stores; with rows to go later, for what it stores before that."""
-        room = self.plan.reserved(self.stage)
-        border = next((k for k in self.narrows if k >= self.scale), None)
-        if border is not None:
-            room = [min(tokens, self.plan.schedule.ends[border]) for tokens in room]
-        self.cache.reserve(room)
+        borders = [k + 1 for k in self.narrows if k >= self.scale]
+        if self.doubled:
+            borders.append(max(self.plan.guided_scales, self.scale))
+        self.cache.reserve(self.plan.reserved(self.stage, min(borders, default=None)))
 
     def _prefill(self, stage: Stage) -> None:
         scales, schedule = range(self.scale), self.plan.schedule
@@ -226,7 +226,7 @@ class Hook:
         """Before the first scale (more rows by `state.select`, `state.extras`)."""
 
     def on_scale_begin(self, state: GenerationState, k: int) -> None:
-        """Before scale k is drawn (tokens that are given)."""
+        """Before scale k is drawn, or left out by the plan (tokens that are given)."""
 
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
@@ -235,4 +235,4 @@ class Hook:
         return tokens_Bl
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:
-        """After scale k was added to the reconstruction (search by `state.select`, previews, progress)."""
+        """After scale k was added to the reconstruction, or left out (search by `state.select`, previews, progress)."""

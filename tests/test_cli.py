@@ -256,7 +256,11 @@ def test_interrupted(sample, tmp_path, monkeypatch):
         (["a star", "--out", "star.png"], "--out must be a folder, or FILE.npz, got star.png"),
         (["a star", "--out", "star.NPZ"], "--out must be a folder, or FILE.npz, got star.NPZ"),
         (["a star", "--device", "meta"], "device 'meta' cannot be used"),
-        (["a star", "--negative", "b", "--guidance", "0"], "--negative acts through guidance, which is 0"),
+        (["a star", "--negative", "b", "--guidance", "0"], "--negative acts through guidance, and no scale is"),
+        (
+            ["a star", "--guidance", "2", "--guidance-ramp", "linear", "--guidance-until", "1"],
+            "--guidance-until 1: none",
+        ),
         (["a star", "--search", "3 best", "--n", "5"], "--n 5 goes with a method's name, and --search '3 best' says"),
         (["a star", "a dog", "--search", "best", "--reward", "scenes"], "cannot read 'a dog'"),
         (["a star", "--search", "tts", "--reward", "scenes", "--sharpness", "inf"], "sharpness must be a number"),

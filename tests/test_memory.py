@@ -61,6 +61,29 @@ def test_predicted_memory_is_that_of_the_tensors(sizes, dtype):
     assert predicted.weights == held
 
 
+@pytest.mark.parametrize("depth", [2, 8])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *({"guidance_until": until} for until in (0, 1, 2, 3)),
+        *({"prune": prune} for prune in ("50%", "100%", "30%,60%")),
+        {"plan": "self:3", "depth": 2},
+        {"plan": "self:3", "depth": 2, "guidance_until": 3},
+        {"plan": "self:3", "depth": 2, "guidance_until": 3, "guidance_blocks": [0]},
+        {"plan": "self:2", "depth": 2, "prune": "50%"},
+    ],
+    ids=str,
+)
+def test_memory_of_a_plan_is_predicted(words, depth):
+    whole, batch = pipeline(depth=depth), 4
+    plan = whole.make_plan(**{"guidance_scale": 1.5, "guidance_ramp": "constant", "top_k": 16, "top_p": 0.9} | words)
+    predicted, account = predict(plan, whole.vqvae, batch, torch.float32), CachePeak()
+    with LiveBytes() as live, torch.no_grad():
+        whole(class_labels=[1] * batch, seed=0, plan=plan, hooks=[account], output_type="latent")
+    assert account.peak == predicted.cache or "plan" in words
+    assert 0.85 < live.peak / (predicted.cache + predicted.step) < 1.15
+
+
 def test_slices_give_the_same_images_in_less_memory():
     whole = pipeline()
     f_hat, images, peaks = torch.randn(5, 8, 8, 8), [], []

@@ -145,7 +145,7 @@ def test_the_unconditional_half_ends_with_the_guidance(model, quantizer, config,
     assert plan.guided_scales == ends and [seen[0] for seen in rows.seen] == [8] * ends + [4] * (4 - ends)
     if not config:
         assert [seen[1] for seen in rows.seen[:3]] == [8] * ends + [4] * (3 - ends)
-    monkeypatch.setattr(Plan, "doubles", lambda *_, **__: True)
+    monkeypatch.setattr(Plan, "guided_scales", 4)
     kept = Rows()
     assert torch.equal(torch.cat(run(plan, quantizer, hooks=[kept]).tokens, dim=1), made)
     assert [seen[0] for seen in kept.seen] == [8] * 4
@@ -159,8 +159,10 @@ def test_where_guidance_ends(model, quantizer):
     assert plain(model, guidance=Guidance(3.0, until=4)).guided_scales == 4 == plain(model, guidance=1.0).guided_scales
     with pytest.raises(ValueError, match="guidance_until must be at most 4 scales, got 5"):
         plain(model, guidance=Guidance(3.0, until=5))
-    with pytest.raises(ValueError, match="guidance_until must be a number of scales, got -1"):
-        Guidance(3.0, until=-1)
+    for until in (-1, True, 1.0, "2"):
+        with pytest.raises(ValueError, match=f"guidance_until must be a number of scales, got {until!r}"):
+            Guidance(3.0, until=until)
+    assert plain(model, guidance=Guidance(3.0, until=np.int64(2))).guided_scales == 2
 
 
 @pytest.mark.parametrize("cache", ["100%", "scalekv:100%"])

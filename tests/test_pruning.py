@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import nextscale
 from sample.generate import generate
-from sample.plan import plain
+from sample.plan import Plan, Stage, plain
 from sample.plan_text import PlanConfig, pruning_of, read_prune
 from sample.state import Hook
 from tokenizer.aspects import aspect_schedule
@@ -258,7 +258,8 @@ def test_compositions_draw_every_image_as_alone(model, quantizer, words):
 def test_words():
     assert read_prune(None) == read_prune("off") == () and read_prune("50%") == (0.5,)
     assert read_prune("40%, 50%,100%") == read_prune([0.4, "50%", 1]) == read_prune("0.4,0.5,1") == (0.4, 0.5, 1.0)
-    assert read_prune(0.25) == (0.25,)
+    assert read_prune(0.25) == read_prune(".25") == (0.25,) and read_prune(1e-5) == (1e-5,)
+    assert PlanConfig(prune="0%", cache="50%").prune == "0%"  # which leaves nothing out
 
 
 @pytest.mark.parametrize("text", ["50", "-10%", "110%", "half", "40%,,50%", "", [], "40%,50", float("nan")])
@@ -273,6 +274,8 @@ def test_mistakes(model):
         ({"prune": "10%,0%,0%,0%,0%"}, "prune must leave the first scale whole"),
         ({"prune": "100%,50%"}, "prune must leave out the last scales where it leaves out any, got 0%,0%,0%,100%,50%"),
         ({"prune": "50%", "cache": "window:50%"}, "prune 50% needs a cache of 100%, got window:50%"),
+        ({"prune": "50%", "cache": "nonsense"}, "cache must be like 10%"),
+        ({"cache": "0%"}, "cache must be like 10%"),
         ({"plan": "code:4", "depth": 2, "prune": "100%"}, "prune leaves scale 4 out, where a stage of the plan begins"),
     ]
     for words, message in cases:
@@ -284,6 +287,20 @@ def test_mistakes(model):
     with pytest.raises(ValueError, match="one for each of 5 scales"):
         Pruning(model.schedule, (0.0, 0.5), range(2))
     assert pruning_of("0%", model) is None
+    late = Pruning(model.schedule, (0, 0, 1, 1, 1), range(2))
+    with pytest.raises(ValueError, match="plan draws scales after one that it leaves out"):
+        Plan((Stage(model, range(3), pruning=late), Stage(model, range(3, 5))))
+
+
+def test_shares_are_of_tokens_to_the_last_one():
+    """29 % of 100 tokens are 29, though the product of floats is below."""
+    schedule = ScaleSchedule.of("1,5,10")
+    assert [Pruning.of_last([n / 100], schedule, 4).count(0, 2) for n in range(100)] == list(range(100, 0, -1))
+
+
+def test_guidance_of_scales_that_are_not_drawn_is_none(model):
+    assert PlanConfig(prune="100%").build(model, guidance=[0.0, 0.0, 0.0, 0.0, 2.0]).guided_scales == 0
+    assert PlanConfig(prune="100%").build(model, guidance=[0.0, 3.0, 0.0, 0.0, 2.0]).guided_scales == 2
 
 
 def test_the_command_line(class_folder, class_pipeline, tmp_path, capsys):

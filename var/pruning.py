@@ -61,7 +61,7 @@ class Pruning:
         whole = (0.0,) * (len(schedule) - len(shares))
         return cls(schedule, (*whole, *shares), range(round(FIRST * depth), depth - round(LAST * depth)))
 
-    @property
+    @cached_property
     def drawn(self) -> int:
         """Scales that are drawn; the others are left out."""
         return next((k for k, share in enumerate(self.shares) if share == 1), len(self.shares))
@@ -69,9 +69,10 @@ class Pruning:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Tokens of each scale that the pruning layers compute."""
-        return tuple(length - int(length * share) for length, share in zip(self.schedule.lengths, self.shares))
+        exactly = (length * share + 1e-9 for length, share in zip(self.schedule.lengths, self.shares))  # 100 x 29 %
+        return tuple(length - int(left) for length, left in zip(self.schedule.lengths, exactly))
 
-    @property
+    @cached_property
     def source(self) -> int | None:
         """The scale whose outputs are used again: the last whole one before some are not. None where none is needed."""
         pruned = [k for k, length in enumerate(self.schedule.lengths[: self.drawn]) if self.counts[k] < length]
@@ -111,9 +112,10 @@ class PrunedCache(KVCache):
     def slots(self, layer: int, begin: int, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As `KVCache.slots`."""
         assert self.given[layer] == begin, f"layer {layer} was given {self.given[layer]} tokens of {begin}"
-        schedule, limit, stored = self.pruning.schedule, self.limits[layer], self.lengths[layer]
-        end = shape[2] if begin == 0 else schedule.ends[schedule.begins.index(begin)]
-        later = (k for k in range(len(schedule)) if schedule.begins[k] >= end and schedule.ends[k] <= limit)
+        begins, ends = self.pruning.schedule.begins, self.pruning.schedule.ends
+        limit, stored = self.limits[layer], self.lengths[layer]
+        end = shape[2] if begin == 0 else ends[begins.index(begin)]
+        later = (k for k, first in enumerate(begins) if first >= end and ends[k] <= limit)
         room = stored + shape[2] + sum(self.pruning.count(layer, k) for k in later)
         self.capacity = list(self.capacity)
         self.capacity[layer] = room if end <= limit else stored
