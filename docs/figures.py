@@ -21,7 +21,7 @@ from sample.search import Search
 from sample.search_steps import make_steps
 from tokenizer.model import MultiScaleVQ
 
-SIDE, GAP = 128, 6  # pixels
+SIDE, GAP, MARGIN = 128, 6, 190  # pixels
 PROMPTS = (
     "a star",
     "a purple heart",
@@ -32,6 +32,7 @@ PROMPTS = (
     "an orange diamond and a green ring",
     "a yellow circle below a black square",
 )
+LESS = ({}, {"guidance_until": 5}, {"guidance_until": 3}, {"prune": "25%"}, {"prune": "50%"}, {"prune": "100%"})
 
 
 def code_colours(model: MultiScaleVQ) -> np.ndarray:
@@ -83,6 +84,18 @@ def searched(pipeline: NextScalePipeline, columns: int = 2, each: int = 4) -> np
     return stack(rows, axis=0)
 
 
+def spared(pipeline: NextScalePipeline) -> np.ndarray:
+    """Seed 0 of every prompt with less and less work, a row a setting with its words; uint8 (h, w, 3)."""
+    rows = []
+    for words in LESS:
+        images = pipeline(list(PROMPTS), seed=0, **words).images
+        name = " ".join(f"--{word.replace('_', '-')} {value}" for word, value in words.items()) or "everything"
+        margin = np.full((SIDE, MARGIN, 3), 255, np.uint8)
+        margin[SIDE // 2 - 13 : SIDE // 2 + 13] = label(name, MARGIN)
+        rows.append(stack([margin, *(enlarge(np.asarray(image)) for image in images)], axis=1))
+    return stack(rows, axis=0)
+
+
 def metadata_of(prompt: str) -> dict:
     """A scenes caption as the judge wants it."""
     caption = Caption.of(prompt)
@@ -130,6 +143,7 @@ def main() -> None:
     write_png(args.out / "pyramid.png", pyramid(pipeline.vqvae, render(scene_at(11, seed=1))))
     write_png(args.out / "samples.png", samples(pipeline))
     write_png(args.out / "search.png", searched(pipeline))
+    write_png(args.out / "spared.png", spared(pipeline))
 
 
 if __name__ == "__main__":
