@@ -138,7 +138,7 @@ class PrunedCache(KVCache):
         """
         pruning, schedule = self.pruning, self.pruning.schedule
         k = schedule.begins.index(begin)
-        if begin == 0 or pruning.counts[k] == schedule.lengths[k]:
+        if pruning.counts[k] == schedule.lengths[k]:  # as of scale 0, with which a prefill begins
             added_BlD = branch(x_BlD, None)
             own = slice(schedule.begins[pruning.source] - begin, schedule.ends[pruning.source] - begin)
             if 0 <= own.start < x_BlD.shape[1]:
