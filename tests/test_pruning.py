@@ -187,6 +187,8 @@ def test_layers_that_are_freed_begin_anew():
 def test_choosing_and_resizing():
     x = torch.tensor([[[0.0], [5.0], [1.0], [-4.0], [0.5]], [[9.0], [0.0], [0.1], [0.2], [-8.0]]])
     assert farthest(x, 2).tolist() == [[1, 3], [0, 4]] and farthest(x, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    half = torch.randn(2, 900, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert farthest(half, 400).equal(farthest(half.double(), 400))  # distances are summed with more digits
     small = torch.arange(6.0).reshape(1, 6, 1)
     assert resize(small, (2, 3), (2, 3)).equal(small)
     assert resize(small, (2, 3), (4, 3)).flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
@@ -229,6 +231,14 @@ def test_images_do_not_depend_on_the_batch(model, quantizer):
         alone = torch.cat(run(plan, quantizer, seeds=(seed,)).tokens, dim=1)
         assert torch.equal(alone[0], together[row])
     assert not torch.equal(together, torch.cat(run(plain(model), quantizer).tokens, dim=1))
+
+
+def test_pruning_may_begin_with_a_stage(model, quantizer):
+    """A stage that prunes does not go on with a cache that kept nothing for it: it reads the scales before anew."""
+    wanted = PlanConfig(prune="40%,50%").build(model)
+    late = Stage(model, range(3, 5), pruning=wanted.stages[0].pruning)
+    made = run(Plan((Stage(model, range(3)), late)), quantizer)
+    assert all(torch.equal(mine, other) for mine, other in zip(made.tokens, run(wanted, quantizer).tokens))
 
 
 def test_whole_scales_are_those_of_the_plain_plan(model, quantizer):
