@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, above all on a busy machine
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+settings.load_profile("untimed")
 
 TINY = {"vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
 

@@ -66,7 +66,7 @@ def latent(quantizer: BinarySphericalQuantizer, schedule: ScaleSchedule, batch: 
 # --- the quantiser --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sides=SIDES, patch=st.integers(1, 2), channels=st.integers(2, 5))
 def test_verbs_agree(sides: list[tuple[int, int]], patch: int, channels: int) -> None:
     schedule, quantizer = ScaleSchedule.of(sides), BinarySphericalQuantizer(channels=channels, patch=patch)

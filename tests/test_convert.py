@@ -123,7 +123,7 @@ def test_safetensors_half_precision_and_the_old_format_are_read(files: dict[str,
 SIDES = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(sorted)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     sides=SIDES,
     depth=st.integers(1, 3),
@@ -162,7 +162,7 @@ def test_transformer_config_is_read_off_the_tensors(
     assert not adapters.kept_buffers(adapters.VAR, state, config)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     sides=SIDES,
     factors=st.lists(st.integers(1, 2), min_size=1, max_size=3),

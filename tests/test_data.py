@@ -146,7 +146,7 @@ def test_large_jpegs_are_decoded_small_but_not_below_the_need():
 
 
 @given(w=st.integers(1, 60), h=st.integers(1, 60), th=st.integers(1, 20), tw=st.integers(1, 20), u=st.floats(0, 0.999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_crop_always_has_the_size(w, h, th, tw, u):
     for place, large in product((None, (u, 0.999 - u), (0.999, 0.999)), (2**24, 1)):  # made whole, or what is cut out
         with mock.patch("sample.pixels.LARGE", large):
@@ -238,7 +238,7 @@ def test_centre_crop_and_mirror():
 
 
 @given(n=st.integers(1, 700), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_permutation_is_a_bijection(n, seed, epoch):
     assert sorted(permute(i, n, seed=seed, epoch=epoch) for i in range(n)) == list(range(n))
 

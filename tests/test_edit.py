@@ -244,7 +244,7 @@ def test_class_models_edit_with_a_class_or_with_none(class_pipeline):
 # --- pictures of any size --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_the_window_has_the_models_shape_and_holds_the_mask(data):
     model_hw = data.draw(st.sampled_from([(8, 8), (8, 16), (12, 8)]))
@@ -265,7 +265,7 @@ def test_the_window_has_the_models_shape_and_holds_the_mask(data):
     assert abs((y1 - y0) * model_hw[1] - (x1 - x0) * model_hw[0]) <= max(model_hw)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 9), st.sampled_from([(8, 8), (5, 7), (24, 16)]), st.booleans())
 def test_pasting_changes_only_what_the_mask_names(seed, hw, soft):
     rng = np.random.default_rng(seed)

@@ -78,7 +78,7 @@ def gaussian(mean: list[float], deviations: list[float], turn: torch.Tensor | No
     return Moments(torch.tensor(mean, dtype=torch.float64), covariance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.floats(-5, 5)] * 2, *[st.floats(0, 4)] * 2), min_size=1, max_size=6), st.integers(0, 99))
 def test_the_distance_of_gaussians_with_common_axes_is_known(axes, seed):
     mean_a, mean_b, a, b = map(list, zip(*axes))

@@ -314,7 +314,7 @@ def test_draws_have_the_right_frequencies():
     assert counts[3] == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 40), st.floats(0.05, 1.0))
 def test_filters_never_leave_nothing_and_draws_stay_inside(seed, V, k, p):
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(seed)) * 5

@@ -209,7 +209,7 @@ def test_a_stage_checks_what_it_is_given(model, passes):
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_as_many_as_asked_are_masked_and_the_least_certain_ones(data):
     n, count = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 2))
     logits = torch.randn(3, n, 5, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))

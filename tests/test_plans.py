@@ -151,6 +151,22 @@ def test_the_unconditional_half_ends_with_the_guidance(model, quantizer, config,
     assert [seen[0] for seen in kept.seen] == [8] * 4
 
 
+def test_a_prefill_has_the_unconditional_half_only_where_it_matters(model):
+    """After the guidance, for guidance inside the blocks of scales that were guided; never for that of logits."""
+    for guidance, doubled in (
+        (Guidance(2.0, until=2), False),
+        (Guidance(2.0, until=2, blocks=(0,)), True),
+        (Guidance(2.0, until=0, blocks=(0,)), False),
+    ):
+        plan = PlanConfig(plan="self:3", depth=2).build(model, guidance=guidance)
+        first, last = plan.stages
+        assert plan.doubles(last, 3, prefilling=True) == doubled and not plan.doubles(last, 3)
+        assert plan.joins(last) and not plan.joins(first)
+    markov = make_model(mask="block_diagonal", selectivity=None)
+    own = PlanConfig(plan="self:3", depth=2).build(markov)
+    assert not own.joins(own.stages[1])  # no earlier keys are read
+
+
 def test_where_guidance_ends(model, quantizer):
     until = tokens(plain(model, guidance=Guidance(3.0, until=2)), quantizer)
     assert torch.equal(until, tokens(plain(model, guidance=[0.0, 1.0, 0.0, 0.0]), quantizer))

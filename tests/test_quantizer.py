@@ -185,7 +185,7 @@ def test_a_code_is_chosen_by_its_angle_whatever_its_length():
     assert all(torch.equal(quantizer.choose(f, k, SQUARE), before[k]) for k in range(4))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from(["1,2,4", "1x2,2x3", "2,2,5"]), st.booleans())
 def test_each_added_code_is_what_lookup_says(seed, spec, normalize):
     schedule = ScaleSchedule.of(spec)

@@ -268,7 +268,7 @@ def test_an_object_between_two_cells_is_one_object(monkeypatch):
     assert seen.centre_BN2[0, order[0]].tolist() == [4.0, 2.5] and float(seen.size_BN[0, order[0]]) == 2.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), st.integers(1, 4))
 def test_exactly_so_many_good_ones_and_none_bad(pairs, count):
     """Against the sum over all outcomes."""

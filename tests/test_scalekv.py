@@ -73,7 +73,7 @@ def test_the_peak_is_the_budgets_and_one_layer(share):
     assert squeezed.peak_nbytes == (LAYERS * budget + budget + 64) * a_token
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(0.02, 1.0),
     st.integers(1, 33),

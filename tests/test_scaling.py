@@ -68,7 +68,7 @@ def test_vars_exponent_comes_back_at_its_published_correlation():
     assert abs(held_out(VAR_SIZES, points, "power")["error"]) < 0.05
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.1, 3), st.floats(-1.2, -0.1), st.floats(0, 3))
 def test_a_floor_is_found(scale, exponent, floor):
     x = np.geomspace(0.1, 100, 9)

@@ -63,7 +63,7 @@ def altered(image: np.ndarray, blur: float = 0.0, noise: float = 0.0) -> np.ndar
 # ------------------------------------------------------------------------------------------------------------ scenes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, tag=st.sampled_from(TAGS), split=st.sampled_from(["train", "all"]))
 def test_a_scene_holds_what_its_caption_names_apart_and_uncut(seed, tag, split):
     scene = sample_scene(np.random.default_rng(seed), tag=tag, split=split)

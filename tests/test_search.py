@@ -463,7 +463,7 @@ def test_history_follows_its_candidates(run, tiny_class_model, tiny_vqvae):
         assert hook.history[2][origin].item() == pytest.approx(max(final.scores))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12), st.integers(1, 20), st.integers(0, 2**32))
 def test_weights_never_overflow_and_draws_stay_inside(potential, keep, seed):
     weights = weights_of(torch.tensor(potential), 10.0)
@@ -500,7 +500,7 @@ def test_kmeans_finds_blobs_and_keeps_one_of_each():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 10), st.integers(1, 10), st.integers(1, 4), st.integers(0, 2**32))
 def test_as_many_different_rows_are_kept_as_were_asked_for(points, keep, distinct, seed):
     generator = torch.Generator().manual_seed(seed)
