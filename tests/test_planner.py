@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import nextscale
-from sample.costs import cache_peak, plan_work
+from sample.costs import Work, cache_peak, plan_work
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.measure import Stopwatch, line_fit, nonnegative_fit
@@ -95,6 +95,7 @@ def test_work_of_the_whole_model(models):
     works, bodies = plan_work(plan, 1), plan_work(plan, 1, head=False)
     assert [work.flops - body.flops for work, body in zip(works, bodies)] == [2 * 20 * 32 * n for n in (1, 4, 9, 16)]
     assert [work.blocks for work in works] == [4] * 4 and [work.steps for work in works] == [1] * 4
+    assert plan_work(PlanConfig(prune="100%").build(models[0]), 1) == [*works[:3], Work()]  # nothing is done there
 
 
 @given(st.integers(0, 1000))
