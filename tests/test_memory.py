@@ -17,10 +17,12 @@ MARKOV = {"mask": "block_diagonal"}
 AGAIN = {**MARKOV, "masked_layers": 2}  # passes over the last scale, the largest
 
 
-def pipeline(*, vocab_size=64, depth=4, channels=(16, 16, 32), dtype=torch.float32, **options):
-    shared = {"vocab_size": vocab_size, "latent_channels": 8, "schedule": "1,2,4,8"}
+def pipeline(
+    *, vocab_size=64, depth=4, channels=(16, 16, 32), dtype=torch.float32, schedule="1,2,4,8", width=64, **options
+):
+    shared = {"vocab_size": vocab_size, "latent_channels": 8, "schedule": schedule}
     vqvae = MultiScaleVQ(channels=list(channels), layers_per_block=1, norm_groups=8, **shared).eval()
-    transformer = NextScaleTransformer(depth=depth, width=64, heads=4, num_classes=10, **shared, **options).eval()
+    transformer = NextScaleTransformer(depth=depth, width=width, heads=4, num_classes=10, **shared, **options).eval()
     transformer.init_weights(head_gain=4.0)  # else logits are so flat that ties decide
     whole = NextScalePipeline(transformer, vqvae)
     whole.set_progress_bar_config(disable=True)
@@ -81,6 +83,17 @@ def test_memory_of_a_plan_is_predicted(words, depth):
     with LiveBytes() as live, torch.no_grad():
         whole(class_labels=[1] * batch, seed=0, plan=plan, hooks=[account], output_type="latent")
     assert account.peak == predicted.cache or "plan" in words
+    assert 0.85 < live.peak / (predicted.cache + predicted.step) < 1.15
+
+
+def test_a_prefill_under_guidance_inside_the_blocks_is_the_peak():
+    """Both halves of many earlier tokens at once, where the scales drawn later have one."""
+    whole = pipeline(depth=2, schedule="1,4,6,7,7,7", width=256)
+    words = {"plan": "self:5", "depth": 2, "guidance_until": 5, "guidance_blocks": [0], "guidance_scale": 2.0}
+    plan = whole.make_plan(**words, guidance_ramp="constant", top_k=16)
+    predicted = predict(plan, whole.vqvae, 4, torch.float32)
+    with LiveBytes() as live, torch.no_grad():
+        whole(class_labels=[1] * 4, seed=0, plan=plan, output_type="latent")
     assert 0.85 < live.peak / (predicted.cache + predicted.step) < 1.15
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import nextscale
+from sample.costs import cache_peak
 from sample.generate import generate
 from sample.plan import Plan, Stage, plain
 from sample.plan_text import PlanConfig, pruning_of, read_prune
@@ -320,6 +321,19 @@ def test_mistakes(model):
     late = Pruning(model.schedule, (0, 0, 1, 1, 1), range(2))
     with pytest.raises(ValueError, match="plan draws scales after one that it leaves out"):
         Plan((Stage(model, range(3), pruning=late), Stage(model, range(3, 5))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_bytes_of_the_cache_are_known_beforehand(options):
+    """Of text models as well, whose blocks have a branch more."""
+    model = make_model(**options)
+    plan, prompt = PlanConfig(prune="40%,50%").build(model, guidance=0.0), prompt_for(model)
+    cache, cond = plan.stages[0].make_cache(), model.condition(prompt)
+    cache.reserve(plan.reserved(plan.stages[0]))
+    for k, length in enumerate(model.schedule.lengths):
+        model(torch.randn(3, length, 5) if k else None, cond, scales=range(k, k + 1), cache=cache)
+    assert cache.peak_nbytes == cache_peak(plan, 3, torch.float32)
 
 
 def test_shares_are_of_tokens_to_the_last_one():
