@@ -86,11 +86,11 @@ def test_memory_of_a_plan_is_predicted(words, depth):
     assert 0.85 < live.peak / (predicted.cache + predicted.step) < 1.15
 
 
-def test_a_prefill_under_guidance_inside_the_blocks_is_the_peak():
-    """Both halves of many earlier tokens at once, where the scales drawn later have one."""
+@pytest.mark.parametrize("words", [{}, {"plan": "self:5", "depth": 2, "guidance_blocks": [0]}], ids=str)
+def test_the_last_guided_scale_may_be_the_peak(words):
+    """Both halves of it, or of all earlier tokens in a prefill, where the scales drawn later have one."""
     whole = pipeline(depth=2, schedule="1,4,6,7,7,7", width=256)
-    words = {"plan": "self:5", "depth": 2, "guidance_until": 5, "guidance_blocks": [0], "guidance_scale": 2.0}
-    plan = whole.make_plan(**words, guidance_ramp="constant", top_k=16)
+    plan = whole.make_plan(**words, guidance_until=5, guidance_scale=2.0, guidance_ramp="constant", top_k=16)
     predicted = predict(plan, whole.vqvae, 4, torch.float32)
     with LiveBytes() as live, torch.no_grad():
         whole(class_labels=[1] * 4, seed=0, plan=plan, output_type="latent")
