@@ -77,11 +77,15 @@ def test_hooks_and_caches_that_choose_run_plainly() -> None:
     recorded, seen = [], []
     graphed = pipeline()
     graphed.graphed = GraphedSampler(graphed.vqvae, Recorder(replay_of(recorded)))
-    chosen = graphed.make_plan(cache="window:50%")
+    chosen, pruned = (graphed.make_plan(**words) for words in ({"cache": "window:50%"}, {"prune": "50%"}))
     for _ in range(3):
         graphed(class_labels=1, seed=0, output_type="latent", callback_on_step_end=lambda p, k, side, t: seen.append(k))
         graphed(class_labels=1, seed=0, output_type="latent", plan=chosen)
+        graphed(class_labels=1, seed=0, output_type="latent", plan=pruned)
     assert seen == [0, 1, 2, 3] * 3 and not recorded
+    for _ in range(2):  # nothing is chosen where scales are left out whole
+        graphed(class_labels=1, seed=0, output_type="latent", prune="100%", guidance_until=2)
+    assert recorded
 
 
 @pytest.mark.cuda

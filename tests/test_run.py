@@ -302,7 +302,7 @@ def test_departures_from_a_published_suite_are_named():
         "cache is 20%, which the suite leaves alone",
         "top_k is 600, and the suite's 900",
     ]
-    neutral = {"temperature": [1.0, 1.0], "temperature_last": False, "plan": "var", "cache": "100%"}
+    neutral = {"temperature": [1.0, 1.0], "temperature_last": False, "plan": "var", "cache": "100%", "prune": "off"}
     assert departures(VAR_SAMPLING, {**neutral, **VAR_SAMPLING}) == []
     assert departures({}, {"guidance_scale": 0.5}) == []  # a suite that takes a model as it is
 
