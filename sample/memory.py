@@ -132,9 +132,7 @@ def _scale_bytes(plan: Plan, stage: Stage, k: int, batch: int, dtype: torch.dtyp
     own = 0
     if not stage.model.reads_earlier:  # what is little beside a cache: keys and values of the scale, modulations
         own = rows * D * size * (2 * length + 6 * len(stage.model.all_blocks))
-    most = max(
-        stage.computed(layer, k) for layer in stage.active
-    )  # of a layer; the others pass by it, and are restored
+    most = max(stage.computed(layer, k) for layer in stage.active)  # the other tokens pass by, and are restored
     blocks = rows * (most * _token_bytes(stage, dtype) + (length - most) * 4 * D * size)
     return own + max(blocks, draw)
 

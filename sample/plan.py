@@ -182,8 +182,9 @@ class Plan:
 
         Guidance inside the blocks is part of what the conditional half's keys are made of.
         """
-        guided = any(stage.guidance.weight(i, len(self.schedule)) for i in range(k))
-        return k < self.guided_scales or (prefilling and bool(stage.guidance.blocks) and guided)
+        if k < self.guided_scales or not prefilling or not stage.guidance.blocks:
+            return k < self.guided_scales
+        return any(stage.guidance.weight(i, len(self.schedule)) for i in range(k))
 
 
 def plain(
