@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_of_call(args, pipeline, call)
     if args.model == "scenes":
         tell_unread(prompts)
-        tell_untrained(plan)
+    tell_untrained(plan)
     settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     settings |= search_settings(args)
     sink, job = settle(args, lambda: make_sink(args, settings, requests))
@@ -344,16 +344,22 @@ def tell_unread(prompts: Sequence[str]) -> None:
 
 
 def tell_untrained(plan: Plan) -> None:
-    """A line on stderr if the bundled model, which was not trained for it, is to run fewer layers."""
+    """A line on stderr if a model is to run fewer layers than it says it was trained for."""
     from accelerate import PartialState
 
-    fewer = any(len(stage.active) < len(stage.model.blocks) for stage in plan.stages)
-    if fewer and PartialState().is_main_process:
-        print(
-            "nextscale: caution: the bundled model was not trained to run fewer layers, and draws noise then; models "
-            "of supernet training do well (docs/elastic.md)",
-            file=sys.stderr,
-        )
+    from var.supernet import is_trained
+
+    for stage in plan.stages:
+        config, active, begin = stage.model.config, len(stage.active), stage.scales.start
+        if active == config.depth or is_trained(config.subnets, active, begin):
+            continue
+        if PartialState().is_main_process:
+            print(
+                f"nextscale: caution: nothing says that the model was trained to run {active} of its {config.depth} "
+                f"layers from scale {begin} on; one that was not draws noise then (docs/elastic.md)",
+                file=sys.stderr,
+            )
+        return
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -72,6 +72,9 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     if pipeline.text_encoder is not None:
         yield "text encoder", f"{millions(pipeline.text_encoder)}; {type(pipeline.text_encoder).__name__}"
     yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
+    if config.subnets is not None:
+        depths, bridge = ", ".join(map(str, config.subnets["depths"])), config.subnets["bridge"]
+        yield "--depth", f"trained for {depths} layers from scale {bridge} on"
     if not model.reads_earlier:
         yield "--cache", "none: attention stays within each scale, so nothing is kept"
     elif config.selectivity is not None:

@@ -166,10 +166,10 @@ class CostModel:
         """Peak bytes of the key/value caches; exact."""
         return cache_peak(plan, batch, self.dtype)
 
-    def peak_bytes(self, plan: Plan, batch: int) -> int:
-        """Predicted peak memory in use: while drawing or while decoding."""
+    def peak_bytes(self, cache_bytes: int, batch: int) -> int:
+        """Predicted peak memory in use, with so large caches: while drawing or while decoding."""
         always, drawn, decoded = self.memory
-        return round(always + max(self.cache_bytes(plan, batch) + drawn * batch, decoded * batch))
+        return round(always + max(cache_bytes + drawn * batch, decoded * batch))
 
 
 def fit(

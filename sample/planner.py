@@ -1,14 +1,16 @@
-"""Choosing a plan for a machine: candidates in words, what each costs, which are worth it, which fits."""
+"""Choosing settings for a machine: candidates, what each costs, which are worth it, which fits."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sample.costs import plan_work
-from sample.plan_text import PlanConfig
+from sample.plan_text import PlanConfig, read_cache
 
 if TYPE_CHECKING:
     from sample.measure import CostModel
@@ -16,24 +18,52 @@ if TYPE_CHECKING:
     from sample.plan import Plan
 
 SHARES = ("100%", "50%", "20%", "10%")
+PRUNES = ("50%,75%", "40%,50%,100%,100%")  # FastVAR's of HART and of Infinity,
+LONG = 10  # and the scales from which on they are proposed: shorter pyramids have no tokens to spare
 BATCHES = (1, 2, 4, 8, 16, 32)
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A plan in words at a batch size, and its figures.
+class Settings:
+    """How images are drawn, as options of `nextscale sample`.
 
     Attributes:
         words: the plan.
-        batch: images at once.
-        work: operations that make the scales, per image, over those of the whole model, each scale's at most as many
-            as there; what quality costs, for want of a measured one.
-        seconds, peak_bytes, cache_bytes: predicted, of a whole call and of its caches.
+        until: scales that are guided; all that the model guides when None.
+        score: what was measured of these settings, larger being better; None if nothing was.
     """
 
     words: PlanConfig
+    until: int | None = None
+    score: float | None = None
+
+    @property
+    def options(self) -> str:
+        """As they are written on the command line."""
+        words = self.words
+        given = {"plan": words.plan, "depth": words.depth, "cache": words.cache, "prune": words.prune}
+        given["guidance-until"] = self.until
+        return " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+
+    def plan(self, pipeline: NextScalePipeline) -> Plan:
+        """The plan of a pipeline that is told so."""
+        return pipeline.make_plan(self.words, **({} if self.until is None else {"guidance_until": self.until}))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings at a batch size, and their figures.
+
+    Attributes:
+        batch: images at once.
+        work: operations that make the scales, per image, over those of the whole model, each scale's at most as many
+            as there.
+        seconds, peak_bytes, cache_bytes: predicted, of a whole call and of its caches.
+    """
+
+    settings: Settings
     batch: int
     work: float
     seconds: float
@@ -41,44 +71,87 @@ class Choice:
     cache_bytes: int
 
     @property
+    def worth(self) -> float:
+        """The measured score; for want of one, the work."""
+        return self.work if self.settings.score is None else self.settings.score
+
+    @property
     def images_per_s(self) -> float:
         """Images a second."""
         return self.batch / self.seconds
 
 
-def candidates(pipeline: NextScalePipeline) -> list[PlanConfig]:
-    """The plans worth looking at: the whole model, subnets after every bridge, hand-overs; with every cache share.
+def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = ()) -> list[Settings]:
+    """What is worth looking at, each with every cache share: the whole model, with all its guidance and with less;
+    subnets after every bridge, and hand-overs; of ten scales and more, the published shares of left-out tokens.
 
-    ScaleKV shares are among them where the model is calibrated. Subnets are of 3/4, 1/2, 1/4 and 1/8 of the layers.
+    ScaleKV shares are among them where the model is calibrated.
+
+    Args:
+        depths: layers of the subnets; those that the model was trained for when empty.
     """
-    depth, K = len(pipeline.transformer.blocks), len(pipeline.transformer.schedule)
-    depths = sorted({max(1, round(depth * part)) for part in (0.75, 0.5, 0.25, 0.125)} - {depth}, reverse=True)
-    plans = [PlanConfig()]
+    model, subnets = pipeline.transformer, pipeline.transformer.config.subnets
+    K, bridge = len(model.schedule), 1
+    if not depths and subnets is not None:
+        depths, bridge = subnets["depths"], max(1, subnets["bridge"])
+    words = [PlanConfig()]
     for border in range(1, K):
-        plans += [PlanConfig(plan=f"supernet:{border}", depth=d) for d in depths]
+        if border >= bridge:
+            words += [PlanConfig(plan=f"supernet:{border}", depth=depth) for depth in depths]
         if pipeline.refiner is not None:
-            plans.append(PlanConfig(plan=f"code:{border}"))
-    models = [pipeline.transformer] + ([pipeline.refiner] if pipeline.refiner is not None else [])
+            words.append(PlanConfig(plan=f"code:{border}"))
+    made = [Settings(own) for own in words]
+    made += [Settings(PlanConfig(), until) for until in range(pipeline.make_plan("var").guided_scales)]
+    models = [model] + ([pipeline.refiner] if pipeline.refiner is not None else [])
     shares = SHARES if all(model.config.selectivity is not None for model in models) else SHARES[:1]
-    return [replace(plan, cache=share) for plan in plans for share in shares]
+    made = [replace(one, words=replace(one.words, cache=share)) for one in made for share in shares]
+    return made + [Settings(PlanConfig(prune=prune)) for prune in PRUNES if K >= LONG]
+
+
+def read_measured(path: Path, model: str, refiner: str | None = None) -> list[Settings]:
+    """The settings that `benchmarks.elastic` measured of a model, with their scores.
+
+    Args:
+        path: its result.
+        model, refiner: digests of the models at hand (`sample.load.model_digest`).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is another file, or of other models.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--quality {path} is not a file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digests, found = content["settings"]["models"], []
+        for row in content["rows"]:
+            if digests[row["model"]] == model and digests.get(row["refiner"]) in (None, refiner):
+                words = PlanConfig(**{name: row.get(name) for name in ("plan", "depth", "cache", "prune")})
+                found.append(Settings(words, row.get("until"), float(row["score"])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--quality {path} is no result of benchmarks.elastic with scores") from None
+    if not found:
+        known = ", ".join(f"{name} {digest}" for name, digest in digests.items())
+        raise ValueError(f"--quality {path} is of other models ({known}), not of {model}")
+    return list(dict.fromkeys(found))
 
 
 def evaluate(
-    pipeline: NextScalePipeline, costs: CostModel, plans: Sequence[PlanConfig], batches: Sequence[int] = BATCHES
+    pipeline: NextScalePipeline, costs: CostModel, made: Sequence[Settings], batches: Sequence[int] = BATCHES
 ) -> list[Choice]:
-    """The predicted figures of every plan at every batch size."""
-    whole, made = _scale_flops(pipeline.make_plan("var"), costs), []
-    for words in plans:
+    """The predicted figures of all settings at every batch size."""
+    whole, choices = _scale_flops(pipeline.make_plan("var"), costs), []
+    for settings in made:
         try:
-            plan = pipeline.make_plan(words)
+            plan = settings.plan(pipeline)
         except ValueError:  # a cache share that leaves nothing of so short a history
             continue
         kept = (min(own, most) for own, most in zip(_scale_flops(plan, costs), whole, strict=True))
-        work = sum(kept) / sum(whole)
+        work, cache = sum(kept) / sum(whole), costs.cache_bytes(plan, 1)
         for batch in batches:
-            figures = (costs.seconds(plan, batch), costs.peak_bytes(plan, batch), costs.cache_bytes(plan, batch))
-            made.append(Choice(words, batch, work, *figures))
-    return made
+            figures = (costs.seconds(plan, batch), costs.peak_bytes(batch * cache, batch), batch * cache)
+            choices.append(Choice(settings, batch, work, *figures))
+    return choices
 
 
 def _scale_flops(plan: Plan, costs: CostModel) -> list[float]:
@@ -107,26 +180,24 @@ def fitting(choices: Sequence[Choice], *, memory: float | None, latency: float |
 
 
 def best(choices: Sequence[Choice]) -> Choice:
-    """The choice that keeps most: work first (within 1 %), then the cache, then images a second."""
-    most = max(choice.work for choice in choices)
-    kept = [choice for choice in choices if choice.work >= most - 0.01]
+    """The choice of most worth: first score or work (within 0.01), then the cache kept, then images a second."""
+    most = max(choice.worth for choice in choices)
+    kept = [choice for choice in choices if choice.worth >= most - 0.01]
     share = max(_share(choice) for choice in kept)
     return max((c for c in kept if _share(c) == share), key=lambda choice: choice.images_per_s)
 
 
 def pareto(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other beats in both images a second and work kept, fastest last."""
+    """The choices that no other beats in both images a second and worth, fastest last."""
     front: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (-c.images_per_s, -c.work, -_share(c))):
-        if not front or choice.work > front[-1].work:
+    for choice in sorted(choices, key=lambda c: (-c.images_per_s, -c.worth, -_share(c))):
+        if not front or choice.worth > front[-1].worth:
             front.append(choice)
     return front[::-1]
 
 
 def _share(choice: Choice) -> float:
-    from sample.plan_text import read_cache
-
-    return read_cache(choice.words.cache)[1]
+    return read_cache(choice.settings.words.cache)[1]
 
 
 def read_size(text: str) -> float:

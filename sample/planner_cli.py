@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_classes, read_prompts
+from sample.cli import read_classes, read_prompts, tell_untrained
 
 if TYPE_CHECKING:
     from sample.measure import Run
     from sample.pipeline import NextScalePipeline
-    from sample.planner import Choice
+    from sample.planner import Choice, Settings
 
 EXAMPLES = """examples:
   nextscale plan --model scenes --latency 200ms "a red star left of a blue heart"
   nextscale plan --model runs/my-var --memory 6GiB --latency 80ms --device cuda --class all --out plan.png
+  nextscale plan --model runs/my-var --latency 80ms --quality results/elastic.json "a red star"
 
-Without measured quality, a plan is worth the share of the whole model's work that it keeps. Whether a model was trained
-for fewer layers is not known here."""
+Without measured quality (--quality), settings are worth the share of the whole model's work that they keep. Fewer
+layers are proposed of models that were trained for it (supernet training); of others with --depths."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale plan`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description, parser.epilog = "Choose plan, depth, hand-over, cache and batch for this machine.", EXAMPLES
+    parser.description, parser.epilog = "Choose plan, guidance, cache and batch for this machine.", EXAMPLES
     parser.add_argument("prompt", nargs="*", help="texts to measure with")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="texts, one a line")
     parser.add_argument("--class", dest="classes", metavar="LIST", help="classes to measure with: 0,3,7 or all")
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--refiner", metavar="MODEL", help="another model for code:N plans")
+    parser.add_argument("--depths", metavar="LIST", help="layers of subnets: 8,4 (those it was trained for)")
+    parser.add_argument("--quality", type=Path, metavar="FILE", help="benchmarks.elastic's result: choose by score")
     parser.add_argument("--memory", metavar="SIZE", help="most memory in use: 6GiB, 500MB")
     parser.add_argument("--latency", metavar="TIME", help="most time from prompts to a batch of images: 80ms, 1.5s")
     parser.add_argument("--batch", type=int, help="images at once; chosen if left out")
@@ -62,31 +65,44 @@ def run(args: argparse.Namespace) -> int:
 
     from sample.load import load_pipeline
     from sample.measure import fit
-    from sample.plan_text import PlanConfig
-    from sample.planner import best, candidates, evaluate, fitting, pareto
+    from sample.plan_text import PlanConfig, read_depth
+    from sample.planner import best, evaluate, fitting, pareto
 
+    depths = read_depth(args.depths)
     where = {"dtype": args.dtype, "device": args.device, "fast": args.fast}
     pipeline = load_pipeline(args.model, refiner=args.refiner, **where)
+    layers = len(pipeline.transformer.blocks)
+    if not all(0 < depth < layers for depth in depths):
+        raise ValueError(f"--depths must be in 1..{layers - 1} of the model's layers, got {args.depths}")
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
-    batches = BATCHES if args.batch is None else (args.batch,)
-    half = PlanConfig(plan="supernet:1", depth=max(1, len(pipeline.transformer.blocks) // 2))
+    looked_at = settings_of(args, pipeline, depths)
+    half = PlanConfig(plan="supernet:1", depth=max(1, layers // 2))
     plans = [pipeline.make_plan(words) for words in (PlanConfig(), half)]
     costs, _ = fit(pipeline, cycle(prompts, 16), plans, (1, 4, 16), repeats=args.repeats)
-    choices = evaluate(pipeline, costs, candidates(pipeline), batches)
+    choices = evaluate(pipeline, costs, looked_at, BATCHES if args.batch is None else (args.batch,))
     inside = fitting(choices, memory=memory, latency=latency)
     chosen, front = best(inside), pareto(inside)
     shown = [chosen, *(choice for choice in spread(front, args.measured) if choice != chosen)]
     runs = [measured_run(pipeline, choice, prompts, args.repeats) for choice in shown]
     print(table(shown, runs))
-    print(f"chosen: {words_of(chosen)} --batch-size {chosen.batch}")
-    if chosen.words.depth is not None:
-        print(
-            "caution: a model that was not trained for fewer layers draws noise so (docs/elastic.md)", file=sys.stderr
-        )
+    print(f"chosen: {chosen.settings.options} --batch-size {chosen.batch}")
+    tell_untrained(chosen.settings.plan(pipeline))
     if args.out is not None:
         draw(args.out, choices, front, shown, runs)
         print(f"written: {args.out}")
     return 0
+
+
+def settings_of(args: argparse.Namespace, pipeline: NextScalePipeline, depths: Sequence[int]) -> list[Settings]:
+    """What is looked at: the measured rows of --quality, else all that suits the model."""
+    from sample.load import model_digest
+    from sample.planner import candidates, read_measured
+
+    if args.quality is None:
+        return candidates(pipeline, depths)
+    if depths:
+        raise ValueError(f"--depths {args.depths} goes with no --quality, whose rows are looked at")
+    return read_measured(args.quality, model_digest(args.model), args.refiner and model_digest(args.refiner))
 
 
 def cycle(prompts: list, count: int) -> list:
@@ -105,14 +121,7 @@ def measured_run(pipeline: NextScalePipeline, choice: Choice, prompts: list, rep
     """What a choice really costs."""
     from sample.measure import measure
 
-    return measure(pipeline, cycle(prompts, choice.batch), pipeline.make_plan(choice.words), repeats=repeats)
-
-
-def words_of(choice: Choice) -> str:
-    """The options of `nextscale sample` that follow a choice."""
-    words = choice.words
-    depth = "" if words.depth is None else f" --depth {words.depth}"
-    return f"--plan {words.plan}{depth} --cache {words.cache}"
+    return measure(pipeline, cycle(prompts, choice.batch), choice.settings.plan(pipeline), repeats=repeats)
 
 
 def table(choices: list[Choice], runs: list[Run]) -> str:
@@ -120,7 +129,7 @@ def table(choices: list[Choice], runs: list[Run]) -> str:
     heads = [
         "plan",
         "batch",
-        "work",
+        "work" if choices[0].settings.score is None else "score",
         "time ms",
         "measured",
         "off",
@@ -134,9 +143,9 @@ def table(choices: list[Choice], runs: list[Run]) -> str:
     for choice, run in zip(choices, runs):
         lines.append(
             [
-                words_of(choice).replace("--plan ", "").replace("--", ""),
+                choice.settings.options.replace("--plan ", "").replace("--", ""),
                 str(choice.batch),
-                f"{100 * choice.work:.0f}%",
+                f"{100 * choice.work:.0f}%" if choice.settings.score is None else f"{choice.worth:.3f}",
                 f"{choice.seconds * 1e3:.1f}",
                 f"{run.total * 1e3:.1f}",
                 f"{100 * (choice.seconds / run.total - 1):+.0f}%",
@@ -152,32 +161,29 @@ def table(choices: list[Choice], runs: list[Run]) -> str:
 
 
 def draw(path: Path, choices: list[Choice], front: list[Choice], shown: list[Choice], runs: list[Run]) -> None:
-    """The front of images a second and work kept, what was measured of it, and the choice."""
+    """The front of images a second and worth, what was measured of it, and the choice."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     from sample.files import atomically
 
+    measured, chosen = shown[0].settings.score is not None, shown[0]
+
+    def worth(choices: list[Choice]) -> list[float]:
+        return [choice.worth if measured else 100 * choice.worth for choice in choices]
+
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        axes.scatter(
-            [c.images_per_s for c in choices], [100 * c.work for c in choices], s=8, color="0.8", label="plans"
-        )
-        axes.plot(
-            [c.images_per_s for c in front],
-            [100 * c.work for c in front],
-            ".-",
-            color="C0",
-            label="best within the limits",
-        )
+        axes.scatter([c.images_per_s for c in choices], worth(choices), s=8, color="0.8", label="all that was looked at")
+        best = "best within the limits"
+        axes.plot([c.images_per_s for c in front], worth(front), ".-", color="C0", label=best)
         speeds = [choice.batch / run.total for choice, run in zip(shown, runs)]
-        axes.scatter(speeds, [100 * c.work for c in shown], marker="x", color="C3", zorder=3, label="measured")
-        chosen = shown[0]
+        axes.scatter(speeds, worth(shown), marker="x", color="C3", zorder=3, label="measured")
         axes.scatter(
             [chosen.images_per_s],
-            [100 * chosen.work],
+            worth([chosen]),
             s=140,
             facecolors="none",
             edgecolors="C1",
@@ -186,9 +192,9 @@ def draw(path: Path, choices: list[Choice], front: list[Choice], shown: list[Cho
         )
         axes.set(
             xlabel="images a second",
-            ylabel="share of the whole model's work, %",
+            ylabel="score" if measured else "share of the whole model's work, %",
             xscale="log",
-            title="chosen: " + words_of(chosen) + f", batch {chosen.batch}",
+            title=f"chosen: {chosen.settings.options}, batch {chosen.batch}",
         )
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(ScalarFormatter())

@@ -153,11 +153,18 @@ def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
     assert "'a dog on a sofa' and 1 more it does not understand" in capsys.readouterr().err
 
 
-def test_fewer_layers_of_the_bundled_model_are_cautioned(tiny_text_model, capsys):
+def test_fewer_layers_of_a_model_that_was_not_trained_for_them_are_cautioned(tiny_text_model, capsys):
     tell_untrained(PlanConfig(cache="window:50%").build(tiny_text_model))
     assert capsys.readouterr().err == ""
-    tell_untrained(PlanConfig(plan="supernet:1", depth=1).build(tiny_text_model))
-    assert "was not trained to run fewer layers" in capsys.readouterr().err
+    subnet = PlanConfig(plan="supernet:1", depth=1)
+    tell_untrained(subnet.build(tiny_text_model))
+    assert "trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err
+    trained = copy.deepcopy(tiny_text_model)
+    trained.register_to_config(subnets={"depths": [1], "bridge": 1})
+    tell_untrained(subnet.build(trained))
+    assert capsys.readouterr().err == ""
+    tell_untrained(PlanConfig(depth=1).build(trained))  # its first scale always ran all layers
+    assert "from scale 0 on" in capsys.readouterr().err
 
 
 def test_without_out_other_settings_have_folders_of_their_own(sample, tmp_path, monkeypatch):

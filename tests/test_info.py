@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import nextscale
 from sample.info import describe
 from sample.pipeline import NextScalePipeline
@@ -17,6 +19,14 @@ def test_a_class_model(class_pipeline):
     own = NextScalePipeline(class_pipeline.transformer, class_pipeline.vqvae, class_names=named, sampling={"top_k": 3})
     facts = dict(describe(own))
     assert facts["prompts"] == "5 classes, 0 to 4: cat, dog, owl, newt, ant" and facts["defaults"] == "top_k 3"
+
+
+def test_a_supernet_says_what_it_was_trained_for(tiny_class_model, tiny_vqvae):
+    supernet = copy.deepcopy(tiny_class_model)
+    assert "--depth" not in dict(describe(NextScalePipeline(supernet, tiny_vqvae)))
+    supernet.register_to_config(subnets={"depths": [1], "bridge": 2})
+    facts = dict(describe(NextScalePipeline(supernet, tiny_vqvae)))
+    assert facts["--depth"] == "trained for 1 layers from scale 2 on"
 
 
 def test_a_text_model_on_the_command_line(text_folder, capsys):

@@ -1,5 +1,6 @@
 """The planner: operations as torch counts them, cache bytes as they are, fits that recover the truth, limits kept."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,21 @@ import nextscale
 from sample.costs import Work, cache_peak, plan_work
 from sample.generate import generate
 from sample.guidance import Guidance
+from sample.load import model_digest
 from sample.measure import Stopwatch, line_fit, nonnegative_fit
 from sample.plan_text import PlanConfig
-from sample.planner import Choice, best, evaluate, fitting, pareto, read_size, read_time
+from sample.planner import (
+    Choice,
+    Settings,
+    best,
+    candidates,
+    evaluate,
+    fitting,
+    pareto,
+    read_measured,
+    read_size,
+    read_time,
+)
 from tokenizer.quantizer import MultiScaleQuantizer
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer
@@ -45,7 +58,7 @@ PLANS = [
 def make_model(depth=4, width=32, **options):
     index = [[0.0, 0.3 * layer, 0.2, 0.1 * layer] for layer in range(depth)]
     config = {"vocab_size": 20, "latent_channels": 5, "num_classes": 4, "heads": 2, "schedule": "1,2,3,4"}
-    return NextScaleTransformer(depth=depth, width=width, selectivity=index, **{**config, **options}).eval()
+    return NextScaleTransformer(depth=depth, width=width, **{**config, "selectivity": index, **options}).eval()
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +120,8 @@ def test_fits_recover_rates(seed):
     assert (fixed, each) == pytest.approx((3, 2))
 
 
-def choice(work, seconds, batch=1, memory=100, cache="100%"):
-    return Choice(PlanConfig(cache=cache), batch, work, seconds, memory, memory // 2)
+def choice(work, seconds, batch=1, memory=100, cache="100%", score=None):
+    return Choice(Settings(PlanConfig(cache=cache), score=score), batch, work, seconds, memory, memory // 2)
 
 
 def test_choosing():
@@ -118,6 +131,8 @@ def test_choosing():
     assert best([whole, whole_batch := choice(1.0, 3.0, batch=4)]) is whole_batch
     assert fitting([whole, small], memory=2**19, latency=None) == [small]
     assert fitting([whole, small], memory=None, latency=1.0) == [small]
+    scored = [choice(1.0, 2.0, score=0.6), choice(0.4, 0.5, score=0.7)]
+    assert best(scored) is scored[1] and pareto(scored) == [scored[1]]  # what was measured counts, not the work
     with pytest.raises(ValueError, match=r"--memory 0\.03125MiB is too little"):
         fitting([whole, small], memory=2**15, latency=None)
     with pytest.raises(ValueError, match="--latency 100ms is too short: every plan takes 500ms"):
@@ -135,7 +150,7 @@ def test_what_a_refiner_reads_again_is_no_work_kept(models):
     costs = SimpleNamespace(text_tokens=0, seconds=lambda plan, batch: len(plan.stages), peak_bytes=lambda *_: 1)
     costs.cache_bytes = costs.peak_bytes
     plans = [PlanConfig(plan=f"code:{border}") for border in (1, 2, 3)] + [PlanConfig()]
-    choices = evaluate(pipeline, costs, plans, [1])
+    choices = evaluate(pipeline, costs, [Settings(words) for words in plans], [1])
     assert [choice.work for choice in choices] == [1.0] * 4 and best(choices) is choices[-1]
 
 
@@ -147,6 +162,65 @@ def test_nothing_beats_the_front(points):
         assert any(c.work >= one.work and c.images_per_s >= one.images_per_s for c in front)
     for one in front:
         assert not any(c.work > one.work and c.images_per_s > one.images_per_s for c in choices)
+
+
+def proposed(depths=(), refiner=None, guided=4, **options):
+    """The options of all candidates of a model."""
+    plan = SimpleNamespace(guided_scales=guided)
+    pipeline = SimpleNamespace(transformer=make_model(**options), refiner=refiner, make_plan=lambda words: plan)
+    return [one.options.removeprefix("--plan ") for one in candidates(pipeline, depths)]
+
+
+def test_what_is_proposed():
+    """Subnets where they were trained or asked for, hand-overs with a refiner, less guidance where there is some."""
+    whole = ["var --cache 100%"] + [f"var --cache 100% --guidance-until {n}" for n in range(4)]
+    assert proposed(selectivity=None) == whole
+    assert set(proposed()) == {line.replace("100%", share) for line in whole for share in ("100%", "50%", "20%", "10%")}
+    trained = {"subnets": {"depths": [2, 1], "bridge": 2}, "selectivity": None, "guided": 0}
+    subnets = [f"supernet:{n} --depth {depth} --cache 100%" for n in (1, 2, 3) for depth in (2, 1)]
+    assert proposed(**trained) == [whole[0], *subnets[2:]]
+    assert proposed([2, 1], **trained) == [whole[0], *subnets]
+    refined = proposed(refiner=make_model(depth=2, width=16, selectivity=None), selectivity=None, guided=0)
+    assert refined == [whole[0], *(f"code:{n} --cache 100%" for n in (1, 2, 3))]
+    long = proposed(schedule="1,2,3,4,5,6,7,8,9,10", selectivity=None, guided=0)
+    assert long == [whole[0]] + [f"var --cache 100% --prune {shares}" for shares in ("50%,75%", "40%,50%,100%,100%")]
+
+
+def elastic_result(path, digest, *rows):
+    """A result as of `benchmarks.elastic`: rows of the model of a digest, and one of another."""
+    plain = {
+        "plan": "var",
+        "depth": None,
+        "cache": "100%",
+        "prune": None,
+        "until": None,
+        "model": "full",
+        "refiner": None,
+    }
+    made = [plain | row for row in rows] + [plain | {"model": "drafter", "score": 0.9}]
+    made.append(plain | {"refiner": "refiner", "plan": "code:1", "score": 0.8})
+    content = {"settings": {"models": {"full": digest, "drafter": "000", "refiner": "111"}}, "rows": made}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_measured_rows_are_those_of_the_model(tmp_path):
+    rows = ({"score": 0.5}, {"until": 2, "score": 0.6}, {"prune": "50%", "score": 0.3}, {"cache": "20%", "score": 0.4})
+    path = elastic_result(tmp_path / "e.json", "abc", *rows, rows[0])
+    found = read_measured(path, "abc")
+    assert [(one.options.removeprefix("--plan var --cache "), one.score) for one in found] == [
+        ("100%", 0.5), ("100% --guidance-until 2", 0.6), ("100% --prune 50%", 0.3), ("20%", 0.4)
+    ]  # fmt: skip
+    assert read_measured(path, "abc", "111")[-1].options == "--plan code:1 --cache 100%"
+    assert len(read_measured(path, "abc", "222")) == 4
+    with pytest.raises(ValueError, match=r"is of other models \(full abc, drafter 000, refiner 111\), not of xyz"):
+        read_measured(path, "xyz")
+    with pytest.raises(FileNotFoundError, match=r"--quality .*nowhere\.json is not a file"):
+        read_measured(tmp_path / "nowhere.json", "abc")
+    for text in ("", "[]", '{"rows": []}', '{"settings": {"models": {"full": "abc"}}, "rows": [{"model": "full"}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"is no result of benchmarks\.elastic with scores"):
+            read_measured(path, "abc")
 
 
 def test_sizes_and_times_are_read():
@@ -169,6 +243,24 @@ def test_the_command(class_folder, tmp_path, capsys):
         (["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (["--measured", "-1"], "--measured must be 0 or more, got -1"),
         (["--batch", "0"], "--batch must be 1 or more, got 0"),
+        (["--depths", "1,9"], "--depths must be in 1..1 of the model's layers, got 1,9"),
+        (["--quality", "nowhere.json"], "--quality nowhere.json is not a file"),
+        (["--quality", "nowhere.json", "--depths", "1"], "--depths 1 goes with no --quality"),
     ):
         assert nextscale.main([*argv, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_command_goes_by_scores(class_folder, tmp_path, capsys):
+    """Of rows with scores the best is chosen, be it less work; fewer layers without training are cautioned."""
+    rows = ({"score": 0.5}, {"until": 2, "score": 0.6}, {"plan": "supernet:1", "depth": 1, "score": 0.1})
+    path = elastic_result(tmp_path / "e.json", model_digest(class_folder), *rows)
+    argv = ["plan", "--model", str(class_folder), "--class", "0-3", "--device", "cpu", "--repeats", "1"]
+    argv += ["--batch", "2", "--measured", "3"]
+    assert nextscale.main([*argv, "--quality", str(path), "--out", str(tmp_path / "plan.png")]) == 0
+    said = capsys.readouterr()
+    assert "chosen: --plan var --cache 100% --guidance-until 2 --batch-size 2" in said.out and not said.err
+    assert said.out.splitlines()[0].split()[:3] == ["plan", "batch", "score"] and "0.600" in said.out
+    elastic_result(path, model_digest(class_folder), rows[2])
+    assert nextscale.main([*argv, "--quality", str(path)]) == 0
+    assert "trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err

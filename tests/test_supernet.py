@@ -19,7 +19,7 @@ from train.supernet import SupernetConfig, SupernetObjective
 from train.train_var import main
 from train.var_objective import VarLossConfig, VarObjective
 from var.conditioning import ClassPrompt
-from var.supernet import equidistant, runs_of_depth
+from var.supernet import equidistant, is_trained, runs_of_depth
 from var.transformer import NextScaleTransformer
 
 SCHEDULE = ScaleSchedule.of("1,2,3")
@@ -59,6 +59,12 @@ def test_a_subnet_of_every_depth(depth, data):
     assert len(set(layers)) == active and sorted(layers) == list(layers) and layers[0] == 0 and layers[-1] < depth
     assert active == 1 or layers[-1] == depth - 1
     assert equidistant(depth, depth) == tuple(range(depth))
+
+
+def test_which_subnets_are_trained():
+    subnets = {"depths": [4, 2], "bridge": 3}
+    assert [is_trained(subnets, *asked) for asked in ((4, 3), (2, 5), (4, 2), (3, 3))] == [True, True, False, False]
+    assert not is_trained(None, 4, 3)
 
 
 def test_runs_of_depth():
@@ -293,6 +299,19 @@ def test_every_training_of_elastic_decoding_starts_from_a_checkpoint(vqvae_folde
     assert train(base, vqvae_folder) == 0
     assert train(tmp_path / "net", vqvae_folder, plain, "--supernet.depths=[1,2]", "--supernet.bridge=1") == 0
     assert {"loss_depth1", "accuracy_depth2"} <= set(last_validation(tmp_path / "net"))
+    net = f"--start_from={tmp_path}/net/latest/transformer"
+    head = [net, "--sequential.layers=1", "--sequential.scales=2"]
+    assert train(tmp_path / "head", vqvae_folder, *head) == 0 == train(tmp_path / "on", vqvae_folder, net)
+    subnets = [
+        NextScaleTransformer.load_config(tmp_path / f"{run}/latest/transformer").get("subnets")
+        for run in ("base", "net", "head", "on")
+    ]
+    assert subnets == [
+        None,
+        {"depths": [1, 2], "bridge": 1},
+        {"depths": [1, 2], "bridge": 1},
+        None,
+    ]  # a head alters none
     assert train(tmp_path / "draft", vqvae_folder, plain, "--code.role=drafter", "--code.handover=2") == 0
     assert {"loss_1x1", "loss_2x2"} <= set(last_validation(tmp_path / "draft"))
     teacher = ["--code.role=refiner", "--code.handover=2", f"--code.teacher={base}/latest/transformer"]

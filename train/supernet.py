@@ -45,6 +45,11 @@ class SupernetConfig:
         if not 0 <= self.phases[0] <= self.phases[1] <= 1:
             raise ValueError(f"supernet.phases are two shares of training in ascending order, got {self.phases}")
 
+    @property
+    def subnets(self) -> dict[str, Any] | None:
+        """What a transformer's configuration says of it, see `NextScaleTransformer`."""
+        return {"depths": list(self.depths), "bridge": self.bridge} if self.depths else None
+
     def share(self, progress: float) -> float:
         """Probability that a step trains a subnet, at a point of training in [0, 1]."""
         first, last = self.phases

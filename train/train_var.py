@@ -87,7 +87,7 @@ def parser():
     made.add_class_arguments(AspectConfig, "aspects")
     made.add_class_arguments(TokensConfig, "tokens")
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
-    given |= {"sequential_layers", "sequential_scales", "masked_layers"}
+    given |= {"subnets", "sequential_layers", "sequential_scales", "masked_layers"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument(
         "--start_from", type=str | None, default=None, help="transformer to fine-tune: its folder, or a run or pipeline"
@@ -268,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else TextSource(width=built.text.d_model)
     )
     transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width, classes)
+    if not (built.sequential.layers or built.masked.layers):  # which leave the transformer as it is
+        transformer.register_to_config(subnets=built.supernet.subnets)
     objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
@@ -287,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizer": tokenizer_hash(vqvae),
             **({"list of classes": list(classes)} if classes else {}),
             **texts.depends(),
-            **settings_of("transformer", transformer, without=("drop_path", "selectivity")),
+            **settings_of("transformer", transformer, without=("drop_path", "selectivity", "subnets")),
             "optimizer.name": built.optimizer.name,
         },
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def equidistant(depth: int, active: int) -> tuple[int, ...]:
@@ -18,6 +19,15 @@ def equidistant(depth: int, active: int) -> tuple[int, ...]:
     if active == 1:
         return (0,)
     return tuple(i * (depth - 1) // (active - 1) for i in range(active))
+
+
+def is_trained(subnets: Mapping[str, Any] | None, active: int, begin: int) -> bool:
+    """Whether a model learned to run so many of its layers from a scale on.
+
+    Args:
+        subnets: of the model's configuration, see `NextScaleTransformer`.
+    """
+    return subnets is not None and active in subnets["depths"] and begin >= subnets["bridge"]
 
 
 def runs_of_depth(depths: Sequence[int]) -> list[tuple[range, int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from math import sqrt
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
@@ -55,6 +56,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope_grid: (height, width) that rotary positions are measured on; the last scale when None.
         norm_eps: of the layer norms of blocks and head, and of the text's.
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
+        subnets: what was trained along (VARiant): layers of each subnet, "depths", and scales that ran all layers,
+            "bridge"; None for the whole model alone. It says which plans are of use, and changes nothing.
         sequential_layers: layers of a head that draws the tokens of the first `sequential_scales` scales one after the
             other (`var.sequential`); 0 for no such head.
         masked_layers: last layers of which there is a second set, with a head, that draws some tokens of a scale again
@@ -94,6 +97,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope_grid: list[int] | None = None,
         norm_eps: float = 1e-6,
         selectivity: list[list[float]] | None = None,
+        subnets: dict[str, Any] | None = None,
         sequential_layers: int = 0,
         sequential_scales: int = 0,
         masked_layers: int = 0,
