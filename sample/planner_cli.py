@@ -176,7 +176,9 @@ def draw(path: Path, choices: list[Choice], front: list[Choice], shown: list[Cho
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        axes.scatter([c.images_per_s for c in choices], worth(choices), s=8, color="0.8", label="all that was looked at")
+        axes.scatter(
+            [c.images_per_s for c in choices], worth(choices), s=8, color="0.8", label="all that was looked at"
+        )
         best = "best within the limits"
         axes.plot([c.images_per_s for c in front], worth(front), ".-", color="C0", label=best)
         speeds = [choice.batch / run.total for choice, run in zip(shown, runs)]
