@@ -68,6 +68,34 @@ def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
     assert len(meter.sums) == 1
 
 
+@pytest.mark.parametrize("kind", ["plain", "refiner"])
+def test_stochastic_depth_depends_on_the_image_alone(kind):
+    """A batch as one and in two parts; other images, steps and seeds of it."""
+    torch.manual_seed(0)
+    shape = {"depth": 3, "width": 32, "heads": 2, "vocab_size": 16, "latent_channels": 4, "schedule": "1,2,4"}
+    model = NextScaleTransformer(**shape, num_classes=3, drop_path=0.6).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # a new model says the same of all tokens
+    given = (model, VarLossConfig(drop=0.0), OptimizerConfig())
+    objective = VarObjective(*given)
+    if kind == "refiner":
+        config = CollaborationConfig(role="refiner", handover=2, teacher="it")
+        objective = RefinerObjective(*given, code=config, teacher=NextScaleTransformer(**shape, num_classes=3))
+    ids, inputs, label = torch.randint(16, (6, 21)), torch.randn(6, 20, 4), torch.arange(6) % 3
+
+    def loss_of(rows, counters=None, step=0, seed=0):
+        batch = {"ids": ids[rows], "inputs": inputs[rows], "label": label[rows], "counter": counters or rows}
+        return objective(batch | {"counter": list(batch["counter"])}, Clock(step, 0.0, seed))[0].item()
+
+    whole = loss_of(range(6))
+    assert (loss_of(range(3)) + loss_of(range(3, 6))) / 2 == pytest.approx(whole, rel=1e-5)
+    assert loss_of(range(6), step=5) == whole
+    for other in ({"counters": range(6, 12)}, {"seed": 1}):
+        assert loss_of(range(6), **other) != pytest.approx(whole, rel=1e-5)
+    objective.eval()
+    assert loss_of(range(6)) == loss_of(range(6), seed=1)
+
+
 class Counting(TorchDispatchMode):
     """Counts what a GPU would have to begin: operations that are more than another view."""
 

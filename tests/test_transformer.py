@@ -280,9 +280,9 @@ def test_the_whole_model_can_be_compiled():
 
 def test_stochastic_depth_keeps_the_mean_and_drops_whole_branches():
     block = make(drop_path=0.5).train().blocks[-1]
-    kept = torch.stack([block.draw_kept(torch.zeros(500, 1, 1)) for _ in range(4)])
-    assert set(kept.unique().tolist()) == {0.0, 2.0} and abs(kept.mean() - 1) < 0.1
-    assert block.eval().draw_kept(torch.zeros(2, 1, 1)) is None
+    kept = block.kept(torch.rand(2, 2000))
+    assert kept.shape == (2, 2000, 1, 1) and set(kept.unique().tolist()) == {0.0, 2.0} and abs(kept.mean() - 1) < 0.1
+    assert block.eval().kept(torch.rand(2, 3)) is None
     x, ada = torch.randn(2, 5, 32), torch.randn(2, 6, 32)
     out = block(x, ada, kept_2B11=torch.tensor([[1.0, 0.0], [1.0, 0.0]])[..., None, None])
     assert torch.equal(out[1], x[1]) and torch.allclose(out[0], block(x, ada)[0])
@@ -325,8 +325,10 @@ def test_blocks_that_drop_differently_are_compiled_once():
     model = make(depth=12, drop_path=0.1).train()
     for block in model.blocks:
         block.compile(backend="eager", dynamic=False)
-    hidden = model(inputs_for(model), model.condition(prompt_for(model)))
-    assert hidden.isfinite().all()
+    cond = model.condition(prompt_for(model))
+    kept = tuple(block.kept(torch.rand(2, len(cond))) for block in model.blocks)
+    hidden = model(inputs_for(model), replace(cond, kept=kept))
+    assert hidden.isfinite().all() and kept[0] is None and len(kept[1]) == 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block drops nothing
 
 

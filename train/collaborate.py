@@ -154,7 +154,7 @@ class RefinerObjective(VarObjective):
     def predict(self, batch: Batch, clock: Clock, **passes: Any) -> tuple[torch.Tensor, Metrics]:
         """Weighted divergence, and divergence and accuracy by scale; of bitwise tokens a mean over the bits."""
         ids, inputs, (teacher,) = batch["ids"], batch["inputs"], self.frozen
-        cond = self.transformer.condition(self.training_prompt(batch, clock))
+        cond = self.condition(batch, clock)
         ours = self.transformer.logits(self.hidden(inputs, cond, **passes), cond)
         with torch.no_grad(), fast_cpu_attention(ids.device):
             teacher = brought(teacher, ids.device)

@@ -266,7 +266,7 @@ def train_step(session: Session, batches: Iterator[Batch]) -> None:
     means: Metrics = {}
     for index in range(count):
         batch = next(batches)
-        # Dropout and stochastic depth draw from the global generator: keyed here, so that nothing needs storing.
+        # A text encoder's dropout draws from the global generator: keyed here, so that nothing needs storing.
         key = (config.seed, session.step, index, accelerator.process_index)
         torch.manual_seed(int(uniforms(1, *key)[0] * 2**53))
         with contextlib.nullcontext() if index == count - 1 else accelerator.no_sync(session.model):

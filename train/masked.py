@@ -48,7 +48,7 @@ class MaskedObjective(PartObjective):
         """Loss, and loss and accuracy of masked tokens by scale."""
         model, first = self.transformer, self.transformer.schedule.lengths[0]
         masked_BN = draw_masked(batch["counter"], model.schedule, seed=clock.seed, device=batch["ids"].device)
-        cond = model.condition(self.training_prompt(batch, clock))
+        cond = self.condition(batch, clock)
         with self.attending(masked_BN.device) as how:
             logits_BLV = model.masked_logits(batch["inputs"], batch["codes"], masked_BN, cond, **how)
         targets_BN, logits_BNV = batch["ids"][:, first:], logits_BLV[:, first:]

@@ -53,7 +53,7 @@ class SequentialObjective(PartObjective):
         model, count = self.transformer, self.transformer.config.sequential_scales
         cut = first_scales(batch, model.schedule, count)
         with torch.no_grad():
-            cond = model.condition(self.training_prompt(batch, clock))
+            cond = self.condition(batch, clock)
             features_BLD = model.head.features(
                 self.hidden(cut["inputs"], cond, scales=range(count), **passes), cond.head_B2D
             )

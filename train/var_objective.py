@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,8 @@ from train.order import image_draws
 from train.session import Batch, Clock, Metrics, Objective
 from var.conditioning import ClassPrompt, Conditioning, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
+
+DROP_STREAM = 8  # keeps the draws of stochastic depth apart from those of other purposes
 
 
 @dataclass(kw_only=True)
@@ -180,6 +182,15 @@ class VarObjective(Objective):
         u_B = image_draws(batch["counter"], 1, clock.seed, 2, device=reader.device)[:, 0]
         return drop_prompts(prompt, reader.null_prompt(prompt), u_B < self.config.drop)
 
+    def condition(self, batch: Batch, clock: Clock) -> Conditioning:
+        """All that the blocks need of the batch's prompt, and which branches stochastic depth leaves to each image."""
+        cond, blocks = self.transformer.condition(self.training_prompt(batch, clock)), self.transformer.all_blocks
+        if not any(block.drops for block in blocks):
+            return cond
+        u_BN = image_draws(batch["counter"], 2 * len(blocks), clock.seed, DROP_STREAM, device=cond.start_BD.device)
+        kept = (block.kept(u_2B) for block, u_2B in zip(blocks, u_BN.T.unflatten(0, (-1, 2))))
+        return replace(cond, kept=tuple(kept))
+
     def forward(self, batch: Batch, clock: Clock) -> tuple[torch.Tensor, Metrics]:
         """Loss, and loss and accuracy by scale; in eval mode no prompt is dropped and no label smoothed."""
         return self.predict(batch, clock, **self.passes(clock))
@@ -189,7 +200,7 @@ class VarObjective(Objective):
         ids_BL, schedule = batch["ids"], batch.get("schedule")
         if schedule is not None:
             passes = {**passes, "schedule": schedule}
-        cond = self.transformer.condition(self.training_prompt(batch, clock))
+        cond = self.condition(batch, clock)
         logits_BLV = self.transformer.logits(self.hidden(batch["inputs"], cond, **passes), cond)
         loss_L, correct_L = self.score(logits_BLV, ids_BL, self.config.label_smoothing if self.training else 0.0)
         if schedule is None:

@@ -77,6 +77,7 @@ class Conditioning:
         masked_head_B2D: that of the head of masked prediction; None where there is none.
         memory: cross-attention keys and values (B, H, T, d) of each block, in the same order; empty without text.
         memory_mask_B11T: bool, True = a real text token; None without text.
+        kept: stochastic depth of training: for each block what `Block.kept` says; empty for none.
     """
 
     start_BD: torch.Tensor
@@ -85,6 +86,7 @@ class Conditioning:
     memory: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     memory_mask_B11T: torch.Tensor | None = None
     masked_head_B2D: torch.Tensor | None = None
+    kept: tuple[torch.Tensor | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.start_BD)
@@ -99,6 +101,7 @@ class Conditioning:
             memory=tuple((k[rows], v[rows]) for k, v in self.memory),
             memory_mask_B11T=None if self.memory_mask_B11T is None else self.memory_mask_B11T[rows],
             masked_head_B2D=None if self.masked_head_B2D is None else self.masked_head_B2D[rows],
+            kept=tuple(None if kept is None else kept[:, rows] for kept in self.kept),
         )
 
 

@@ -250,7 +250,7 @@ class Block(nn.Module):
         begin: int = 0,
         kept_2B11: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, l, D) to (B, l, D); `kept_2B11` comes from `draw_kept`."""
+        """(B, l, D) to (B, l, D); `kept_2B11` comes from `kept`."""
         if isinstance(cache, PrunedCache) and cache.acts(layer, begin + x_BlD.shape[1]):
             return self.pruned(x_BlD, ada_B6D, memory, memory_mask, mask, rope_lf, cache, layer, begin)
         kept = (1.0, 1.0) if kept_2B11 is None else kept_2B11
@@ -311,12 +311,18 @@ class Block(nn.Module):
         _, gamma_B1D, _, scale_B1D, _, shift_B1D = ada_B6D[:, :, None].unbind(dim=1)
         return self.ffn(modulate(x_BlD, scale_B1D, shift_B1D, self.norm_eps)) * (gamma_B1D * kept)
 
-    def draw_kept(self, x_BlD: torch.Tensor) -> torch.Tensor | None:
+    @property
+    def drops(self) -> bool:
+        """Whether training skips branches of this block."""
+        return self.training and self.drop_path > 0
+
+    def kept(self, u_2B: torch.Tensor) -> torch.Tensor | None:
         """Stochastic depth: 1 / (1 - p) where a training image keeps its two branches, 0 where not, (2, B, 1, 1).
 
-        Drawn outside of `forward`, where each block's own p would be compiled anew. None where nothing is dropped.
+        Not in `forward`, where each block's own p would be compiled anew.
+
+        Args:
+            u_2B: uniform in [0, 1), for each branch and image.
         """
-        if not self.training or self.drop_path == 0:
-            return None
         keep = 1 - self.drop_path
-        return torch.stack([x_BlD.new_empty(len(x_BlD), 1, 1).bernoulli_(keep) / keep for _ in range(2)])
+        return (u_2B < keep).to(u_2B.dtype)[:, :, None, None] / keep if self.drops else None

@@ -47,7 +47,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shared_ada: one modulation layer for all blocks plus an offset a block (VAR-d36, Infinity).
         positions: "learned" (one vector a token, VAR), "rope" (2-D rotary, Infinity) or "both".
         mask: "block_causal" (VAR) or "block_diagonal" (HMAR).
-        drop_path: largest stochastic depth, reached linearly at the last block.
+        drop_path: largest stochastic depth, reached linearly at the last block; it acts where `Conditioning.kept` says
+            which image keeps which branch (`train.var_objective`).
         level_table: rows of the level embedding; the number of scales when None.
         level_every: add the level embedding again before every so many blocks; 0 adds it once (Infinity's chunks).
         bitwise: predict tokens of latent_channels bits, two logits a bit (Infinity); vocab_size is 2 then.
@@ -298,7 +299,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """One block: (B, l, D) to the same, its inner states thrown away and computed again if that is asked for."""
         memory = cond.memory[layer] if cond.memory else None
         arguments = (h_BlD, cond.blocks[layer], memory, cond.memory_mask_B11T, mask, rope, cache, layer, begin)
-        arguments += (block.draw_kept(h_BlD),)
+        kept_2B11 = cond.kept[layer] if cond.kept else None
+        arguments += (None if kept_2B11 is None else kept_2B11.to(h_BlD.dtype),)
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             out_BlD = self._gradient_checkpointing_func(block, *arguments)
         else:
