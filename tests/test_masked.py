@@ -1,5 +1,6 @@
 """Masked prediction (HMAR): in the model, in the loop, in training, and from file to file."""
 
+import copy
 import json
 import shutil
 from copy import deepcopy
@@ -32,7 +33,10 @@ from sample.pipeline import NextScalePipeline
 from sample.plan import Plan, plain
 from sample.plan_text import PlanConfig
 from tokenizer.schedule import ScaleSchedule
-from train.masked import draw_masked, with_masked, without_masked
+from train.masked import MaskedObjective, draw_masked, with_masked, without_masked
+from train.optimizers import OptimizerConfig
+from train.session import Clock
+from train.var_objective import VarLossConfig
 from var import convert_hmar
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer
@@ -497,6 +501,33 @@ def test_places_are_keyed_by_image():
     spread = shares.max(dim=0).values - shares.min(dim=0).values
     assert (spread <= 0.25 + 1e-6).all()  # one share for all scales of an image, rounded up
     assert masked.float().mean(dim=0).std() < 0.05  # no place is preferred within a scale
+
+
+@pytest.mark.parametrize("kind", ["token", "scale"])
+@torch.no_grad()
+def test_the_loss_token_by_token(model, tiny_vqvae, kind):
+    """Each image weighs the same, and in it each masked token, or the masked tokens of each scale by its size."""
+    schedule, quantizer, first = model.schedule, tiny_vqvae.quantizer, model.schedule.lengths[0]
+    ids, labels = torch.randint(model.config.vocab_size, (3, schedule.total)), torch.tensor([0, 1, 2])
+    parts = ids.split(schedule.lengths, dim=1)
+    codes = torch.cat([quantizer.scale_code(parts[k], k, schedule) for k in range(1, len(schedule))], dim=1)
+    inputs = quantizer.teacher_inputs(list(parts), schedule)
+    batch = {"ids": ids, "inputs": inputs, "codes": codes, "label": labels, "counter": range(7, 10)}
+    objective = MaskedObjective(copy.deepcopy(model), VarLossConfig(drop=0.0, weights=kind), OptimizerConfig()).eval()
+    found = objective(batch, Clock(0, 0.0, 3))[0].item()
+    masked = draw_masked(batch["counter"], schedule, seed=3)
+    logits = model.masked_logits(inputs, codes, masked, model.condition(ClassPrompt(labels)))[:, first:]
+    scale_of = [k for k, length in enumerate(schedule.lengths) for _ in range(length)][first:]
+    losses = []
+    for image in range(3):
+        total = weight = 0.0
+        for i, k in enumerate(scale_of):
+            if masked[image, i]:
+                own = 1.0 if kind == "token" else 1.0 / schedule.lengths[k]
+                total -= own * logits[image, i].log_softmax(-1)[ids[image, first + i]].item()
+                weight += own
+        losses.append(total / weight)
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_it_is_trained_on_a_finished_transformer(tiny_vqvae, tmp_path, capfd):

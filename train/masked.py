@@ -37,9 +37,9 @@ class MaskedObjective(PartObjective):
     """The cross-entropy of masked tokens, given the other tokens of their scale.
 
     Every scale of an image is masked by the share that is drawn for it, evenly from 0 to 1; scale 0 never is. Each
-    image weighs the same, and in it each masked token. HMAR draws one share and the same places for a whole batch; here
-    they are keyed by image, so that training does not depend on how images are split over processes. `loss.weights`
-    has no say.
+    image weighs the same, and in it the masked tokens as `loss.weights` says (token, as HMAR, or what favours coarse
+    scales). HMAR draws one share and the same places for a whole batch; here they are keyed by image, so that training
+    does not depend on how images are split over processes.
     """
 
     part = "masked"
@@ -55,7 +55,8 @@ class MaskedObjective(PartObjective):
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss_BN = F.cross_entropy(logits_BNV.mT, targets_BN, reduction="none", label_smoothing=smoothing) * masked_BN
         correct_BN = (logits_BNV.detach().argmax(dim=-1) == targets_BN) & masked_BN
-        loss_B = loss_BN.sum(dim=1) / masked_BN.sum(dim=1)
+        weights_N = self.weights(clock)[first:]
+        loss_B = (loss_BN * weights_N).sum(dim=1) / (masked_BN * weights_N).sum(dim=1)
         found = {"accuracy": correct_BN.sum() / masked_BN.sum()}
         for scale, *parts in zip(
             model.schedule.names[1:], *(self.of_scales(x) for x in (loss_BN, correct_BN, masked_BN))
