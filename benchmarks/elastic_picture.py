@@ -25,6 +25,7 @@ SERIES = {  # the colour of each in tab20, the same in every picture
     ("cache", "window"): 8,
     ("cache", "streaming"): 9,
     ("cache", "snapkv"): 10,
+    ("cache", "pyramidkv"): 14,
     ("composition", "supernet"): 11,
     ("composition", "self"): 12,
     ("composition", "specialised"): 13,

@@ -25,7 +25,7 @@ from sample.pipeline import NextScalePipeline
 from sample.plan_text import PlanConfig
 
 SHARES = ("50%", "20%", "10%", "4%")
-BASELINES = ("window", "streaming", "snapkv")
+BASELINES = ("window", "streaming", "snapkv", "pyramidkv")
 PRUNES = ("25%", "50%", "75%", "100%", "25%,50%", "50%,75%", "50%,100%")  # of the last scales' tokens
 PARTS = {"1/2": 2, "1/4": 4, "1/8": 8}  # of the depth
 

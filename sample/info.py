@@ -80,7 +80,7 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     elif config.selectivity is not None:
         yield "--cache", "ScaleKV (calibrated)"
     else:
-        yield "--cache", "window, streaming, snapkv; ScaleKV after calibrate"
+        yield "--cache", "window, streaming, snapkv, pyramidkv; ScaleKV after calibrate"
     yield "memory", memory(pipeline)
 
 

@@ -20,7 +20,9 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
         help="var; supernet:N, code:N or self:N with N scales before the border; or FILE.yaml of settings",
     )
     parser.add_argument("--depth", help="layers of the plan's subnet, or one number a scale: 4 or 6,4,4")
-    parser.add_argument("--cache", help="share of the cache to keep: 10%%, or window:, streaming:, snapkv:10%%")
+    parser.add_argument(
+        "--cache", help="share of the cache to keep: 10%%, or window:, streaming:, snapkv:, pyramidkv:10%%"
+    )
     parser.add_argument(
         "--prune",
         metavar="LIST",

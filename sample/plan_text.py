@@ -22,13 +22,18 @@ from sample.masked import OFF, read_mask_schedule
 from sample.plan import Plan, Stage, check_count
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
-from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
+from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, pyramid_budgets, uniform_budgets
 from var.pruning import Pruning
 from var.scalekv import ScaleKVCache, scalekv_budgets
 from var.supernet import equidistant, runs_of_depth
 from var.transformer import NextScaleTransformer
 
-BASELINES = {"window": SlidingWindowCache, "streaming": StreamingCache, "snapkv": SnapKVCache}
+BASELINES = {
+    "window": (SlidingWindowCache, uniform_budgets),
+    "streaming": (StreamingCache, uniform_budgets),
+    "snapkv": (SnapKVCache, uniform_budgets),
+    "pyramidkv": (SnapKVCache, pyramid_budgets),
+}
 CACHES = ("scalekv", *BASELINES)
 
 
@@ -39,8 +44,8 @@ class PlanConfig:
     Args:
         plan: var, supernet:N, code:N or self:N with N scales before the border.
         depth: layers of the subnet: one number for all its scales, or one a scale (4 or "4" or "6,4,4").
-        cache: share of the key/value cache to keep: "100%" is all; "10%" is scalekv:10%, or window:10%, streaming:10%
-            or snapkv:10%. "scalekv:10%,window=3" sets the side of the observed grid.
+        cache: share of the key/value cache to keep: "100%" is all; "10%" is scalekv:10%, or window:10%, streaming:10%,
+            snapkv:10% or pyramidkv:10%. "scalekv:10%,window=3" sets the side of the observed grid.
         prune: share of the tokens that layers leave out at the last scale, or shares for the last scales:
             "40%,50%,100%,100%" or [0.4, 0.5, 1, 1]; "off" for none. All layers but the first 3/32 and the last 4/32 do
             so. Scales of 100% are not drawn. It needs a whole cache.
@@ -219,7 +224,7 @@ def cache_factory(
         if index is None:
             raise ValueError(
                 f"cache {cache} needs to know the layers: nextscale calibrate --model MODEL measures them once "
-                "(window, streaming and snapkv need no measurement)"
+                f"({', '.join(BASELINES)} need no measurement)"
             )
         index = [row[: len(schedule)] for row in index]  # a smaller size has the first of the same scales
         if (len(index), len(index[0])) != (len(model.blocks), len(schedule)):
@@ -230,10 +235,11 @@ def cache_factory(
             return ScaleKVCache(budgets, schedule, window=window)
 
     else:
-        budgets = uniform_budgets(share, schedule, len(model.blocks))
+        baseline, spread = BASELINES[policy]
+        budgets = spread(share, schedule, len(model.blocks))
 
         def make() -> KVCache:
-            return BASELINES[policy](budgets, schedule)
+            return baseline(budgets, schedule)
 
     make()  # a window beyond the budget is refused here
     return make

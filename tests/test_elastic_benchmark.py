@@ -26,7 +26,7 @@ def test_rows_are_those_that_the_models_allow():
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
     assert [row.depth for row in rows if row.group == "subnet" and row.label == "plain"] == [4, 2, 1]
-    assert sum(row.group == "code" for row in rows) == 3 * 6 and sum(row.group == "cache" for row in rows) == 16
+    assert sum(row.group == "code" for row in rows) == 3 * 6 and sum(row.group == "cache" for row in rows) == 20
     assert [row.name for row in rows if row.group == "prune"][:2] == ["var prune 25%", "var prune 50%"]
     assert not any(row.prune and "," in row.prune for row in all_rows(8, 2, 1, ["full"]))
     assert {row.model for row in all_rows(8, 7, 4, ["full"])} == {"full"}

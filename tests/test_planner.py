@@ -42,6 +42,7 @@ PLANS = [
     {"plan": "self:3", "depth": 2},
     {"cache": "50%"},
     {"cache": "window:50%"},
+    {"cache": "pyramidkv:50%"},
     {"plan": "supernet:1", "depth": 3, "cache": "40%"},
     {"plan": "code:2", "cache": "60%"},
     {"prune": "50%"},

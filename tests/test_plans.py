@@ -266,7 +266,7 @@ def test_a_refiner_decodes_what_it_would_predict_alone(model, quantizer):
             torch.testing.assert_close(seen[k], whole[:, begin:end], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("cache", ["50%", "window:50%", "streaming:50%", "snapkv:50%"])
+@pytest.mark.parametrize("cache", ["50%", "window:50%", "streaming:50%", "snapkv:50%", "pyramidkv:50%"])
 @pytest.mark.parametrize("plan", [{}, {"plan": "supernet:2", "depth": 2}, {"plan": "self:2", "depth": 2}])
 def test_compositions_do_not_depend_on_the_batch(model, quantizer, cache, plan):
     composed = PlanConfig(**plan, cache=cache).build(model)

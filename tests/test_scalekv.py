@@ -1,5 +1,7 @@
 """Compressed caches: bytes by the formula, budgets that add up, the observed grid, what each policy keeps."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 import nextscale
 from tokenizer.schedule import SCHEDULES, ScaleSchedule
 from var.cache import KVCache
-from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, uniform_budgets
+from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, pyramid_budgets, uniform_budgets
 from var.scalekv import (
     ScaleKVCache,
     SelectivityCache,
@@ -40,6 +42,7 @@ POLICIES = {
     "window": lambda share: SlidingWindowCache(uniform_budgets(share, SCHEDULE, LAYERS), SCHEDULE),
     "streaming": lambda share: StreamingCache(uniform_budgets(share, SCHEDULE, LAYERS), SCHEDULE),
     "snapkv": lambda share: SnapKVCache(uniform_budgets(share, SCHEDULE, LAYERS), SCHEDULE),
+    "pyramidkv": lambda share: SnapKVCache(pyramid_budgets(share, SCHEDULE, LAYERS), SCHEDULE),
     "scalekv": lambda share: ScaleKVCache(scalekv_budgets(share, INDEX, SCHEDULE), SCHEDULE),
 }
 
@@ -167,6 +170,23 @@ def test_windows_and_poolings_that_cannot_be_are_named():
     for make in (ScaleKVCache, SnapKVCache):
         with pytest.raises(ValueError, match=r"kernel must be odd, .* got 4"):
             make(budgets, SCHEDULE, kernel=4)
+
+
+@given(st.floats(0.011, 1.0), st.integers(1, 40), st.integers(1, 30))
+def test_a_pyramid_falls_in_equal_steps(share, layers, steepness):
+    """As many tokens as with equal budgets; no layer holds more than there is, or grows faster than tokens come."""
+    even = uniform_budgets(share, SCHEDULE, layers)
+    budgets = pyramid_budgets(share, SCHEDULE, layers, steepness=steepness)
+    for k, begin in enumerate(SCHEDULE.begins):
+        column, mean = [row[k] for row in budgets], even[0][k]
+        assert sum(column) == mean * layers and column == sorted(column, reverse=True)
+        assert column[0] <= begin and (min(column) >= 1 or k == 0)
+        assert all(abs((a - b) - (column[0] - column[-1]) / (layers - 1)) <= 1 for a, b in pairwise(column))
+        if k:
+            assert all(row[k] - row[k - 1] <= SCHEDULE.lengths[k - 1] for row in budgets)
+    last = [row[-1] for row in budgets]
+    if layers > 1 and 2 * mean - max(1, mean // steepness) <= begin:
+        assert last[-1] == max(1, mean // steepness)
 
 
 def test_what_each_policy_keeps():

@@ -43,6 +43,27 @@ def uniform_budgets(fraction: float, schedule: ScaleSchedule, num_layers: int) -
     return [[min(share, begin) for begin in schedule.begins] for _ in range(num_layers)]
 
 
+def pyramid_budgets(
+    fraction: float, schedule: ScaleSchedule, num_layers: int, *, steepness: int = 20
+) -> list[list[int]]:
+    """Budgets that fall in equal steps from layer to layer, of as many tokens as `uniform_budgets` (PyramidKV, 4.2).
+
+    The last layer gets 1 / `steepness` of the mean, at least a token, and the first the rest of twice the mean; where
+    that is more than there is to hold, the last gets what is left over.
+
+    Raises:
+        ValueError: as `history_share` does.
+    """
+    share, steps = history_share(fraction, schedule), max(num_layers - 1, 1)
+    budgets = [[0] * len(schedule) for _ in range(num_layers)]
+    for k, begin in enumerate(schedule.begins):
+        mean = min(share, begin)
+        first = min(2 * mean - max(mean // steepness, min(mean, 1)), begin)
+        for layer in range(num_layers):
+            budgets[layer][k] = round(first - (first - mean) * 2 * layer / steps) if num_layers > 1 else mean
+    return budgets
+
+
 class EvictingCache(KVCache):
     """A cache that keeps at most `budgets[layer][k]` tokens of a layer when scale k reads. Subclasses choose which.
 
