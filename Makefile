@@ -22,7 +22,7 @@ sample: $(VENV)/.installed
 	$(BIN)/nextscale sample "$(PROMPT)" --n 4 --seed 0 $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 slow-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
