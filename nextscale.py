@@ -53,7 +53,7 @@ COMMANDS = {
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),
     "report": ("evaluation.report_cli", "one page about runs and results"),
-    "plan": ("sample.planner_cli", "choose plan, depth, cache and batch for this machine"),
+    "plan": ("sample.planner_cli", "choose plan, guidance, cache and batch for this machine"),
     "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
     "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
 }

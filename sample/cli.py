@@ -344,7 +344,10 @@ def tell_unread(prompts: Sequence[str]) -> None:
 
 
 def tell_untrained(plan: Plan) -> None:
-    """A line on stderr if a model is to run fewer layers than it says it was trained for."""
+    """A line on stderr if a model is to run fewer layers than it says it was trained for.
+
+    Which scales a hand-over's own layers read again is not asked: of a supernet that was measured to do little harm.
+    """
     from accelerate import PartialState
 
     from var.supernet import is_trained
@@ -355,8 +358,8 @@ def tell_untrained(plan: Plan) -> None:
             continue
         if PartialState().is_main_process:
             print(
-                f"nextscale: caution: nothing says that the model was trained to run {active} of its {config.depth} "
-                f"layers from scale {begin} on; one that was not draws noise then (docs/elastic.md)",
+                f"nextscale: caution: nothing says that a model of this plan was trained to run {active} of its "
+                f"{config.depth} layers from scale {begin} on; one that was not draws noise then (docs/elastic.md)",
                 file=sys.stderr,
             )
         return

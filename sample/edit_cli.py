@@ -21,6 +21,7 @@ from sample.cli import (
     plan_of_call,
     read_classes,
     settle,
+    tell_untrained,
     write_all,
     write_trees,
 )
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args, pipeline)
     call = call_options(args)
     plan = plan_of_call(args, pipeline, call)
+    tell_untrained(plan)
     settings = {"image": digest(image), "mask": digest(mask), "mask_rule": args.mask_rule, **search_settings(args)}
     settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)

@@ -74,7 +74,7 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
     if config.subnets is not None:
         depths, bridge = ", ".join(map(str, config.subnets["depths"])), config.subnets["bridge"]
-        yield "--depth", f"trained for {depths} layers from scale {bridge} on"
+        yield "--depth", f"trained with {depths} layers from scale {bridge} on, too"
     if not model.reads_earlier:
         yield "--cache", "none: attention stays within each scale, so nothing is kept"
     elif config.selectivity is not None:

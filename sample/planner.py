@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,19 +33,23 @@ class Settings:
     Attributes:
         words: the plan.
         until: scales that are guided; all that the model guides when None.
-        score: what was measured of these settings, larger being better; None if nothing was.
+        refiner: the model of a hand-over.
+        score, least: what was measured of these settings, larger being better, and the lower end of its interval; None
+            if nothing was.
     """
 
     words: PlanConfig
     until: int | None = None
+    refiner: str | None = None
     score: float | None = None
+    least: float | None = None
 
     @property
     def options(self) -> str:
         """As they are written on the command line."""
         words = self.words
-        given = {"plan": words.plan, "depth": words.depth, "cache": words.cache, "prune": words.prune}
-        given["guidance-until"] = self.until
+        given = {"plan": words.plan, "refiner": self.refiner, "depth": words.depth, "cache": words.cache}
+        given |= {"prune": words.prune, "guidance-until": self.until}
         return " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
 
     def plan(self, pipeline: NextScalePipeline) -> Plan:
@@ -81,7 +86,7 @@ class Choice:
         return self.batch / self.seconds
 
 
-def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = ()) -> list[Settings]:
+def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = (), refiner: str | None = None) -> list[Settings]:
     """What is worth looking at, each with every cache share: the whole model, with all its guidance and with less;
     subnets after every bridge, and hand-overs; of ten scales and more, the published shares of left-out tokens.
 
@@ -89,18 +94,20 @@ def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = ()) -> list[
 
     Args:
         depths: layers of the subnets; those that the model was trained for when empty.
+        refiner: name of the pipeline's refiner, where it is not the model's own.
     """
     model, subnets = pipeline.transformer, pipeline.transformer.config.subnets
     K, bridge = len(model.schedule), 1
     if not depths and subnets is not None:
         depths, bridge = subnets["depths"], max(1, subnets["bridge"])
-    words = [PlanConfig()]
+    made = [Settings(PlanConfig())]
+    if subnets is not None and subnets["bridge"] == 0:
+        made += [Settings(PlanConfig(depth=depth)) for depth in subnets["depths"] if depth in depths]
     for border in range(1, K):
         if border >= bridge:
-            words += [PlanConfig(plan=f"supernet:{border}", depth=depth) for depth in depths]
+            made += [Settings(PlanConfig(plan=f"supernet:{border}", depth=depth)) for depth in depths]
         if pipeline.refiner is not None:
-            words.append(PlanConfig(plan=f"code:{border}"))
-    made = [Settings(own) for own in words]
+            made.append(Settings(PlanConfig(plan=f"code:{border}"), refiner=refiner))
     made += [Settings(PlanConfig(), until) for until in range(pipeline.make_plan("var").guided_scales)]
     models = [model] + ([pipeline.refiner] if pipeline.refiner is not None else [])
     shares = SHARES if all(model.config.selectivity is not None for model in models) else SHARES[:1]
@@ -108,12 +115,13 @@ def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = ()) -> list[
     return made + [Settings(PlanConfig(prune=prune)) for prune in PRUNES if K >= LONG]
 
 
-def read_measured(path: Path, model: str, refiner: str | None = None) -> list[Settings]:
+def read_measured(path: Path, model: str, refiner: str | None = None, name: str | None = None) -> list[Settings]:
     """The settings that `benchmarks.elastic` measured of a model, with their scores.
 
     Args:
         path: its result.
         model, refiner: digests of the models at hand (`sample.load.model_digest`).
+        name: of the refiner.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -123,29 +131,44 @@ def read_measured(path: Path, model: str, refiner: str | None = None) -> list[Se
         raise FileNotFoundError(f"--quality {path} is not a file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        digests, found = content["settings"]["models"], []
-        for row in content["rows"]:
-            if digests[row["model"]] == model and digests.get(row["refiner"]) in (None, refiner):
-                words = PlanConfig(**{name: row.get(name) for name in ("plan", "depth", "cache", "prune")})
-                found.append(Settings(words, row.get("until"), float(row["score"])))
+        digests = content["settings"]["models"]
+        own = [row for row in content["rows"] if digests[row["model"]] == model]
+        found = {row["row"]: row for row in own if row["refiner"] is None or digests[row["refiner"]] == refiner}
+        made = [_measured(row, name) for row in found.values()]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--quality {path} is no result of benchmarks.elastic with scores") from None
-    if not found:
-        known = ", ".join(f"{name} {digest}" for name, digest in digests.items())
-        raise ValueError(f"--quality {path} is of other models ({known}), not of {model}")
-    return list(dict.fromkeys(found))
+    if own and not made:
+        raise ValueError(f"--quality {path} has rows of this model with another refiner only: see --refiner")
+    if not made:
+        known = ", ".join(sorted({f"{row['model']} {digests[row['model']]}" for row in content["rows"]}))
+        raise ValueError(f"--quality {path} has rows of other models ({known}), none of {model}")
+    return made
+
+
+def _measured(row: dict, refiner: str | None) -> Settings:
+    words = PlanConfig(**{name: row.get(name) for name in ("plan", "depth", "cache", "prune")})
+    score, (least, _) = float(row["score"]), row["score_ci95"]
+    if not isfinite(score) or not isfinite(least):
+        raise ValueError("score is not a number")
+    return Settings(words, row.get("until"), None if row["refiner"] is None else refiner, score, least)
 
 
 def evaluate(
     pipeline: NextScalePipeline, costs: CostModel, made: Sequence[Settings], batches: Sequence[int] = BATCHES
 ) -> list[Choice]:
-    """The predicted figures of all settings at every batch size."""
+    """The predicted figures of all settings at every batch size.
+
+    Raises:
+        ValueError: if settings that were measured make no plan of this pipeline.
+    """
     whole, choices = _scale_flops(pipeline.make_plan("var"), costs), []
     for settings in made:
         try:
             plan = settings.plan(pipeline)
-        except ValueError:  # a cache share that leaves nothing of so short a history
-            continue
+        except (ValueError, TypeError) as error:
+            if settings.score is None:  # a cache share that leaves nothing of so short a history
+                continue
+            raise ValueError(f"--quality: {settings.options} makes no plan of this model: {error}") from None
         kept = (min(own, most) for own, most in zip(_scale_flops(plan, costs), whole, strict=True))
         work, cache = sum(kept) / sum(whole), costs.cache_bytes(plan, 1)
         for batch in batches:
@@ -180,9 +203,15 @@ def fitting(choices: Sequence[Choice], *, memory: float | None, latency: float |
 
 
 def best(choices: Sequence[Choice]) -> Choice:
-    """The choice of most worth: first score or work (within 0.01), then the cache kept, then images a second."""
-    most = max(choice.worth for choice in choices)
-    kept = [choice for choice in choices if choice.worth >= most - 0.01]
+    """The choice that keeps most: work first (within 0.01), then the cache, then images a second.
+
+    Of measured settings, among those whose score is within the interval of the best one: chance alone makes no smaller
+    cache or less work look better.
+    """
+    top = max(choices, key=lambda choice: choice.worth).settings
+    tied = choices if top.least is None else [c for c in choices if c.settings.score >= top.least]
+    most = max(choice.work for choice in tied)
+    kept = [choice for choice in tied if choice.work >= most - 0.01]
     share = max(_share(choice) for choice in kept)
     return max((c for c in kept if _share(c) == share), key=lambda choice: choice.images_per_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,21 +64,24 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     prompts, _ = read_prompts(args)
 
+    from sample.files import check_place
     from sample.load import load_pipeline
     from sample.measure import fit
-    from sample.plan_text import PlanConfig, read_depth
+    from sample.plan_text import PlanConfig
     from sample.planner import best, evaluate, fitting, pareto
 
-    depths = read_depth(args.depths)
+    if args.out is not None:
+        check_place("--out", args.out, folder=False)
+    depths = read_depths(args.depths)
     where = {"dtype": args.dtype, "device": args.device, "fast": args.fast}
     pipeline = load_pipeline(args.model, refiner=args.refiner, **where)
-    layers = len(pipeline.transformer.blocks)
+    layers, scales = len(pipeline.transformer.blocks), len(pipeline.transformer.schedule)
     if not all(0 < depth < layers for depth in depths):
-        raise ValueError(f"--depths must be in 1..{layers - 1} of the model's layers, got {args.depths}")
+        raise ValueError(f"--depths must be below the model's {layers} layers, got {args.depths}")
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
     looked_at = settings_of(args, pipeline, depths)
-    half = PlanConfig(plan="supernet:1", depth=max(1, layers // 2))
-    plans = [pipeline.make_plan(words) for words in (PlanConfig(), half)]
+    half = [PlanConfig(plan="supernet:1", depth=max(1, layers // 2))] if scales > 1 else []
+    plans = [pipeline.make_plan(words) for words in (PlanConfig(), *half)]
     costs, _ = fit(pipeline, cycle(prompts, 16), plans, (1, 4, 16), repeats=args.repeats)
     choices = evaluate(pipeline, costs, looked_at, BATCHES if args.batch is None else (args.batch,))
     inside = fitting(choices, memory=memory, latency=latency)
@@ -87,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(shown, runs))
     print(f"chosen: {chosen.settings.options} --batch-size {chosen.batch}")
     tell_untrained(chosen.settings.plan(pipeline))
+    tell_over(runs[0], memory, latency)
     if args.out is not None:
         draw(args.out, choices, front, shown, runs)
         print(f"written: {args.out}")
@@ -99,10 +104,34 @@ def settings_of(args: argparse.Namespace, pipeline: NextScalePipeline, depths: S
     from sample.planner import candidates, read_measured
 
     if args.quality is None:
-        return candidates(pipeline, depths)
+        return candidates(pipeline, depths, args.refiner)
     if depths:
         raise ValueError(f"--depths {args.depths} goes with no --quality, whose rows are looked at")
-    return read_measured(args.quality, model_digest(args.model), args.refiner and model_digest(args.refiner))
+    refiner = args.refiner and model_digest(args.refiner)
+    return read_measured(args.quality, model_digest(args.model), refiner, args.refiner)
+
+
+def read_depths(text: str | None) -> tuple[int, ...]:
+    """(8, 4) of "8,4"; none of None."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--depths must be numbers of layers like 8,4, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def tell_over(run: Run, memory: float | None, latency: float | None) -> None:
+    """A line on stderr if the choice, measured, exceeds a limit that it was predicted to keep."""
+    over = []
+    if latency is not None and run.total > latency:
+        over.append(f"{run.total * 1e3:.0f}ms")
+    if memory is not None and run.peak_bytes > memory:
+        over.append(f"{run.peak_bytes / 2**20:.0f}MiB")
+    if over:
+        print(
+            f"nextscale: caution: the choice took {' and '.join(over)} when it was measured, more than asked for: "
+            "try a lower limit",
+            file=sys.stderr,
+        )
 
 
 def cycle(prompts: list, count: int) -> list:

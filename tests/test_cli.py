@@ -158,13 +158,18 @@ def test_fewer_layers_of_a_model_that_was_not_trained_for_them_are_cautioned(tin
     assert capsys.readouterr().err == ""
     subnet = PlanConfig(plan="supernet:1", depth=1)
     tell_untrained(subnet.build(tiny_text_model))
-    assert "trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err
+    assert "was trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err
     trained = copy.deepcopy(tiny_text_model)
     trained.register_to_config(subnets={"depths": [1], "bridge": 1})
     tell_untrained(subnet.build(trained))
     assert capsys.readouterr().err == ""
     tell_untrained(PlanConfig(depth=1).build(trained))  # its first scale always ran all layers
     assert "from scale 0 on" in capsys.readouterr().err
+
+
+def test_sampling_tells_of_untrained_layers(sample, tmp_path):
+    code, _, said = sample("a red star", "--plan", "supernet:1", "--depth", 1, "--out", tmp_path)
+    assert code == 0 and "was trained to run 1 of its 2 layers from scale 1 on" in said
 
 
 def test_without_out_other_settings_have_folders_of_their_own(sample, tmp_path, monkeypatch):

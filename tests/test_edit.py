@@ -407,6 +407,8 @@ def test_edits_on_the_command_line(edit, text_pipeline, tmp_path):
     assert "4 edits (3 were there already)" in edit(*words, "--box", "2,2,6,6", "--n", 4)[1]
     code, _, message = edit(*words, "--box", "2,2,7,6")
     assert code == 2 and "mask" in message and "choose another --out" in message
+    fewer = ["--plan", "supernet:1", "--depth", 1, "--out", tmp_path / "fewer"]
+    assert "was trained to run 1 of its 2 layers" in edit("a red star", "--box", "2,2,6,6", *fewer)[2]
 
 
 def test_masks_of_every_kind(edit, tmp_path):

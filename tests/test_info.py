@@ -26,7 +26,7 @@ def test_a_supernet_says_what_it_was_trained_for(tiny_class_model, tiny_vqvae):
     assert "--depth" not in dict(describe(NextScalePipeline(supernet, tiny_vqvae)))
     supernet.register_to_config(subnets={"depths": [1], "bridge": 2})
     facts = dict(describe(NextScalePipeline(supernet, tiny_vqvae)))
-    assert facts["--depth"] == "trained for 1 layers from scale 2 on"
+    assert facts["--depth"] == "trained with 1 layers from scale 2 on, too"
 
 
 def test_a_text_model_on_the_command_line(text_folder, capsys):

@@ -93,6 +93,28 @@ def test_a_masked_token_is_not_seen_and_the_others_of_its_scale_are(model, tiny_
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_masked_pass_block_by_block(model, tiny_vqvae):
+    """The first block is shared; the others, their modulations and the head are its own."""
+    schedule, labels = model.schedule, torch.tensor([1, 2])
+    ids = [torch.randint(16, (2, n)) for n in schedule.lengths]
+    codes = torch.cat([tiny_vqvae.quantizer.scale_code(ids[k], k, schedule) for k in (1, 2)], dim=1)
+    inputs, cond = tiny_vqvae.quantizer.teacher_inputs(ids, schedule), model.condition(ClassPrompt(labels))
+    masked = torch.rand(2, 20) < 0.5
+    found = model.masked_logits(inputs, codes, masked, cond)
+    vector_BD = cond.start_BD
+    beside = torch.where(masked[..., None], model.masked.mask_1D, codes @ model.input_proj.weight.mT)
+    h = torch.cat([vector_BD[:, None] + model.start_position_1lD, model.input_proj(inputs) + beside], dim=1)
+    levels = torch.repeat_interleave(torch.arange(3), torch.tensor(schedule.lengths))
+    h = h + model.level_embedding(levels) + model.position_1LD
+    reads = levels[:, None] == levels[None]
+    for block in (model.blocks[0], *model.masked.blocks):
+        h = block(h, block.modulation(vector_BD, None), mask=reads)
+    head = model.masked.head
+    wanted = head.project(head.features(h, head.ada(vector_BD)))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sides", ["1x1,2x2,4x2", "1x1,1x2,2x4,3x4"])
 def test_other_shapes_have_their_own_places(sides):
     """A rotary model on another schedule than its own: each scale by itself as all at once."""
@@ -528,6 +550,14 @@ def test_the_loss_token_by_token(model, tiny_vqvae, kind):
                 weight += own
         losses.append(total / weight)
     assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_stochastic_depth_is_that_of_its_own_blocks():
+    model = make_model(drop_path=0.5)
+    objective = MaskedObjective(model, VarLossConfig(drop=0.0), OptimizerConfig()).train()
+    batch = {"label": torch.zeros(64, dtype=torch.int64), "counter": range(64)}
+    kept = objective.condition(batch, Clock(0, 0.0, 3)).kept
+    assert [one is not None for one in kept] == [False] * 3 + [True] * 2  # the blocks it stands on drop nothing
 
 
 def test_it_is_trained_on_a_finished_transformer(tiny_vqvae, tmp_path, capfd):

@@ -1,11 +1,13 @@
 """The planner: operations as torch counts them, cache bytes as they are, fits that recover the truth, limits kept."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import quiet_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +18,7 @@ from sample.costs import Work, cache_peak, plan_work
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.load import model_digest
-from sample.measure import Stopwatch, line_fit, nonnegative_fit
+from sample.measure import CostModel, Run, Stopwatch, line_fit, nonnegative_fit
 from sample.plan_text import PlanConfig
 from sample.planner import (
     Choice,
@@ -30,7 +32,9 @@ from sample.planner import (
     read_size,
     read_time,
 )
+from sample.planner_cli import tell_over
 from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
 from var.transformer import NextScaleTransformer
 
@@ -122,7 +126,9 @@ def test_fits_recover_rates(seed):
 
 
 def choice(work, seconds, batch=1, memory=100, cache="100%", score=None):
-    return Choice(Settings(PlanConfig(cache=cache), score=score), batch, work, seconds, memory, memory // 2)
+    least = None if score is None else score - 0.05
+    settings = Settings(PlanConfig(cache=cache), score=score, least=least)
+    return Choice(settings, batch, work, seconds, memory, memory // 2)
 
 
 def test_choosing():
@@ -132,8 +138,11 @@ def test_choosing():
     assert best([whole, whole_batch := choice(1.0, 3.0, batch=4)]) is whole_batch
     assert fitting([whole, small], memory=2**19, latency=None) == [small]
     assert fitting([whole, small], memory=None, latency=1.0) == [small]
+    assert best([choice(1.0, 2.0, cache="10%"), larger := choice(0.995, 2.0)]) is larger
     scored = [choice(1.0, 2.0, score=0.6), choice(0.4, 0.5, score=0.7)]
-    assert best(scored) is scored[1] and pareto(scored) == [scored[1]]  # what was measured counts, not the work
+    assert best(scored) is scored[1] and pareto(scored) == [scored[1]]  # what was measured counts, not the work,
+    tied = [*scored, choice(0.7, 1.0, score=0.66), choice(0.7, 1.0, score=0.69, cache="10%")]
+    assert best(tied) is tied[2]  # but for what may be chance: work and cache decide then
     with pytest.raises(ValueError, match=r"--memory 0\.03125MiB is too little"):
         fitting([whole, small], memory=2**15, latency=None)
     with pytest.raises(ValueError, match="--latency 100ms is too short: every plan takes 500ms"):
@@ -155,6 +164,29 @@ def test_what_a_refiner_reads_again_is_no_work_kept(models):
     assert [choice.work for choice in choices] == [1.0] * 4 and best(choices) is choices[-1]
 
 
+def test_the_figures_of_settings(models):
+    """Those of a batch; a larger refiner's scales are worth no more than the whole model's; no guidance is none."""
+    model, _ = models
+    larger = make_model(depth=6)
+
+    def make_plan(words, guidance_until=None):
+        words = PlanConfig(plan=words) if isinstance(words, str) else words
+        return words.build(model, refiner=larger, guidance=Guidance(1.5, until=guidance_until))
+
+    pipeline = SimpleNamespace(make_plan=make_plan)
+    costs = CostModel((1e-9,) * len(Work.names()), (0.0, 0.0), (0.0, 0.0), (7.0, 0.0, 0.0), torch.float32)
+    made = [Settings(PlanConfig()), Settings(PlanConfig(plan="code:2")), Settings(PlanConfig(), 0)]
+    choices = evaluate(pipeline, costs, made, [1, 3])
+    assert [round(choice.work, 2) for choice in choices] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
+    for choice in choices:
+        assert choice.cache_bytes == cache_peak(choice.settings.plan(pipeline), choice.batch, torch.float32)
+        assert choice.peak_bytes == choice.cache_bytes + 7
+    assert choices[4].cache_bytes == choices[0].cache_bytes / 2
+    wrong = Settings(PlanConfig(plan="supernet:1", depth=9), score=0.5, least=0.4)
+    with pytest.raises(ValueError, match=r"--quality: --plan supernet:1 --depth 9 --cache 100% makes no plan"):
+        evaluate(pipeline, costs, [wrong], [1])
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.1, 10)), min_size=1, max_size=30))
 def test_nothing_beats_the_front(points):
     choices = [choice(work, seconds) for work, seconds in points]
@@ -165,11 +197,11 @@ def test_nothing_beats_the_front(points):
         assert not any(c.work > one.work and c.images_per_s > one.images_per_s for c in choices)
 
 
-def proposed(depths=(), refiner=None, guided=4, **options):
+def proposed(depths=(), refiner=None, guided=4, name=None, **options):
     """The options of all candidates of a model."""
     plan = SimpleNamespace(guided_scales=guided)
     pipeline = SimpleNamespace(transformer=make_model(**options), refiner=refiner, make_plan=lambda words: plan)
-    return [one.options.removeprefix("--plan ") for one in candidates(pipeline, depths)]
+    return [one.options.removeprefix("--plan ") for one in candidates(pipeline, depths, name)]
 
 
 def test_what_is_proposed():
@@ -183,23 +215,23 @@ def test_what_is_proposed():
     assert proposed([2, 1], **trained) == [whole[0], *subnets]
     refined = proposed(refiner=make_model(depth=2, width=16, selectivity=None), selectivity=None, guided=0)
     assert refined == [whole[0], *(f"code:{n} --cache 100%" for n in (1, 2, 3))]
+    other = {"refiner": make_model(depth=2, width=16, selectivity=None), "guided": 0}  # not calibrated
+    named = [f"code:{n} --refiner runs/x --cache 100%" for n in (1, 2, 3)]
+    assert proposed(name="runs/x", **other) == [whole[0], *named]
+    always = proposed(subnets={"depths": [2], "bridge": 0}, selectivity=None, guided=0)
+    assert always[1:] == ["var --depth 2 --cache 100%", *(f"supernet:{n} --depth 2 --cache 100%" for n in (1, 2, 3))]
     long = proposed(schedule="1,2,3,4,5,6,7,8,9,10", selectivity=None, guided=0)
     assert long == [whole[0]] + [f"var --cache 100% --prune {shares}" for shares in ("50%,75%", "40%,50%,100%,100%")]
 
 
 def elastic_result(path, digest, *rows):
-    """A result as of `benchmarks.elastic`: rows of the model of a digest, and one of another."""
-    plain = {
-        "plan": "var",
-        "depth": None,
-        "cache": "100%",
-        "prune": None,
-        "until": None,
-        "model": "full",
-        "refiner": None,
-    }
-    made = [plain | row for row in rows] + [plain | {"model": "drafter", "score": 0.9}]
-    made.append(plain | {"refiner": "refiner", "plan": "code:1", "score": 0.8})
+    """A result as of `benchmarks.elastic`: rows of a digest's model, one with a refiner, and one of another model."""
+    plain = {"plan": "var", "cache": "100%", "model": "full"}
+    plain |= dict.fromkeys(("depth", "prune", "until", "refiner"))
+    late = plain | {"refiner": "refiner", "plan": "code:1", "score": 0.8}
+    made = [*(plain | row for row in rows), late, late | {"model": "drafter"}]
+    for row in made:
+        row |= {"score_ci95": [row["score"] - 0.05, row["score"] + 0.05], "row": " ".join(map(str, row.values()))}
     content = {"settings": {"models": {"full": digest, "drafter": "000", "refiner": "111"}}, "rows": made}
     path.write_text(json.dumps(content))
     return path
@@ -212,16 +244,21 @@ def test_measured_rows_are_those_of_the_model(tmp_path):
     assert [(one.options.removeprefix("--plan var --cache "), one.score) for one in found] == [
         ("100%", 0.5), ("100% --guidance-until 2", 0.6), ("100% --prune 50%", 0.3), ("20%", 0.4)
     ]  # fmt: skip
-    assert read_measured(path, "abc", "111")[-1].options == "--plan code:1 --cache 100%"
+    assert [one.least for one in found] == pytest.approx([0.45, 0.55, 0.25, 0.35])
+    assert read_measured(path, "abc", "111", "runs/x")[-1].options == "--plan code:1 --refiner runs/x --cache 100%"
     assert len(read_measured(path, "abc", "222")) == 4
-    with pytest.raises(ValueError, match=r"is of other models \(full abc, drafter 000, refiner 111\), not of xyz"):
+    with pytest.raises(ValueError, match=r"has rows of other models \(drafter 000, full abc\), none of xyz"):
         read_measured(path, "xyz")
+    with pytest.raises(ValueError, match=r"has rows of this model with another refiner only: see --refiner"):
+        read_measured(path, "000")
     with pytest.raises(FileNotFoundError, match=r"--quality .*nowhere\.json is not a file"):
         read_measured(tmp_path / "nowhere.json", "abc")
     for text in ("", "[]", '{"rows": []}', '{"settings": {"models": {"full": "abc"}}, "rows": [{"model": "full"}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"is no result of benchmarks\.elastic with scores"):
             read_measured(path, "abc")
+    with pytest.raises(ValueError, match=r"is no result of benchmarks\.elastic with scores"):
+        read_measured(elastic_result(path, "abc", {"score": float("nan")}), "abc")
 
 
 def test_sizes_and_times_are_read():
@@ -244,7 +281,10 @@ def test_the_command(class_folder, tmp_path, capsys):
         (["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (["--measured", "-1"], "--measured must be 0 or more, got -1"),
         (["--batch", "0"], "--batch must be 1 or more, got 0"),
-        (["--depths", "1,9"], "--depths must be in 1..1 of the model's layers, got 1,9"),
+        (["--depths", "1,9"], "--depths must be below the model's 2 layers, got 1,9"),
+        (["--depths", "0"], "--depths must be numbers of layers like 8,4, got '0'"),
+        (["--depths", ""], "--depths must be numbers of layers like 8,4, got ''"),
+        (["--out", str(tmp_path / "plan.png" / "plan.png")], "--out must be in a folder"),
         (["--quality", "nowhere.json"], "--quality nowhere.json is not a file"),
         (["--quality", "nowhere.json", "--depths", "1"], "--depths 1 goes with no --quality"),
     ):
@@ -265,3 +305,23 @@ def test_the_command_goes_by_scores(class_folder, tmp_path, capsys):
     elastic_result(path, model_digest(class_folder), rows[2])
     assert nextscale.main([*argv, "--quality", str(path)]) == 0
     assert "trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err
+
+
+def test_a_limit_that_the_choice_breaks_is_told(capsys):
+    run = Run((), 0.0, 0.2, 0, 0, 0, 3 * 2**20)
+    tell_over(run, 4 * 2**20, 0.3)
+    tell_over(run, None, None)
+    assert capsys.readouterr().err == ""
+    tell_over(run, 2 * 2**20, 0.1)
+    assert "the choice took 200ms and 3MiB when it was measured" in capsys.readouterr().err
+
+
+def test_a_model_of_one_scale_has_a_plan_too(tmp_path, tiny_vqvae, capsys):
+    vqvae = copy.deepcopy(tiny_vqvae)
+    vqvae.schedule = ScaleSchedule.of("4")
+    vqvae.register_to_config(schedule="4")
+    model = make_model(vocab_size=16, latent_channels=4, num_classes=5, schedule="4", selectivity=None)
+    quiet_pipeline(model, vqvae).save_pretrained(tmp_path)
+    argv = ["plan", "--model", str(tmp_path), "--class", "0", "--device", "cpu", "--repeats", "1", "--measured", "0"]
+    assert nextscale.main(argv) == 0
+    assert "chosen: --plan var --cache 100%" in capsys.readouterr().out

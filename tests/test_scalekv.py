@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 import nextscale
 from tokenizer.schedule import SCHEDULES, ScaleSchedule
 from var.cache import KVCache
-from var.eviction import SlidingWindowCache, SnapKVCache, StreamingCache, pyramid_budgets, uniform_budgets
+from var.eviction import (
+    SlidingWindowCache,
+    SnapKVCache,
+    StreamingCache,
+    pyramid_budgets,
+    uniform_budgets,
+    window_size,
+)
 from var.scalekv import (
     ScaleKVCache,
     SelectivityCache,
@@ -174,7 +181,7 @@ def test_windows_and_poolings_that_cannot_be_are_named():
 
 @given(st.floats(0.011, 1.0), st.integers(1, 40), st.integers(1, 30))
 def test_a_pyramid_falls_in_equal_steps(share, layers, steepness):
-    """As many tokens as with equal budgets; no layer holds more than there is, or grows faster than tokens come."""
+    """As many tokens as with equal budgets, the window in every layer, no more than there is, and no faster growth."""
     even = uniform_budgets(share, SCHEDULE, layers)
     budgets = pyramid_budgets(share, SCHEDULE, layers, steepness=steepness)
     for k, begin in enumerate(SCHEDULE.begins):
@@ -184,9 +191,20 @@ def test_a_pyramid_falls_in_equal_steps(share, layers, steepness):
         assert all(abs((a - b) - (column[0] - column[-1]) / (layers - 1)) <= 1 for a, b in pairwise(column))
         if k:
             assert all(row[k] - row[k - 1] <= SCHEDULE.lengths[k - 1] for row in budgets)
-    last = [row[-1] for row in budgets]
-    if layers > 1 and 2 * mean - max(1, mean // steepness) <= begin:
-        assert last[-1] == max(1, mean // steepness)
+            window = window_size(mean, SCHEDULE.lengths[k - 1])
+            rest = mean - window
+            least = max(rest // steepness, min(rest, 1))
+            if layers > 1 and 2 * rest - least <= begin - window:
+                assert (column[0], column[-1]) == (window + 2 * rest - least, window + least)
+
+
+def test_the_pyramid_of_the_released_code():
+    """30 layers, a tenth of 424 tokens: 42 on average, of which 16 vote, and beside them 26 // 20 to 52 - 1."""
+    column = [row[-1] for row in pyramid_budgets(0.1, SCHEDULES["var256"], 30)]
+    assert (column[0], column[-1], sum(column)) == (16 + 51, 16 + 1, 42 * 30)
+    cache = SnapKVCache(pyramid_budgets(0.3, SCHEDULE, LAYERS), SCHEDULE)
+    kept = keep_of(cache, 5, 60, cache.budgets[-1][6])[0]
+    assert kept.shape[-1] < 27 and (kept[..., -13:] == torch.arange(47, 60)).all()  # half of 27 vote, in every layer
 
 
 def test_what_each_policy_keeps():

@@ -96,6 +96,19 @@ def test_stochastic_depth_depends_on_the_image_alone(kind):
     assert loss_of(range(6)) == loss_of(range(6), seed=1)
 
 
+def test_draws_of_stochastic_depth_are_independent():
+    """Of block and block, of the two branches of one, and of which prompts are dropped."""
+    shape = {"depth": 3, "width": 8, "heads": 2, "vocab_size": 16, "latent_channels": 4, "schedule": "1,2"}
+    model = NextScaleTransformer(**shape, num_classes=3, drop_path=0.5).train()
+    objective = VarObjective(model, VarLossConfig(drop=0.5), OptimizerConfig())
+    batch, clock = {"label": torch.zeros(4000, dtype=torch.int64), "counter": range(4000)}, Clock(0, 0.0, 0)
+    kept = objective.condition(batch, clock).kept
+    assert kept[0] is None and [(k > 0).float().mean().item() for k in kept[1:]] == pytest.approx([0.75, 0.5], abs=0.03)
+    dropped_B = objective.training_prompt(batch, clock).classes_B == 3
+    draws = torch.stack([*(branch.flatten() > 0 for two in kept[1:] for branch in two), dropped_B]).float()
+    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < 0.06
+
+
 class Counting(TorchDispatchMode):
     """Counts what a GPU would have to begin: operations that are more than another view."""
 

@@ -332,6 +332,16 @@ def test_blocks_that_drop_differently_are_compiled_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block drops nothing
 
 
+@pytest.mark.parametrize(
+    "subnets",
+    [{"depths": [1]}, {"depths": [3], "bridge": 1}, {"depths": [1], "bridge": -1}, {"depths": 1, "bridge": 1}],
+)
+def test_subnets_that_cannot_be_are_named(subnets):
+    assert make(subnets={"depths": [2, 1], "bridge": 1}).config.subnets["bridge"] == 1
+    with pytest.raises(ValueError, match=r"subnets must be null or like .* of less than 3 layers"):
+        make(subnets=subnets)
+
+
 def test_a_query_of_zeros_reads_evenly():
     attention = make().blocks[0].attn
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache, Pair
 
 Budgets = Sequence[Sequence[int]]
+WINDOW = 16  # tokens that vote on what stays
 
 
 def history_share(fraction: float, schedule: ScaleSchedule) -> int:
@@ -48,19 +49,22 @@ def pyramid_budgets(
 ) -> list[list[int]]:
     """Budgets that fall in equal steps from layer to layer, of as many tokens as `uniform_budgets` (PyramidKV, 4.2).
 
-    The last layer gets 1 / `steepness` of the mean, at least a token, and the first the rest of twice the mean; where
-    that is more than there is to hold, the last gets what is left over.
+    Every layer has room for the voting window of `SnapKVCache`. Of the rest the last layer gets 1 / `steepness` of the
+    mean, at least a token, and the first what is left of twice the mean. Where that is more than there is to hold, the
+    pyramid is flatter (the released code has none then).
 
     Raises:
         ValueError: as `history_share` does.
     """
     share, steps = history_share(fraction, schedule), max(num_layers - 1, 1)
     budgets = [[0] * len(schedule) for _ in range(num_layers)]
-    for k, begin in enumerate(schedule.begins):
+    for k, begin in enumerate(schedule.begins[1:], 1):
         mean = min(share, begin)
-        first = min(2 * mean - max(mean // steepness, min(mean, 1)), begin)
+        window = window_size(mean, schedule.lengths[k - 1])
+        mean, most = mean - window, begin - window
+        first = mean if num_layers == 1 else min(2 * mean - max(mean // steepness, min(mean, 1)), most)
         for layer in range(num_layers):
-            budgets[layer][k] = round(first - (first - mean) * 2 * layer / steps) if num_layers > 1 else mean
+            budgets[layer][k] = window + round(first - (first - mean) * 2 * layer / steps)
     return budgets
 
 
@@ -163,26 +167,31 @@ class StreamingCache(EvictingCache):
 
 
 class SnapKVCache(EvictingCache):
-    """Keeps what the last tokens attend to, and these tokens (SnapKV, section 4), with one budget for all layers.
+    """Keeps what the last tokens attend to, and these tokens (SnapKV, section 4).
 
     Args:
-        window: last tokens that vote, at most half of a budget.
+        window: last tokens that vote, at most half of what layers may hold on average; as many in every layer.
         kernel: width of the pooling that keeps neighbours together.
     """
 
-    def __init__(self, budgets: Budgets, schedule: ScaleSchedule, *, window: int = 16, kernel: int = 5):
+    def __init__(self, budgets: Budgets, schedule: ScaleSchedule, *, window: int = WINDOW, kernel: int = 5):
         super().__init__(budgets, schedule)
         self.window, self.kernel = window, check_kernel(kernel)
+        self.means = [sum(column) // len(budgets) for column in zip(*budgets)]  # over the layers
 
     def keep(
         self, layer: int, k: int, q_BHld: torch.Tensor, keys_BHSd: torch.Tensor, budget: int, scale: float
     ) -> torch.Tensor:
         """The window's tokens, and those it attends to most."""
-        S, length = keys_BHSd.shape[2], self.schedule.lengths[k]
-        size = max(1, min(self.window, budget // 2, length))
+        S, size = keys_BHSd.shape[2], window_size(self.means[k + 1], self.schedule.lengths[k], self.window)
         window = torch.arange(S - size, S, device=keys_BHSd.device)
         scores = window_scores(q_BHld[:, :, -size:], keys_BHSd, window, scale=scale, kernel=self.kernel)
         return best_and_window(scores, window, budget)
+
+
+def window_size(budget: int, length: int, most: int = WINDOW) -> int:
+    """Tokens that vote: of the last scale of `length`, and at most half of a budget."""
+    return max(1, min(most, budget // 2, length))
 
 
 def check_kernel(kernel: int) -> int:

@@ -6,7 +6,7 @@ n bits of a bitwise token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import sqrt
@@ -458,6 +458,11 @@ def _check_options(own: FrozenDict, scales: int) -> None:
     ):
         if own[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {own[name]!r}")
+    if own.subnets is not None and not _are_subnets(own.subnets, own.depth):
+        raise ValueError(
+            f'subnets must be null or like {{"depths": [4, 2], "bridge": 6}}, of less than {own.depth} layers, got '
+            f"{own.subnets}"
+        )
     if own.level_table is not None and own.level_table < scales:
         raise ValueError(f"level_table must be {scales} or more, one a scale, got {own.level_table}")
     if own.sequential_layers and (own.sequential_layers < 0 or not 1 <= own.sequential_scales <= scales):
@@ -474,3 +479,11 @@ def _check_options(own: FrozenDict, scales: int) -> None:
             "masked_layers must be 0 unless mask is block_diagonal, tokens are codes of two scales or more, and "
             "sequential_layers is 0"
         )
+
+
+def _are_subnets(subnets: Mapping[str, Any], depth: int) -> bool:
+    if not isinstance(subnets, Mapping) or set(subnets) != {"depths", "bridge"}:
+        return False
+    depths, bridge = subnets["depths"], subnets["bridge"]
+    whole = all(isinstance(n, int) for n in (*depths, bridge)) if isinstance(depths, Sequence) else False
+    return whole and bridge >= 0 and all(0 < n < depth for n in depths)
