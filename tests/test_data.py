@@ -412,6 +412,8 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path):
     class_folder(tmp_path / "a", (("cat", 2), ("val", 2)))
     with pytest.raises(ValueError, match="has a folder 'val' and no 'train': give train_split"):
         build_dataset(config("folder", str(tmp_path / "a"), tmp_path))
+    with pytest.raises(ValueError, match="has no folder 'training'"):
+        build_dataset(config("folder", str(tmp_path / "a"), tmp_path, train_split="training"))
     class_folder(tmp_path / "b", (("train", 2),))
     (tmp_path / "b/metadata.jsonl").write_text('{"file_name": "train/0.png"}')
     with pytest.raises(ValueError, match="has metadata beside a folder 'train'"):

@@ -54,6 +54,12 @@ def losses(folder: Path) -> list[float]:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "compile"])
+def test_an_objective_is_asked_for_what_it_lacks(tmp_path, name):
+    with pytest.raises(ValueError, match=f"run.{name} is not available for ToyObjective"):
+        toy_run(tmp_path, **{name: True})
+
+
 def test_micro_batches_do_not_change_the_run(tmp_path):
     assert in_child(toy_run, tmp_path / "one", dropout=0.0) == 0
     assert in_child(toy_run, tmp_path / "four", dropout=0.0, micro_batch=2) == 0
@@ -64,7 +70,9 @@ def test_processes_do_not_change_the_run(tmp_path):
     assert in_child(toy_run, tmp_path / "one", dropout=0.0) == 0
     assert in_processes(2, toy_run, tmp_path / "two", dropout=0.0, micro_batch=2) == [0, 0]
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert [row["first"] for row in two] == pytest.approx([row["first"] for row in one])  # the same images
+    assert [row["first"] for row in two] == pytest.approx([row["first"] for row in one])  # the same images,
+    counters = [[row["counter"] for row in curve(tmp_path / name, "train")] for name in ("one", "two")]
+    assert counters[1] == counters[0]  # and by the same names
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert final_state(tmp_path / "two")["model"]["seen"].item() == pytest.approx(
         2 * final_state(tmp_path / "one")["model"]["seen"].item(), rel=1e-5

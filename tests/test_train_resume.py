@@ -150,6 +150,14 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capfd):
     assert all(torch.isfinite(v).all() for v in final_state(tmp_path)["model"].values())
 
 
+def test_what_is_not_finite_is_not_logged(tmp_path, capfd):
+    def main(argv):
+        toy_run(tmp_path, bad_step=1, log_every=1, checkpoint_every=12)
+
+    assert in_child(lambda: os._exit(exit_code(main))) == 3
+    assert "not finite at step 2" in capfd.readouterr().err and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_settings_of_the_present_command_hold_after_resuming(tmp_path, monkeypatch):
     """EMA decay and betas are not those of the checkpoint, as the rate and the weight decay are not."""
     assert in_child(toy_run, tmp_path, total_images=32) == 0

@@ -64,6 +64,8 @@ class ToyObjective(Objective):
         if self.training and self.bad_step == clock.step:
             loss = loss * float("nan")
         metrics = {"first": batch["index"].float().mean()}
+        if self.training:
+            metrics["counter"] = torch.tensor(list(batch["counter"])).float().mean()
         if clock.progress >= 0.5:
             loss = loss + self.late(batch["x"]).square().mean()
         return loss, metrics
