@@ -583,6 +583,23 @@ def test_validation_with_other_class_names_is_refused(tmp_path):
         build_dataset(config("parquet", paths[0], tmp_path, val_path=paths[1]), "val")
 
 
+def test_columns_inside_columns_and_columns_with_dots(tmp_path):
+    """Of a table: "json.text" is a part of its column json, "a.b" a column of that name; captions need no image."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"img": [picture(i) for i in range(3)], "json": [{"text": f"text {i}", "n": i} for i in range(3)]}
+    rows |= {"a.b": [f"dotted {i}" for i in range(3)], "beside": [0] * 3}
+    text = datasets.Value("string")
+    features = {"img": datasets.Image(), "json": {"text": text, "n": datasets.Value("int64")}, "a.b": text}
+    features = datasets.Features(features | {"beside": datasets.Value("int64")})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(
+        tmp_path / "saved"
+    )
+    for column, words in (("json.text", "text"), ("a.b", "dotted")):
+        data = build_dataset(config("datasets", str(tmp_path / "saved"), tmp_path, caption_column=column))
+        assert [data[i]["caption"] for i in range(3)] == [f"{words} {i}" for i in range(3)]
+        assert [data.source.caption(i) for i in range(3)] == [f"{words} {i}" for i in range(3)]
+
+
 def test_datasets_saved_to_disk_with_splits(tmp_path):
     datasets = pytest.importorskip("datasets")
     names = datasets.ClassLabel(names=["red_fox", "owl"])

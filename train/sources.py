@@ -258,11 +258,17 @@ def read_row(row: dict, columns: Columns, classes: tuple[str, ...] | None, name:
     return Record(name, image, label, caption)
 
 
+def heads_of(table: Any, names: Iterable[str | None]) -> list[str]:
+    """The columns of a `datasets` table that hold the named ones: json of "json.text", unless a column is called so."""
+    given = {name for name in names if name is not None}
+    return sorted({name if name in (table.features or {}) else name.partition(".")[0] for name in given})
+
+
 def narrowed(table: Any, columns: Columns) -> Any:
     """A `datasets` table of the wanted columns alone, the image as {"bytes", "path"} instead of decoded."""
     import datasets
 
-    heads = [name if name in (table.features or {}) else name.partition(".")[0] for name in columns.named]
+    heads = heads_of(table, columns.named)
     if table.features:
         table = table.select_columns(sorted({*heads, *({"__key__"} & set(table.features))}))
     if isinstance((table.features or {}).get(columns.image), datasets.Image):
@@ -304,8 +310,8 @@ class TableSource:
 
     def caption(self, index: int) -> str | tuple[str, ...]:
         """The record's caption or captions, read without the image."""
-        heads = {name.partition(".")[0] for name in (self.columns.label, self.columns.caption) if name is not None}
-        row = self.table.select_columns(sorted(heads))[index] if heads else {}
+        heads = heads_of(self.table, (self.columns.label, self.columns.caption))
+        row = self.table.select_columns(heads)[index] if heads else {}
         return read_row(row, self.columns, self.classes, self.name(index)).caption
 
 
