@@ -300,6 +300,21 @@ def test_a_code_is_dead_by_its_share_of_all_tokens(vqvae):
     assert torch.equal(objective.usage_KV[:, 2], used[:, 2])
 
 
+def restarted(vqvae, folder):
+    accelerator = Accelerator(cpu=True)
+    objective = tokenizer_objective(vqvae, restart_every=10, dead_below=0.03)
+    objective.usage_KV[:, 5:] = 0.0
+    own = images()["image"] * (1 - 0.5 * accelerator.process_index)  # each process has images of its own
+    objective.restart_codes(own, torch.ones(3, 1), Clock(20, 0.1, 0), Processes(accelerator))
+    torch.save(vqvae.quantizer.codebook.weight, folder / f"{accelerator.process_index}.pt")
+
+
+def test_codes_restart_alike_in_all_processes(vqvae, tmp_path):
+    assert in_processes(2, restarted, vqvae, tmp_path) == [0, 0]
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, two) and (one != vqvae.quantizer.codebook.weight).any(dim=1).sum() == 11
+
+
 @pytest.mark.parametrize("step, weight", [(0, 0.1), (99, 0.1), (100, 0.01)])
 def test_usage_is_an_average_of_the_last_steps(vqvae, step, weight):
     """Hits over those of an equal split; a new training forgets sooner."""
