@@ -134,6 +134,18 @@ def test_batches_have_one_shape_and_epochs_cover_it(lists: Path) -> None:
     assert len(held) == 1 and held[0]["image"].shape == (3, 256, 256)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_captions_is_short(lists: Path, share: float) -> None:
+    config = AspectConfig(folder=str(lists), size="0.06M", short_captions=share, val_fraction=0.0)
+    data = AspectImages(config, "train", batch_size=1)
+    row = {"text": "short", "long_caption": "long"}
+    drawn = [data._caption(row, epoch, image) == "short" for epoch in range(20) for image in range(20)]
+    assert sum(drawn) / 400 == pytest.approx(share, abs=0.06) and (share % 1 or len(set(drawn)) == 1)
+    assert data._caption({"text": "short"}, 0, 0) == "short" and data._caption({"long_caption": "long"}, 0, 0) == "long"
+    with pytest.raises(ValueError, match=r"aspects\.short_captions must be in \[0, 1\], got 1\.1"):
+        AspectConfig(short_captions=1.1)
+
+
 def test_lists_of_one_shape_are_read_one_after_the_other(lists: Path, tmp_path: Path) -> None:
     (square,) = lists.glob("1.000*.jsonl")
     rows = square.read_text().splitlines(keepends=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_toys import curve, in_child
 
 from evaluation.scenes import COLOURS, SHAPES, prompt_suite, scene_at
@@ -143,3 +145,15 @@ def test_mistakes_are_one_line(arguments, words, tmp_path, capfd):
     assert stage(train_text.main, *RUN, f"--run.run_dir={tmp_path}", *arguments) == 2
     error = capfd.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_an_encoder_that_lacks_weights_is_refused(tiny_text_encoder, tmp_path):
+    tokenizer, encoder = tiny_text_encoder
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert load_text_encoder(tmp_path)[0].config.d_model == 16
+    weights = load_file(file := tmp_path / "text_encoder/model.safetensors")
+    lost = next(name for name in weights if "SelfAttention.q" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights: {re.escape(lost)}"):
+        load_text_encoder(tmp_path)

@@ -45,9 +45,10 @@ class AspectConfig:
 
     def __post_init__(self) -> None:
         aspect_schedule("1:1", self.size)
-        for name in ("short_captions", "val_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"aspects.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.short_captions <= 1:
+            raise ValueError(f"aspects.short_captions must be in [0, 1], got {self.short_captions}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"aspects.val_fraction must be in [0, 1), got {self.val_fraction}")
 
 
 def places_of_lines(file: BinaryIO) -> np.ndarray:
