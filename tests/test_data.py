@@ -583,6 +583,17 @@ def test_validation_with_other_class_names_is_refused(tmp_path):
         build_dataset(config("parquet", paths[0], tmp_path, val_path=paths[1]), "val")
 
 
+def test_streamed_rows_may_name_image_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(i)))
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(4)], "text": list("abcd")}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
+    path = str(tmp_path / "a.parquet")
+    stream = one_epoch(config("parquet", path, tmp_path, streaming=True, val_path=path))
+    assert sorted(item["caption"] for item in stream) == list("abcd")
+
+
 def test_columns_inside_columns_and_columns_with_dots(tmp_path):
     """Of a table: "json.text" is a part of its column json, "a.b" a column of that name; captions need no image."""
     datasets = pytest.importorskip("datasets")
