@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import linalg
+from scipy import linalg, stats
 
 from evaluation import guards
 from evaluation.adm import adm_figures, shuffled_order, write_reference, write_samples
@@ -25,7 +25,7 @@ from evaluation.frechet import (
     paired_frechet_interval,
 )
 from evaluation.inception import InceptionFeatures, load_inception
-from evaluation.intervals import bootstrap_interval
+from evaluation.intervals import bootstrap_interval, mean_interval
 from evaluation.scene_features import load_scene_features
 from evaluation.sources import open_images, stored_moments
 
@@ -522,3 +522,11 @@ def test_a_score_of_few_images_says_so():
     described = Described(torch.zeros(40, 2), torch.randn(40, 10).double().log_softmax(1))
     figures, cautions = score_figures(described, seed=0)
     assert figures["is"] <= 4 and any("over 10 parts of 4 images" in line for line in cautions)
+
+
+@pytest.mark.parametrize("count", [2, 7, 400])
+def test_the_interval_of_a_mean(count):
+    values = np.random.default_rng(0).normal(3.0, 5.0, count)
+    wanted = stats.norm.interval(0.95, loc=values.mean(), scale=stats.sem(values))
+    assert mean_interval(values) == pytest.approx(wanted, rel=1e-5)
+    assert mean_interval(values[:1]) == [-np.inf, np.inf]
