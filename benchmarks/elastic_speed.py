@@ -21,11 +21,11 @@ from tqdm import tqdm
 from benchmarks.elastic_rows import Row
 from benchmarks.gpu import device_name
 from benchmarks.models import check_size, random_transformer
-from benchmarks.sampling import whole_numbers
 from benchmarks.tables import measured
 from benchmarks.timing import spread
 from evaluation.command import Parser, check_least
 from evaluation.report import command_of, result
+from sample.cli import whole_numbers
 from sample.costs import plan_work
 from sample.fast import accelerate, supported
 from sample.load import resolve_device, resolve_dtype

@@ -36,6 +36,7 @@ from benchmarks.timing import (
     undisturbed,
 )
 from evaluation.command import Parser, add_out
+from sample.cli import whole_numbers
 
 OURS = {  # variant -> (dtype, fast)
     "plain_float32": ("float32", "off"),
@@ -236,18 +237,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings |= {f"{part}_gflop_per_image": count / 1e9 for part, count in flops.items()}
     command = command_of(parser_of(), options)
     return result(rows, command=command, n=median(rounds), seeds=0, settings=settings)
-
-
-def whole_numbers(name: str, text: str) -> list[int]:
-    """The numbers of "1,4".
-
-    Raises:
-        ValueError: if one is not a whole number above 0.
-    """
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{name} must be whole numbers above 0 with commas between them, got {text!r}")
-    return [int(part) for part in parts]
 
 
 def picture(content: dict, path: Path) -> None:

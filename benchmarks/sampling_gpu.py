@@ -135,8 +135,8 @@ def rows_of(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, compare tokens, time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, image_flops
-    from benchmarks.sampling import whole_numbers
     from evaluation.report import command_of, result
+    from sample.cli import whole_numbers
 
     check_size(options.size)
     current_device(options.device)

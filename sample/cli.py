@@ -303,6 +303,18 @@ def _metadata(path: Path, number: int, line: str) -> dict[str, Any]:
     raise ValueError(f"--prompts {path} line {number} is not a JSON object with a prompt, as the first line is")
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of "1,4".
+
+    Raises:
+        ValueError: if one is not a whole number above 0.
+    """
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be whole numbers above 0 with commas between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
     """The classes of "3", "0,3,7", "0-9", "all", "null" or, where classes have names, "golden retriever".
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sample.costs import plan_work
 from sample.plan_text import PlanConfig, read_cache
+from var.supernet import is_trained
 
 if TYPE_CHECKING:
     from sample.measure import CostModel
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from sample.plan import Plan
 
 SHARES = ("100%", "50%", "20%", "10%")
-PRUNES = ("50%,75%", "40%,50%,100%,100%")  # FastVAR's of HART and of Infinity,
-LONG = 10  # and the scales from which on they are proposed: shorter pyramids have no tokens to spare
+PRUNES = ("50%,75%", "40%,50%,100%,100%")  # FastVAR's of HART and of Infinity
+LONG = 13  # scales, as these have: shorter pyramids have fewer tokens to spare
 BATCHES = (1, 2, 4, 8, 16, 32)
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -88,7 +89,7 @@ class Choice:
 
 def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = (), refiner: str | None = None) -> list[Settings]:
     """What is worth looking at, each with every cache share: the whole model, with all its guidance and with less;
-    subnets after every bridge, and hand-overs; of ten scales and more, the published shares of left-out tokens.
+    subnets after every bridge, and hand-overs; of long pyramids, the published shares of left-out tokens.
 
     ScaleKV shares are among them where the model is calibrated.
 
@@ -96,17 +97,14 @@ def candidates(pipeline: NextScalePipeline, depths: Sequence[int] = (), refiner:
         depths: layers of the subnets; those that the model was trained for when empty.
         refiner: name of the pipeline's refiner, where it is not the model's own.
     """
-    model, subnets = pipeline.transformer, pipeline.transformer.config.subnets
-    K, bridge = len(model.schedule), 1
-    if not depths and subnets is not None:
-        depths, bridge = subnets["depths"], max(1, subnets["bridge"])
-    made = [Settings(PlanConfig())]
-    if subnets is not None and subnets["bridge"] == 0:
-        made += [Settings(PlanConfig(depth=depth)) for depth in subnets["depths"] if depth in depths]
-    for border in range(1, K):
-        if border >= bridge:
-            made += [Settings(PlanConfig(plan=f"supernet:{border}", depth=depth)) for depth in depths]
-        if pipeline.refiner is not None:
+    model, K = pipeline.transformer, len(pipeline.transformer.schedule)
+    subnets, made = model.config.subnets, [Settings(PlanConfig())]
+    for border in range(K):
+        plan = f"supernet:{border}" if border else "var"
+        for depth in depths or (subnets["depths"] if subnets is not None else ()):
+            if is_trained(subnets, depth, border) or (depths and border):
+                made.append(Settings(PlanConfig(plan=plan, depth=depth)))
+        if border and pipeline.refiner is not None:
             made.append(Settings(PlanConfig(plan=f"code:{border}"), refiner=refiner))
     made += [Settings(PlanConfig(), until) for until in range(pipeline.make_plan("var").guided_scales)]
     models = [model] + ([pipeline.refiner] if pipeline.refiner is not None else [])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_classes, read_prompts, tell_untrained
+from sample.cli import read_classes, read_prompts, tell_untrained, whole_numbers
 
 if TYPE_CHECKING:
     from sample.measure import Run
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         check_place("--out", args.out, folder=False)
-    depths = read_depths(args.depths)
+    depths = [] if args.depths is None else whole_numbers("--depths", args.depths)
     where = {"dtype": args.dtype, "device": args.device, "fast": args.fast}
     pipeline = load_pipeline(args.model, refiner=args.refiner, **where)
     layers, scales = len(pipeline.transformer.blocks), len(pipeline.transformer.schedule)
-    if not all(0 < depth < layers for depth in depths):
+    if not all(depth < layers for depth in depths):
         raise ValueError(f"--depths must be below the model's {layers} layers, got {args.depths}")
     prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
     looked_at = settings_of(args, pipeline, depths)
@@ -109,14 +109,6 @@ def settings_of(args: argparse.Namespace, pipeline: NextScalePipeline, depths: S
         raise ValueError(f"--depths {args.depths} goes with no --quality, whose rows are looked at")
     refiner = args.refiner and model_digest(args.refiner)
     return read_measured(args.quality, model_digest(args.model), refiner, args.refiner)
-
-
-def read_depths(text: str | None) -> tuple[int, ...]:
-    """(8, 4) of "8,4"; none of None."""
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--depths must be numbers of layers like 8,4, got {text!r}")
-    return tuple(int(part) for part in parts)
 
 
 def tell_over(run: Run, memory: float | None, latency: float | None) -> None:

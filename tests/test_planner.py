@@ -220,7 +220,7 @@ def test_what_is_proposed():
     assert proposed(name="runs/x", **other) == [whole[0], *named]
     always = proposed(subnets={"depths": [2], "bridge": 0}, selectivity=None, guided=0)
     assert always[1:] == ["var --depth 2 --cache 100%", *(f"supernet:{n} --depth 2 --cache 100%" for n in (1, 2, 3))]
-    long = proposed(schedule="1,2,3,4,5,6,7,8,9,10", selectivity=None, guided=0)
+    long = proposed(schedule="1,2,3,4,5,6,7,8,9,10,11,12,13", selectivity=None, guided=0)
     assert long == [whole[0]] + [f"var --cache 100% --prune {shares}" for shares in ("50%,75%", "40%,50%,100%,100%")]
 
 
@@ -282,8 +282,8 @@ def test_the_command(class_folder, tmp_path, capsys):
         (["--measured", "-1"], "--measured must be 0 or more, got -1"),
         (["--batch", "0"], "--batch must be 1 or more, got 0"),
         (["--depths", "1,9"], "--depths must be below the model's 2 layers, got 1,9"),
-        (["--depths", "0"], "--depths must be numbers of layers like 8,4, got '0'"),
-        (["--depths", ""], "--depths must be numbers of layers like 8,4, got ''"),
+        (["--depths", "0"], "--depths must be whole numbers above 0 with commas between them, got '0'"),
+        (["--depths", ""], "--depths must be whole numbers above 0 with commas between them, got ''"),
         (["--out", str(tmp_path / "plan.png" / "plan.png")], "--out must be in a folder"),
         (["--quality", "nowhere.json"], "--quality nowhere.json is not a file"),
         (["--quality", "nowhere.json", "--depths", "1"], "--depths 1 goes with no --quality"),
