@@ -69,7 +69,7 @@ class DinoFeatures:
     def describe(self, images_BCHW: torch.Tensor) -> Described:
         """uint8 (B, 3, h, w) of any size, squeezed to a square. There are no classes: no log-posterior's columns."""
         x = squeezed_inputs(images_BCHW, self.side, IMAGENET_MEAN, IMAGENET_STD, self.network.device)
-        features = self.network(pixel_values=x).pooler_output.double()
+        features = self.network(pixel_values=x).pooler_output.cpu().double()
         return Described(features, features.new_zeros(len(features), 0))
 
 
@@ -96,7 +96,7 @@ class ClipFeatures:
         """uint8 (B, 3, h, w) of any size, centre crops of wide ones. There are no classes."""
         x = square_inputs(images_BCHW, self.side, CLIP_MEAN, CLIP_STD, self.network.device)
         pooled = self.network.vision_model(pixel_values=x).pooler_output
-        features = F.normalize(self.network.visual_projection(pooled).double(), dim=1)
+        features = F.normalize(self.network.visual_projection(pooled).cpu().double(), dim=1)
         return Described(features, features.new_zeros(len(features), 0))
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class ClipFeatures:
             tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
             tokens = {name: tokens[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
             pooled = self.network.text_model(**tokens).pooler_output
-            found.append(F.normalize(self.network.text_projection(pooled).double(), dim=1).cpu())
+            found.append(F.normalize(self.network.text_projection(pooled).cpu().double(), dim=1))
         return torch.cat(found)
 
 

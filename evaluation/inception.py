@@ -64,7 +64,7 @@ class InceptionFeatures:
         finally:
             watcher.remove()
         spatial = rearrange(maps[0][:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)").float() if self.spatial else None
-        return Described(features.double(), (features @ weight.T).double().log_softmax(1), spatial)
+        return Described(features.cpu().double(), (features @ weight.T).cpu().double().log_softmax(1), spatial)
 
 
 def load_inception(weights: str | Path, *, check: bool = True) -> nn.Module:

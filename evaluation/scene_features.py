@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from evaluation.features import Described, weights_digest
 from evaluation.frechet import Moments
 from evaluation.scenes import CANVAS, COLOURS, SHAPES
+from tokenizer.resize import average
 
 SHIPPED = Path(__file__).parent / "scene_features.safetensors"
 SIDE = int(CANVAS)  # pixels along the side of the images the scenes network reads
@@ -76,10 +77,10 @@ class SceneFeatures(nn.Module):
             raise ValueError(f"images must be uint8, got {images_BCHW.dtype}")
         x = images_BCHW.to(self.head.weight.device, torch.float32)
         if tuple(x.shape[-2:]) != (SIDE, SIDE):
-            x = F.interpolate(x, (SIDE, SIDE), mode="area").round()
+            x = average(x, (SIDE, SIDE)).round()
         last = self.maps(x.div(127.5).sub(1))[-1]
-        logits = self.head(last).double().split((1, len(SHAPES), len(COLOURS)), dim=1)
-        return Described(last.double().mean((2, 3)) * FEATURE_SCALE, pair_posterior(*logits))
+        logits = self.head(last).cpu().double().split((1, len(SHAPES), len(COLOURS)), dim=1)
+        return Described(last.cpu().double().mean((2, 3)) * FEATURE_SCALE, pair_posterior(*logits))
 
 
 def pair_posterior(object_B1hw: torch.Tensor, shape_Bshw: torch.Tensor, colour_Bchw: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,7 @@ def edit_hook(
     """The hook that keeps the cells where `keep_BHW` is true of images (B, 3, h, w) in [-1, 1], by one of `RULES`."""
     latent_BCHW = vqvae.encode(image_B3hw.to(vqvae.dtype)).float()
     ids = torch.cat(vqvae.quantizer.encode(latent_BCHW, schedule), dim=1)
-    kept_BL = kept_tokens(keep_BHW.to(ids.device), schedule, rule)
+    kept_BL = kept_tokens(keep_BHW.cpu(), schedule, rule).to(ids.device)  # max pooling errs on MPS
     given = ids.masked_fill(~kept_BL.view(*kept_BL.shape, *[1] * (ids.ndim - 2)), -1)
     return EditHook(given, None if rule == "official" else latent_BCHW)
 

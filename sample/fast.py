@@ -193,9 +193,9 @@ class FoldedUpsample(nn.Module):
 
 def fold_weight(weight_OI33: torch.Tensor) -> torch.Tensor:
     """The weight (I, O, 4, 4) of the transposed convolution; see `FoldedUpsample`."""
-    pick_43 = weight_OI33.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]).double()
-    folded = torch.einsum("uy,oiyx,vx->iouv", pick_43, weight_OI33.double(), pick_43)
-    return folded.to(weight_OI33.dtype).contiguous(memory_format=torch.channels_last)
+    pick_43 = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
+    folded = torch.einsum("uy,oiyx,vx->iouv", pick_43, weight_OI33.cpu().double(), pick_43)  # MPS has no float64
+    return folded.to(weight_OI33).contiguous(memory_format=torch.channels_last)
 
 
 def keep_freed_memory() -> bool:

@@ -71,8 +71,8 @@ class Ledger(Hook):
             with counted_flops() as counter:
                 result = function(rows, *more)
             self._row_flops[key] = counter.get_total_flops() / len(rows)
-        if isinstance(result, torch.Tensor) and result.is_cuda:
-            torch.cuda.synchronize()
+        if isinstance(result, torch.Tensor) and result.device.type != "cpu":
+            torch.accelerator.synchronize(result.device)
         for book, value in ((self.calls, len(rows)), (self.flops, round(self._row_flops[key] * len(rows)))):
             book[name] = book.get(name, 0) + value
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -69,8 +70,8 @@ def now(device: torch.device) -> float:
 
     One CPU thread is timed by its own clock, which stands still while the machine does something else.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
@@ -122,14 +123,14 @@ def reset_peak(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use since `reset_peak`: allocated on a GPU, resident in this process on a CPU."""
+    """Most bytes in use since `reset_peak`: allocated on CUDA, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)

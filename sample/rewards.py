@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from tokenizer.resize import average
+
 Prompts = Sequence[str | int]  # texts, or classes of a class model
 
 
@@ -182,7 +184,7 @@ class PixelFeatures:
 
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, h, w) to (B, side * side, 3)."""
-        small = F.adaptive_avg_pool2d(images_BCHW.float() / 255, self.side)
+        small = average(images_BCHW.float() / 255, (self.side, self.side))
         return rearrange(small, "b c h w -> b (h w) c").cpu()
 
 

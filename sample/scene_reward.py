@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sample.rewards import Prompts, eval_without_gradients, texts
+from tokenizer.resize import average
 
 SHIPPED = Path(__file__).parent / "scene_reward.safetensors"
 SIDE = 64  # pixels along the side of the images it reads
@@ -137,7 +138,7 @@ class SceneReward(nn.Module):
         """uint8 (B, 3, h, w), averaged to 64 x 64 if of another size, to (B, 128, 8, 8)."""
         x = images_BCHW.to(self.head.weight)
         if tuple(x.shape[-2:]) != (SIDE, SIDE):
-            x = F.interpolate(x, (SIDE, SIDE), mode="area")
+            x = average(x, (SIDE, SIDE))
         return self.levels(x / 127.5 - 1)
 
     def cells(self, images_BCHW: torch.Tensor) -> torch.Tensor:

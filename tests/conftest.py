@@ -29,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only `-m cuda` sees a GPU: what runs on a CPU is the same everywhere, and children are forked."""
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if torch.backends.mps.is_available():  # on a Mac
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            torch.backends.mps.is_available = torch.accelerator.is_available = lambda: False
     config.pluginmanager.register(SeededFixtures())
 
 

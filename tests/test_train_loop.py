@@ -23,6 +23,7 @@ from tokenizer.schedule import ScaleSchedule
 from train.config import RunConfig, exit_code
 from train.loop import (
     begin_averaging,
+    can_compile,
     gather_apart,
     micro_batches,
     shards_on_cpus,
@@ -788,3 +789,27 @@ def test_emulated_half_precision_is_told(native, precision, device, told, monkey
     monkeypatch.setattr("train.loop.native_bfloat16", lambda: native)
     tell_of_emulation(SimpleNamespace(mixed_precision=precision, device=torch.device(device), print=print))
     assert capsys.readouterr().err.count("take --run.precision=no") == told
+
+
+@pytest.mark.parametrize(
+    "device, compiler, told",
+    [
+        ("cpu", True, None),
+        ("cpu", False, "there is no C++ compiler"),
+        ("cuda", False, None),
+        ("mps", True, "it was never tried on mps"),
+    ],
+)
+def test_compiling_is_left_out_where_it_cannot_work(device, compiler, told, monkeypatch, capsys):
+    from torch._inductor import cpp_builder, exc
+
+    def find():
+        if not compiler:
+            raise exc.InvalidCxxCompiler
+        return "g++"
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert can_compile(SimpleNamespace(device=torch.device(device), print=print)) == (told is None)
+    said = capsys.readouterr().err
+    assert said == (f"run.compile is left out: {told}\n" if told else "")

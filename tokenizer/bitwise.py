@@ -17,6 +17,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from tokenizer.quantizer import PyramidQuantizer, QuantizerOutput
+from tokenizer.resize import average
 from tokenizer.schedule import ScaleSchedule
 
 INVERSE_TEMPERATURE = 100.0  # of the soft bits in the entropy penalty
@@ -150,7 +151,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
     def _shrink(self, x_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         if k == len(schedule) - 1:
             return x_BCHW
-        return F.interpolate(x_BCHW, size=self.cells(schedule.sides[k]), mode="area")
+        return average(x_BCHW, self.cells(schedule.sides[k]))
 
     def spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Enlarged: (B, C, p*h, p*w) to (B, C, H, W)."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.precision import product_precision
+from tokenizer.resize import average, enlarge
 from tokenizer.schedule import ScaleSchedule
 
 USED_SHARE = 0.08  # a code is in use at a scale from this share of an equal split of its hits; VAR splits the finest's
@@ -56,23 +56,6 @@ def phi_index(num_phis: int, k: int, num_scales: int) -> int:
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
     return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
-
-
-def enlarge(x_BChw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bicubic up-sampling to `size`, (B, C, H, W); on a GPU as one matrix product, whose own kernel is far slower."""
-    if not x_BChw.is_cuda:
-        return F.interpolate(x_BChw, size=size, mode="bicubic")
-    spread = _bicubic_matrix(tuple(x_BChw.shape[2:]), tuple(size), x_BChw.device)
-    with product_precision("ieee"):
-        return (x_BChw.flatten(2) @ spread.to(x_BChw.dtype)).unflatten(2, size)
-
-
-@cache
-@torch.inference_mode(False)
-def _bicubic_matrix(hw: tuple[int, int], size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """What each of h w cells adds to each of H W: (h w, H W) float32."""
-    cells = torch.eye(hw[0] * hw[1]).view(-1, 1, *hw)
-    return F.interpolate(cells, size=size, mode="bicubic").flatten(1).to(device)
 
 
 class Phi(nn.Conv2d):
@@ -324,7 +307,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
     def _shrink(self, x_BCHW: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         if k == len(schedule) - 1:
             return x_BCHW
-        return F.interpolate(x_BCHW, size=schedule.sides[k], mode="area")
+        return average(x_BCHW, schedule.sides[k])
 
     def spread(self, code_BChw: torch.Tensor, k: int, schedule: ScaleSchedule) -> torch.Tensor:
         """Enlarged and passed through the scale's phi: (B, C, h, w) to (B, C, H, W)."""

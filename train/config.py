@@ -43,7 +43,7 @@ class RunConfig:
         previews: pictures in the grids that a validation draws; 0 draws none.
         workers: data loading processes per training process; 0 loads in the training process.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        compile: compile the parts of fixed shape with torch.compile.
+        compile: compile the parts of fixed shape with torch.compile, on CUDA and on CPUs with a C++ compiler.
         cpu: train on the CPU even if there is a GPU.
         tensorboard: also write a tensorboard log.
         bar_every: seconds between updates of the progress bar.

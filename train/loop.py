@@ -137,7 +137,7 @@ def start(task: Task, config: RunConfig) -> Session:
         task.objective.checkpoint_activations()
     if config.half_stream:
         task.objective.halve_stream()
-    if config.compile:
+    if config.compile and can_compile(accelerator):
         task.objective.compile_parts()
     task = replace(task, depends={**task.depends, **hashes(task.objective)})
     task.objective.to(accelerator.device)
@@ -161,6 +161,26 @@ def tell_of_emulation(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not native_bfloat16():
         advice = "this CPU only emulates bf16, several times slower than float32: take --run.precision=no"
         accelerator.print(advice, file=sys.stderr)
+
+
+def can_compile(accelerator: Accelerator) -> bool:
+    """Whether torch.compile works here; if not, one line on stderr: what is computed is the same without."""
+    from torch._inductor import cpp_builder, exc
+    from torch.utils._triton import has_triton
+
+    device, missing = accelerator.device.type, None
+    if device == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            missing = "there is no C++ compiler"
+    elif device != "cuda":
+        missing = f"it was never tried on {device}"
+    elif not has_triton():
+        missing = "there is no Triton"
+    if missing:
+        accelerator.print(f"run.compile is left out: {missing}", file=sys.stderr)
+    return missing is None
 
 
 def check_sharding(accelerator: Accelerator) -> None:

@@ -154,9 +154,14 @@ class Task:
     depends: Mapping[str, Any] = field(default_factory=dict)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of long sums: float64, which other accelerators than CUDA may lack (Apple's MPS does)."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 @dataclass
 class Meter:
-    """Running means of scalar metrics, kept on the device until they are asked for; float64 except on MPS.
+    """Running means of scalar metrics, kept on the device until they are asked for, in `sum_dtype`.
 
     Attributes:
         sums: by the names that come together, their weighted sums (n,) and the weight.
@@ -171,7 +176,7 @@ class Meter:
         for name, (total, weight) in totals.items():
             by_weight.setdefault(float(weight), {})[name] = total
         found = ((tuple(own), torch.stack(list(own.values())), weight) for weight, own in by_weight.items())
-        return cls({names: (sums_n.to(device), weight) for names, sums_n, weight in found})
+        return cls({names: (sums_n.to(device, sum_dtype(device)), weight) for names, sums_n, weight in found})
 
     def add(self, metrics: Mapping[str, torch.Tensor], weight: int = 1) -> None:
         """Add scalar metrics (others are left out) with a weight, all at once: each launch takes its time."""
@@ -179,7 +184,7 @@ class Meter:
         if not scalars:
             return
         values_n = torch.stack(list(scalars.values()))
-        values_n = values_n.to(torch.float32 if values_n.device.type == "mps" else torch.float64) * weight
+        values_n = values_n.to(sum_dtype(values_n.device)) * weight
         sums_n, before = self.sums.get(tuple(scalars), (0, 0))
         self.sums[tuple(scalars)] = (sums_n + values_n, before + weight)
 

@@ -15,8 +15,8 @@ from functools import cached_property
 
 import torch
 from einops import rearrange
-from torch.nn import functional as F
 
+from tokenizer.resize import average
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 
@@ -188,7 +188,7 @@ def take(x_BlD: torch.Tensor, places_Bn: torch.Tensor) -> torch.Tensor:
 def resize(x_BsD: torch.Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> torch.Tensor:
     """A map of tokens (B, s, D) at another size, (B, l, D), by areas."""
     x_BDhw = rearrange(x_BsD, "b (h w) d -> b d h w", h=from_hw[0])
-    return rearrange(F.interpolate(x_BDhw, size=to_hw, mode="area"), "b d h w -> b (h w) d")
+    return rearrange(average(x_BDhw, to_hw), "b d h w -> b (h w) d")
 
 
 def _wide(places_Bn: torch.Tensor, like_BlD: torch.Tensor) -> torch.Tensor:
