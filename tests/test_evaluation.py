@@ -20,7 +20,7 @@ from scipy import ndimage
 import nextscale
 from evaluation import binding, calibration, judge, run, search_benchmark, tokenizer_quality
 from evaluation import evaluate_options as options
-from evaluation.distributions import image_cautions
+from evaluation.distributions import Measure, check_statistics, image_cautions
 from evaluation.features import describe_all
 from evaluation.frechet import (
     Moments,
@@ -282,6 +282,28 @@ def test_labels_of_an_npz_may_be_ids(tmp_path):
     lines = image_cautions(open_images(tmp_path / "ids.npz"))
     assert lines[0] == "1 of 6 labels (arr_1) are below 0: none"
     assert lines[1] == "1 of 2 classes do not have 2 images (class 0 has 3): FID compares the mix too"
+    np.savez(tmp_path / "none.npz", images, np.full(6, -1))
+    assert image_cautions(open_images(tmp_path / "none.npz")) == []  # then there are no classes
+
+
+@pytest.mark.parametrize("pool, spatial, wrong", [(2048, 2023, None), (2047, 2023, 2047), (2048, 2024, 2024)])
+def test_statistics_are_of_inceptions_features(tmp_path, pool, spatial, wrong):
+    arrays = {"mu": np.zeros(pool), "sigma": np.eye(pool), "mu_s": np.zeros(spatial), "sigma_s": np.eye(spatial)}
+    np.savez(tmp_path / "reference.npz", **arrays)
+    if wrong is None:
+        check_statistics(tmp_path / "reference.npz")
+    else:
+        with pytest.raises(ValueError, match=f"holds statistics of {wrong} features, and Inception's are"):
+            check_statistics(tmp_path / "reference.npz")
+
+
+def test_a_mix_of_tags_is_told_where_the_reference_has_another():
+    measure = Measure(("fd-scenes",), {}, None, None, resamples=0, seed=0, batch_size=8)
+    even = list(TAGS) * 400
+    assert measure.cautions(len(even), even) == []
+    assert measure.cautions(len(even), even[1:]) == [
+        "fd-scenes compares with all six tags alike, and these images are not spread like that"
+    ]
 
 
 def test_parquet_files_that_differ_are_named(tmp_path):

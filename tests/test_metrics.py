@@ -12,7 +12,7 @@ from evaluation import guards
 from evaluation.adm import adm_figures, shuffled_order, write_reference, write_samples
 from evaluation.compare import compare_frechet, compare_means, frechet_infinity, over_seeds
 from evaluation.coverage import neighbourhoods
-from evaluation.features import Described, describe_all
+from evaluation.features import Described, describe_all, weights_digest
 from evaluation.figures import score_figures
 from evaluation.frechet import (
     frechet_distance,
@@ -25,7 +25,7 @@ from evaluation.frechet import (
     paired_frechet_interval,
 )
 from evaluation.inception import InceptionFeatures, load_inception
-from evaluation.intervals import bootstrap_interval, mean_interval
+from evaluation.intervals import bootstrap_interval, mean_interval, wilson
 from evaluation.scene_features import load_scene_features
 from evaluation.sources import open_images, stored_moments
 
@@ -243,6 +243,8 @@ def test_reference_files_go_out_and_come_in(tmp_path):
     assert found.keys() == {"fid", "is", "sfid", "precision", "recall"}
     assert found["fid"] == pytest.approx(frechet_by_sqrtm(one.features.numpy(), other.features.numpy()), rel=1e-6)
     assert found["sfid"] == pytest.approx(frechet_by_sqrtm(one.spatial.numpy(), other.spatial.numpy()), rel=1e-4)
+    assert "sfid" not in adm_figures(one, pool, None, other)
+    assert "sfid" not in adm_figures(Described(one.features, one.log_posterior), pool, spatial, other)
     same = adm_figures(other, pool, spatial, other)
     assert same["fid"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
     with np.load(tmp_path / "ref.npz") as archive:
@@ -530,3 +532,32 @@ def test_the_interval_of_a_mean(count):
     wanted = stats.norm.interval(0.95, loc=values.mean(), scale=stats.sem(values))
     assert mean_interval(values) == pytest.approx(wanted, rel=1e-5)
     assert mean_interval(values[:1]) == [-np.inf, np.inf]
+
+
+def test_a_proportions_interval_is_wilsons():
+    for successes, n in ((0, 7), (3, 7), (7, 7), (812, 1000)):
+        found = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+        assert wilson(successes, n) == pytest.approx([found.low, found.high], abs=1e-6)
+    assert wilson(0, 0) == [0, 1]
+
+
+def test_a_covariance_needs_two_images():
+    assert moments(torch.tensor([[0.0], [2.0]])).covariance.item() == 2
+    with pytest.raises(ValueError, match="at least 2 images on each side, got 1"):
+        moments(torch.zeros(1, 3))
+
+
+def test_kid_needs_four_images():
+    assert np.isfinite(kernel_distance(features(4), features(5, seed=1))[0])
+    with pytest.raises(ValueError, match="at least 4 images on each side, got 3"):
+        kernel_distance(features(3), features(5, seed=1))
+
+
+def test_a_digest_tells_weights_and_their_names_apart():
+    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    other.load_state_dict(one.state_dict())
+    assert weights_digest(one) == weights_digest(other)
+    assert weights_digest(torch.nn.Sequential(one)) != weights_digest(one)
+    with torch.no_grad():
+        other.weight[0, 1] += 1
+    assert weights_digest(one) != weights_digest(other)

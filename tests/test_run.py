@@ -12,7 +12,7 @@ from training_toys import in_processes
 
 import nextscale
 from evaluation import run
-from evaluation.compare import _left_out, compare_works, names_apart
+from evaluation.compare import _left_out, compare_works
 from evaluation.shards import has_column, networks_in, read_column, read_described, shard_paths
 
 ROOT = Path(__file__).parent.parent
@@ -245,25 +245,35 @@ def test_runs_of_other_suites_and_extractors_are_not_compared(alone, tmp_path):
             compare_works(alone, work, None)
 
 
+def stored(folder, shift, **columns):
+    """A work folder of twelve images with features of two networks; its path."""
+    rng = np.random.default_rng(shift)
+    arrays = {"labels": np.zeros(12, int), "seeds": np.arange(12), **columns}
+    for network, width in (("inception", 3), ("dinov2", 5)):
+        arrays[f"{network}.features"] = rng.normal(shift, size=(12, width)).astype(np.float32)
+        arrays[f"{network}.log_posterior"] = np.zeros((12, 0), np.float32)
+    (folder / "features").mkdir(parents=True)
+    np.savez(folder / "features" / "000000.npz", **arrays)
+    return folder
+
+
 def test_a_reference_serves_the_network_it_is_of(tmp_path):
-    rng = np.random.default_rng(0)
-    for side in ("x", "y"):
-        folder = tmp_path / side / "work" / "features"
-        folder.mkdir(parents=True)
-        arrays = {"labels": np.zeros(12, int), "seeds": np.arange(12)}
-        for network, width in (("inception", 3), ("dinov2", 5)):
-            arrays[f"{network}.features"] = rng.normal(size=(12, width)).astype(np.float32)
-            arrays[f"{network}.log_posterior"] = np.zeros((12, 0), np.float32)
-        np.savez(folder / "000000.npz", **arrays)
+    works = stored(tmp_path / "x" / "work", 0), stored(tmp_path / "y" / "work", 1)
     np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
-    row, said = compare_works(tmp_path / "x" / "work", tmp_path / "y" / "work", tmp_path / "reference.npz")
+    row, said = compare_works(*works, tmp_path / "reference.npz")
     assert "fid_difference" in row and "fd_dinov2_difference" not in row
     assert "dinov2 is left out" in said[0] and (row["a"], row["b"]) == ("x/work", "y/work")
     np.savez(tmp_path / "reference.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match="nothing to compare"):
-        compare_works(tmp_path / "x" / "work", tmp_path / "y" / "work", tmp_path / "reference.npz")
-    assert names_apart(tmp_path / "a", tmp_path / "b") == ("a", "b")
-    assert names_apart(tmp_path / "a", tmp_path / "a") == ("a", "a")
+        compare_works(*works, tmp_path / "reference.npz")
+
+
+def test_distances_are_better_when_lower_and_scores_when_higher(tmp_path):
+    right = np.arange(12) < 10
+    works = stored(tmp_path / "x", 0, correct=right), stored(tmp_path / "y", 5, correct=~right)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
+    said = [line for line in compare_works(*works, tmp_path / "reference.npz")[1] if "differs" in line]
+    assert [line.split(" differs")[0] for line in said] == ["x is better: fid", "x is better: score"]
 
 
 def test_images_kept_by_another_job_are_not_taken_for_these(alone, class_folder, tmp_path, capsys):

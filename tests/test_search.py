@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -291,6 +292,27 @@ def test_enough_is_about_the_finished_image(run):
         assert found.scores == pytest.approx(BRIGHT(shown, [0] * 3).tolist(), abs=1e-4) and found.rounds == [2, 2, 2]
         assert {name: 6 * rows for name, rows in search.calls().items() if rows} == found.ledger.calls
     assert run(candidates=4, steps=resampled).scores == [None] * 3  # the finished images were not looked at
+
+
+def test_a_difference_needs_no_more_than_its_resamplings():
+    steps = (Step(0, 4, "resample"), Step(2, 3, "random"), Step(3, 2, "resample"), Step(5, 1, "best"))
+    assert Search(candidates=6, steps=steps, reward=BRIGHT, potential="difference").scored == {0, 2, 3, 5}
+
+
+def test_one_candidate_is_not_looked_at():
+    early = Search(candidates=4, steps=(Step(1, 1, "best"), Step(2, 1, "best")), reward=BRIGHT)
+    assert early.calls() == {"decoder": 4 + 1, "reward": 4, "features": 0}
+
+
+@pytest.mark.parametrize(
+    "what", [{"sharpness": -0.1}, {"decode_batch": 0}, {"also_score": (3,)}, {"also_score": (-1,)}]
+)
+def test_settings_at_their_bounds(what):
+    name, steps = *what, (Step(2, 1, "best"),)
+    with pytest.raises(ValueError, match=name):
+        Search(candidates=2, steps=steps, reward=BRIGHT, **what)
+    allowed = {"sharpness": 0.0, "decode_batch": 1, "also_score": (0, 2)}[name]
+    assert getattr(Search(candidates=2, steps=steps, reward=BRIGHT, **{name: allowed}), name) == allowed
 
 
 def test_a_difference_needs_the_scale_before_every_resampling(run):
@@ -592,6 +614,9 @@ def test_the_family_tree_shows_every_candidate(run):
     tree = family_tree(found.choices[0], "class 0")
     colours = [colour for _, colour in tree.getcolors(maxcolors=2**24)]
     assert (40, 150, 70) in colours and (205, 205, 205) in colours and tree.width > tree.height / 3
+    green = (np.asarray(tree) == (40, 150, 70)).all(-1).any(0)
+    left = np.flatnonzero(green)
+    assert green[left[0] : left[-1]].all()  # lines join what was kept, from the first column to the last
     with pytest.raises(ValueError, match="pictures=True"):
         family_tree(run([5]).choices[0])
 
