@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from train.loop import run
 from train.optimizers import Branch, OptimizerConfig
 from train.session import Objective, Task
 from train.stream import StreamDataset
+
+# A test process's own: below those that systems hand out, of which gloo takes many, and between test processes apart.
+PORTS = count(20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
 
 class Rows(Dataset):
@@ -139,19 +143,27 @@ def in_child(work: Callable, *arguments, **settings) -> int:
     return child.exitcode
 
 
-def in_processes(count: int, work: Callable, *arguments, **settings) -> list[int]:
-    """Exit codes of `work` in `count` processes joined by gloo."""
+def is_free(port: int) -> bool:
+    """Whether nobody listens at a port of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def in_processes(number: int, work: Callable, *arguments, **settings) -> list[int]:
+    """Exit codes of `work` in `number` processes joined by gloo."""
+    port = next(filter(is_free, PORTS))
 
     def body(rank: int) -> None:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
         work(*arguments, **settings)
 
-    children = [start_child(body, rank) for rank in range(count)]
+    children = [start_child(body, rank) for rank in range(number)]
     for child in children:
         child.join(120)
     return [child.exitcode for child in children]
