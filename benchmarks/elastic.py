@@ -47,7 +47,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")
     parser.add_argument("--repeats", type=int, default=5, help="calls that speed is measured over (5)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     parser.add_argument("--work", type=Path, help="where finished rows are kept (cache/elastic/...)")
     add_out(parser, "results/elastic.json", "result, table and picture")

@@ -304,7 +304,7 @@ def possible(variants: dict[str, T]) -> tuple[dict[str, T], dict[str, str]]:
 
     Half precision that no instruction multiplies is emulated, slower than float32.
     """
-    from sample.fast_cpu import native_bfloat16
+    from tokenizer.precision import native_bfloat16
 
     if native_bfloat16():
         return variants, {}
@@ -319,7 +319,8 @@ def matmul_ceilings(size: int = 2048, repeats: int = 3) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from sample.fast_cpu import PackedLinear, can_pack, native_bfloat16
+    from sample.fast_cpu import PackedLinear, can_pack
+    from tokenizer.precision import native_bfloat16
 
     best: dict[str, float] = {}
     with torch.no_grad():

@@ -85,7 +85,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bootstrap", type=int, help="resamples behind intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="images at once and process (32)")
     parser.add_argument("--shard", type=int, default=256, help="images in a shard: what a kill may cost (256)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--fast", choices=["auto", "off"], default="auto", help="auto: fast, as off up to rounding; off: plain (auto)"

@@ -87,7 +87,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     where.add_argument("--out", type=Path, help=f"{out}; without it pictures, or the next of pictures-2, ... that fits")
     where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     where.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA, or on a CPU with --fast on"
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere), or on a CPU with --fast on",
     )
     where.add_argument(
         "--fast",

@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sample import fast_cpu, fast_cuda, few_rows, kernels
-from sample.fast_cpu import can_pack, native_bfloat16
+from sample.fast_cpu import can_pack
 from sample.graphs import GraphedSampler
+from tokenizer.precision import native_bfloat16
 from var.layers import FeedForward, SelfAttention
 
 if TYPE_CHECKING:

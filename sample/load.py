@@ -16,12 +16,12 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from sample.fast import FAST, accelerate, native_bfloat16, supported
+from sample.fast import FAST, accelerate, supported
 from sample.offload import OFFLOADS, keep_on_cpu
 from sample.pipeline import NextScalePipeline
 from sample.processes import works_on_cpu
 from tokenizer.model import MultiScaleVQ
-from tokenizer.precision import cast
+from tokenizer.precision import cast, native_half
 from var.transformer import NextScaleTransformer
 
 BUNDLED = "scenes"
@@ -297,10 +297,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, *, fastest: bool = False) -> torch.dtype:
-    """The torch dtype of a name; "auto" is bfloat16 on CUDA, else float32, so that all CPUs draw the same images.
+    """The torch dtype of a name; "auto" is `native_half` on CUDA, else float32, so that all CPUs draw the same images.
 
     Args:
-        fastest: "auto" is bfloat16 on a CPU too, if that multiplies bfloat16 in hardware.
+        fastest: "auto" is `native_half` everywhere: bfloat16 on a CPU that has it in hardware.
 
     Raises:
         ValueError: on an unknown name.
@@ -308,8 +308,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, *, fastest: bo
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        halves = device.type == "cuda" or (fastest and device.type == "cpu" and native_bfloat16())
-        return torch.bfloat16 if halves else torch.float32
+        return native_half(device) if device.type == "cuda" or fastest else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]

@@ -26,6 +26,7 @@ from sample.load import load_pipeline, resolve_dtype
 from sample.pipeline import NextScalePipeline
 from sample.plan import plain
 from tokenizer.model import MultiScaleVQ
+from tokenizer.precision import native_bfloat16
 from train.cache_tokens import CacheConfig, ready
 from var.conditioning import ClassPrompt
 from var.layers import FeedForward, attention
@@ -262,9 +263,21 @@ def test_switch_of_load_pipeline(class_folder):
         load_pipeline(class_folder, fast="quick")
 
 
+@pytest.mark.parametrize(
+    "capability, dtype", [((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_auto_dtype_is_what_a_gpu_multiplies(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # AMD's
+    assert resolve_dtype("auto", torch.device("cuda", 1)) == torch.bfloat16
+    for fastest in (False, True):
+        assert resolve_dtype("auto", torch.device("mps"), fastest=fastest) == torch.float32
+
+
 def test_auto_dtype():
     assert resolve_dtype("auto", CPU) == torch.float32
-    fastest = torch.bfloat16 if fast_cpu.native_bfloat16() else torch.float32
+    fastest = torch.bfloat16 if native_bfloat16() else torch.float32
     assert resolve_dtype("auto", CPU, fastest=True) == fastest
     assert resolve_dtype("float32", CPU, fastest=True) == torch.float32
 

@@ -110,7 +110,7 @@ def test_workers_see_no_gpu_and_the_process_itself_goes_on_seeing_them(monkeypat
 
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_is_left_out_where_it_is_emulated(native, monkeypatch, capsys):
-    monkeypatch.setattr("sample.fast_cpu.native_bfloat16", lambda: native)
+    monkeypatch.setattr("tokenizer.precision.native_bfloat16", lambda: native)
     kept, left_out = possible(sampling.THEIRS | sampling.OURS)
     if native:
         assert list(kept) == [*sampling.THEIRS, *sampling.OURS] and not left_out

@@ -159,7 +159,7 @@ def test_muon_takes_float32_where_bfloat16_is_emulated(monkeypatch):
     dtypes, plain = [], muon.orthogonalise
     monkeypatch.setattr(muon, "orthogonalise", lambda x, *how: dtypes.append(x.dtype) or plain(x, *how))
     for native in (False, True):
-        monkeypatch.setattr(muon, "native_bfloat16", lambda: native)  # noqa: B023
+        monkeypatch.setattr(muon, "native_bfloat16", lambda device: native)  # noqa: B023
         weight = nn.Parameter(torch.eye(4))
         weight.grad = torch.randn(4, 4)
         muon.StackedMuon([weight], lr=0.1).step()

@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 
+VOLTA, AMPERE = (7, 0), (8, 0)  # compute capabilities: since when tensor cores know float16, and bfloat16
 SWITCHING = threading.RLock()  # held while a switch of the whole process is not what it was
 
 
@@ -36,6 +37,27 @@ def product_precision(precision: str) -> Iterator[None]:
         finally:
             switch = torch.backends.cuda.matmul
             setattr(switch, "fp32_precision" if hasattr(switch, "fp32_precision") else "allow_tf32", before)
+
+
+def native_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware.
+
+    CPUs with AVX512-BF16 or AMX do, AMD's GPUs, and NVIDIA's from Ampere on; of others it is not known.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def native_half(device: torch.device | str) -> torch.dtype:
+    """The half precision that a device multiplies in hardware: bfloat16 if it can, float16; float32 if none."""
+    device = torch.device(device)
+    if native_bfloat16(device):
+        return torch.bfloat16
+    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= VOLTA
+    return torch.float16 if tensor_cores else torch.float32
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:

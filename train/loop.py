@@ -29,9 +29,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import DataLoader, default_collate
 
-from sample.fast_cpu import native_bfloat16
 from sample.processes import check_group, works_on_cpu
-from tokenizer.precision import set_product_precision
+from tokenizer.precision import native_bfloat16, set_product_precision
 from train.checkpoint import held_alone
 from train.config import RunConfig
 from train.optimizers import build_optimizers, set_rates
@@ -157,9 +156,11 @@ def start(task: Task, config: RunConfig) -> Session:
 
 
 def tell_of_emulation(accelerator: Accelerator) -> None:
-    """One line on stderr if training is to be in a precision that this CPU has no instructions for."""
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not native_bfloat16():
-        advice = "this CPU only emulates bf16, several times slower than float32: take --run.precision=no"
+    """One line on stderr if training is to be in a precision that this device has no instructions for."""
+    device = accelerator.device
+    if accelerator.mixed_precision == "bf16" and device.type in ("cpu", "cuda") and not native_bfloat16(device):
+        name, other = ("GPU", "fp16") if device.type == "cuda" else ("CPU", "no")
+        advice = f"this {name} only emulates bf16, several times slower than float32: take --run.precision={other}"
         accelerator.print(advice, file=sys.stderr)
 
 

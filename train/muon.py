@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sample.fast_cpu import native_bfloat16
+from tokenizer.precision import native_bfloat16
 
 
 class StackedMuon(torch.optim.Muon):
@@ -52,7 +52,7 @@ class StackedMuon(torch.optim.Muon):
 
 def emulates(parameter: torch.Tensor) -> bool:
     """Whether a parameter lies where bfloat16 products are only emulated."""
-    return parameter.device.type == "cpu" and not native_bfloat16()
+    return not native_bfloat16(parameter.device)
 
 
 def orthogonalise(
