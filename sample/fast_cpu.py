@@ -5,6 +5,7 @@ Shapes: B images, C channels, h w pixels, l tokens, S keys, H heads, d head widt
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import gcd
@@ -30,8 +31,9 @@ SLAB = 256  # pixels summed in one run: float32 sums of more lose digits
 
 
 def can_pack() -> bool:
-    """Whether this build of torch has the oneDNN operators that take packed weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether torch has the oneDNN operators that take packed weights, on an x86 processor: no other was tried."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Packed(nn.Module):

@@ -275,6 +275,11 @@ def test_auto_dtype_is_what_a_gpu_multiplies(capability, dtype, monkeypatch):
         assert resolve_dtype("auto", torch.device("mps"), fastest=fastest) == torch.float32
 
 
+def test_weights_are_packed_where_that_was_tried(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert fast.supported(CPU, torch.float32) == fast.FastSettings(fold=True)
+
+
 def test_auto_dtype():
     assert resolve_dtype("auto", CPU) == torch.float32
     fastest = torch.bfloat16 if native_bfloat16() else torch.float32

@@ -178,7 +178,8 @@ def encode(
 
 def ready(vqvae: MultiScaleVQ, device: torch.device, config: CacheConfig) -> None:
     """Put a tokenizer on its device, in its precision, on the fast path if wanted."""
-    cast(vqvae.to(device), torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    cast(vqvae, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    vqvae.to(device)
     if config.fast:
         accelerate_tokenizer(vqvae, supported(device, vqvae.dtype))
 
