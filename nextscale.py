@@ -91,14 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough (`| head`); what is buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        from sample.processes import follows, process_name, speaks
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        from sample.processes import line_about, process_name, speaks
 
-        ours = not isinstance(error, RuntimeError) or follows(error)
-        if os.environ.get("NEXTSCALE_TRACEBACK") or not ours:
+        line = line_about(error)
+        if line is None:
             raise
         if speaks():
-            print(f"nextscale: error{process_name()}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"nextscale: error{process_name()}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nextscale: stopped", file=sys.stderr)

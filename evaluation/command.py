@@ -6,13 +6,12 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from sample.processes import follows, process_name, speaks
+from sample.processes import line_about, process_name, speaks
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,12 +31,11 @@ def in_one_line(parser: argparse.ArgumentParser, kept: str = "nothing was writte
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        ours = not isinstance(error, RuntimeError) or follows(error)
-        if os.environ.get("NEXTSCALE_TRACEBACK") or not ours:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        line = line_about(error)
+        if line is None:
             raise
-        said = f"{parser.prog}: error{process_name()}: {' '.join(str(error).split())}\n"
-        parser.exit(2, said if speaks() else None)
+        parser.exit(2, f"{parser.prog}: error{process_name()}: {line}\n" if speaks() else None)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted; {kept}\n")
 

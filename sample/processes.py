@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+
+
+LESS_MEMORY = "a smaller --batch-size takes less, on a GPU --offload model, too"
 
 
 def works_on_cpu(device: object = "auto") -> bool:
@@ -67,3 +71,26 @@ def process_name() -> str:
     """Which process speaks, to go into a message: (process 1 of 2) after a space; nothing in that of rank 0."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f" (process {rank} of {os.environ.get('WORLD_SIZE', '?')})"
+
+
+def lacks_memory(error: BaseException) -> str | None:
+    """That memory ran out, and what was asked for, if an error says so, of whatever device; else None."""
+    text = str(error)
+    said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory", text)
+    if not said and not isinstance(error, MemoryError):
+        return None
+    wanted = re.search(r"allocate ([\d.]+ \w+)", text)
+    return "out of memory" + (f" ({wanted[1]} were asked for)" if wanted else "")
+
+
+def line_about(error: Exception, less_memory: str = LESS_MEMORY) -> str | None:
+    """An error as one line for the user; None for a fault of ours, whose traceback is needed.
+
+    Args:
+        less_memory: what to do where memory ran out.
+    """
+    lacking = lacks_memory(error)
+    ours = isinstance(error, RuntimeError) and not follows(error) and lacking is None
+    if ours or os.environ.get("NEXTSCALE_TRACEBACK"):
+        return None
+    return " ".join((f"{lacking}: {less_memory}" if lacking else str(error)).split())

@@ -23,7 +23,7 @@ from training_toys import (
     wait_for,
 )
 
-from sample.processes import check_group, process_group
+from sample.processes import check_group, line_about, process_group
 from train import loop, stopping
 from train.config import exit_code
 from train.loop import check_sharding, start, validation_batches
@@ -211,3 +211,42 @@ def test_saved_totals_are_means_over_processes():
     meter = SimpleNamespace(totals=lambda: {"loss": torch.tensor([3.0, 4.0])})
     session = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), meter=meter, processes=Both())
     assert saved_totals(session)["loss"].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "(2.00 GiB were asked for)",
+        ),
+        (
+            RuntimeError("MPS backend out of memory (MPS allocated: 6 GB). Tried to allocate 5 MB on"),
+            "(5 MB were asked for)",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "out of memory"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "(7.28 TiB were asked for)"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_running_out_of_memory_is_told_in_a_line(error, said, capsys):
+    def work(arguments):
+        raise error
+
+    assert exit_code(work) == 2
+    assert said in line_about(error) and "--batch-size" in line_about(error)
+    told = capsys.readouterr().err
+    assert said in told and "run.micro_batch" in told and told.count("\n") == 1
+
+
+def test_memory_that_a_cpu_lacks_is_told_in_a_line():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert line_about(caught.value).startswith("out of memory (4000000000000000 bytes were asked for): ")
+
+
+def test_faults_of_ours_keep_their_traceback(monkeypatch):
+    assert line_about(RuntimeError("shapes do not fit")) is None
+    assert line_about(ValueError("a\n b")) == "a b"
+    monkeypatch.setenv("NEXTSCALE_TRACEBACK", "1")
+    assert line_about(ValueError("a")) is None

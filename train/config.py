@@ -17,7 +17,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sample.files import check_place
-from sample.processes import follows, process_name, speaks
+from sample.processes import line_about, process_name, speaks
+
+LESS_MEMORY = "fewer at once (run.micro_batch, cache.batch_size) or run.gradient_checkpointing=true take less"
 
 
 @dataclass(kw_only=True)
@@ -182,13 +184,14 @@ def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
         return _say(error, 2)
     except NonFiniteError as error:
         return _say(error, 3)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
             lost = "a data worker was killed (out of memory?): take fewer run.workers; the same command goes on"
             return _say(ValueError(lost), 2)
-        if follows(error):
-            return _say(error, 2)
-        raise
+        line = line_about(error, LESS_MEMORY)
+        if line is None:
+            raise
+        return _say(ValueError(line), 2)
     except Stopped as stopped:
         return _say(stopped, stopped.code)
     except KeyboardInterrupt:
