@@ -332,6 +332,15 @@ def test_intervals_widen_when_images_of_a_prompt_agree():
     assert together[1] - together[0] > 2.5 * (alone[1] - alone[0])
 
 
+def test_seen_and_unseen_pairs_have_intervals_of_their_own():
+    metadatas = [{"tag": "colors", "unseen": i % 4 == 0} for i in range(80)] + [{"tag": "counting"}] * 8
+    correct = [not metadata.get("unseen") for metadata in metadatas]
+    found = prompt_intervals(correct, metadatas, [Path(str(i)) for i in range(88)])
+    assert found["seen_ci95"] == [1, 1] and found["unseen_ci95"] == [0, 0]
+    assert found["counting_ci95"] == [1, 1] and 0.5 < found["colors_ci95"][0] < 0.75 < found["colors_ci95"][1] < 0.95
+    assert "seen_ci95" not in prompt_intervals([True] * 8, metadatas[80:], [Path(str(i)) for i in range(8)])
+
+
 def test_a_tree_of_true_renders_is_judged_right(tmp_path):
     write_tree(tmp_path, per_tag=4, copies=2)
     (tmp_path / "00000" / "samples" / ".tmp-7-0002.png").write_bytes(b"half")  # of a killed process

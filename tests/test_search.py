@@ -356,6 +356,12 @@ def test_costs_are_counted_exactly(run, tiny_class_model):
     early = Search(candidates=4, steps=(Step(1, 1, "best"), Step(2, 1, "best")), reward=BRIGHT, enough=0.0)
     assert early.calls()["reward"] == 4 + 1  # the finished image is looked at, too
     assert ledger.model_flops == 3 * plan_flops(plain(tiny_class_model), widths)
+    one = ledger.per_image()
+    assert one["tokens"] == 54 and one["decoder_calls"] == 12
+    assert one["transformer_gflops"] == pytest.approx(plan_flops(plain(tiny_class_model), widths) / 1e9)
+    parts = [one[f"{name}_gflops"] for name in ("transformer", "decoder", "reward", "features")]
+    assert one["gflops"] == pytest.approx(sum(parts)) and one["total_s"] == pytest.approx(ledger.seconds["total"] / 3)
+    assert str(ledger).startswith(f"an image took 54 tokens, {one['gflops']:.2f} GFLOPs, 12 decoder calls")
     assert ledger.flops["decoder"] > 0 and ledger.seconds["total"] > ledger.seconds["decoder"] > 0
     assert ledger.per_image()["tokens"] == 54 and "54 tokens" in str(ledger)
 
