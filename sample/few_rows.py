@@ -66,6 +66,8 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device's kernels can overlap, and multiply a dtype on tensor cores."""
     if triton is None or not hasattr(tl_cuda, "gdc_wait") or device.type != "cuda" or dtype == torch.float32:
         return False
+    if torch.version.hip is not None:  # AMD's capabilities are other numbers
+        return False
     return torch.cuda.get_device_capability(device) >= HOPPER
 
 
