@@ -62,13 +62,13 @@ class FastSettings:
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
-    """All that a device can do for models of a dtype, but for `few_rows`, of which no measurement is known."""
+    """All that is known to pay on a device for models of a dtype, which `few_rows` is not; nothing on MPS and others."""
     on_cpu = device.type == "cpu" and can_pack()
     halves = dtype == torch.bfloat16 and native_bfloat16() and hasattr(torch.backends.mkldnn, "matmul")
     packs = on_cpu and (dtype == torch.float32 or halves)
     on_gpu = device.type == "cuda"
     return FastSettings(
-        fold=True,
+        fold=device.type in ("cpu", "cuda"),
         convolutions=packs,
         linears=packs,
         attention=on_cpu and halves,

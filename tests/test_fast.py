@@ -278,6 +278,7 @@ def test_auto_dtype_is_what_a_gpu_multiplies(capability, dtype, monkeypatch):
 def test_weights_are_packed_where_that_was_tried(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert fast.supported(CPU, torch.float32) == fast.FastSettings(fold=True)
+    assert fast.supported(torch.device("mps"), torch.float32) == fast.FastSettings()
 
 
 def test_auto_dtype():
