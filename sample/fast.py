@@ -62,7 +62,7 @@ class FastSettings:
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> FastSettings:
-    """All that is known to pay on a device for models of a dtype, which `few_rows` is not; nothing on MPS and others."""
+    """All that is known to pay on a device for models of a dtype: not `few_rows`, and nothing on MPS and the like."""
     on_cpu = device.type == "cpu" and can_pack()
     halves = dtype == torch.bfloat16 and native_bfloat16() and hasattr(torch.backends.mkldnn, "matmul")
     packs = on_cpu and (dtype == torch.float32 or halves)
