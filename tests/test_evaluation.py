@@ -21,6 +21,7 @@ import nextscale
 from evaluation import binding, calibration, judge, run, search_benchmark, tokenizer_quality
 from evaluation import evaluate_options as options
 from evaluation.distributions import Measure, check_statistics, image_cautions
+from evaluation.evaluate import make_images
 from evaluation.features import describe_all
 from evaluation.frechet import (
     Moments,
@@ -538,6 +539,18 @@ def test_images_are_scored_against_others(tmp_path, renders, capsys, monkeypatch
     assert row["is_scenes_ci95"][0] < row["is_scenes"] < row["is_scenes_ci95"][1]
     assert "caution: fd-scenes of 40 images is biased" in capsys.readouterr().err
     assert Path("r/x.png").is_file() and "fd_scenes" in Path("r/x.md").read_text()
+
+
+@pytest.mark.parametrize("suite, per_prompt", [("geneval", 4), ("scenes", 1)])
+def test_a_suite_says_how_many_images_of_a_prompt_are_made(text_folder, tmp_path, monkeypatch, suite, per_prompt):
+    one = [{"tag": "colors", "include": [{"class": "star", "count": 1}], "prompt": "a red star"}]
+    monkeypatch.setattr("evaluation.evaluate.suite_prompts", lambda args: one)
+    parser = argparse.ArgumentParser()
+    options.configure(parser)
+    work = tmp_path / "work"
+    args = parser.parse_args(["--model", str(text_folder), "--suite", suite, "--work", str(work), "--device", "cpu"])
+    made, of_job = make_images(args)
+    assert of_job["images_per_prompt"] == len(list(made.rglob("samples/*.png"))) == per_prompt
 
 
 def test_a_model_is_evaluated_and_finished_images_are_kept(text_folder, tmp_path, capsys, monkeypatch):
