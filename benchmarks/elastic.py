@@ -48,7 +48,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="calls that speed is measured over (5)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     parser.add_argument("--work", type=Path, help="where finished rows are kept (cache/elastic/...)")

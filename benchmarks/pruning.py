@@ -52,7 +52,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--pixels", default="1M", choices=SIZES, help="scales (1M)")
     parser.add_argument("--rounds", type=int, default=3, help="timed images of each row (3)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     add_out(parser, "results/pruning_megapixel.json", "result and table")

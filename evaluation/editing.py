@@ -244,7 +244,7 @@ def parser_of() -> Parser:
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")

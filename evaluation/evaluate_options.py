@@ -82,7 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("with what, to where")
     where.add_argument("--batch-size", type=int, default=32, help="images at once (32)")
     where.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     where.add_argument(

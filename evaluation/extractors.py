@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation.features import Described, weights_digest
+from tokenizer.resize import shrink_smoothly
 
 DINO, CLIP = "facebook/dinov2-large", "openai/clip-vit-large-patch14-336"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +28,7 @@ def square_inputs(
     scale = side / min(h, w)
     if (h, w) != (side, side):
         size = (max(side, round(h * scale)), max(side, round(w * scale)))
-        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = shrink_smoothly(x, size).clamp(0, 1)
     top, left = ((length - side) // 2 for length in x.shape[-2:])
     return _normalised(x[..., top : top + side, left : left + side], mean, std)
 
@@ -39,7 +40,7 @@ def squeezed_inputs(
 
     What EDM2's FD-DINOv2 does.
     """
-    x = F.interpolate(images_BCHW.to(device, torch.float32), (side, side), mode="bicubic", antialias=True)
+    x = shrink_smoothly(images_BCHW.to(device, torch.float32), (side, side))
     return _normalised(x / 255, mean, std)
 
 

@@ -86,7 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="images at once and process (32)")
     parser.add_argument("--shard", type=int, default=256, help="images in a shard: what a kill may cost (256)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(

@@ -52,7 +52,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
     parser.add_argument("--batch-size", type=int, default=256, help="candidates at once (256)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     parser.add_argument("--fast", default="auto", help="as of nextscale sample: on, auto (the default), off")

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of a calibrated copy; the model's own if left out")
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")

@@ -89,7 +89,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     where.add_argument(
         "--dtype",
         default="auto",
-        help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere), or on a CPU with --fast on",
+        help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing), on a CPU with --fast on",
     )
     where.add_argument(
         "--fast",

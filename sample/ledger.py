@@ -71,8 +71,8 @@ class Ledger(Hook):
             with counted_flops() as counter:
                 result = function(rows, *more)
             self._row_flops[key] = counter.get_total_flops() / len(rows)
-        if isinstance(result, torch.Tensor) and result.device.type != "cpu":
-            torch.accelerator.synchronize(result.device)
+        if isinstance(result, torch.Tensor):
+            wait_for(result.device)
         for book, value in ((self.calls, len(rows)), (self.flops, round(self._row_flops[key] * len(rows)))):
             book[name] = book.get(name, 0) + value
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
@@ -113,6 +113,13 @@ class Ledger(Hook):
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when an accelerator has done what it was given; PyTorch can wait for one kind of them."""
+    known = torch.accelerator.current_accelerator()
+    if known is not None and known.type == device.type:
+        torch.accelerator.synchronize(device)
 
 
 def counted_flops() -> FlopCounterMode:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sample.costs import cache_peak, plan_work
+from sample.ledger import wait_for
 from sample.plan import Plan
 from sample.state import GenerationState, Hook
 
@@ -70,9 +71,8 @@ def now(device: torch.device) -> float:
 
     One CPU thread is timed by its own clock, which stands still while the machine does something else.
     """
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    elif torch.get_num_threads() == 1:
+    wait_for(device)
+    if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
 

@@ -92,7 +92,7 @@ class Unit:
     def come(self, device: torch.device) -> None:
         """Copy the weights to the device, in its order of work."""
         for own, home in self.homes:
-            own.data = home.to(device, non_blocking=True, copy=True)
+            own.data = home.to(device, non_blocking=device.type == "cuda", copy=True)
 
     def leave(self) -> None:
         """Free the weights on the device; they do not change, so nothing is copied back."""

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls of each measurement, the fastest counts (3)")
     parser.add_argument("--out", type=Path, help="picture of the front, e.g. plan.png")
     parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 before Ampere)"
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--fast", choices=["auto", "off"], default="auto", help="what `sample` is to run with (auto)")

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 
-LESS_MEMORY = "a smaller --batch-size takes less, on a GPU --offload model, too"
+SHORT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory|Invalid buffer size|STATUS_ALLOC_FAILED"
+LESS_MEMORY = "fewer images at once (--batch-size) take less, on a GPU --offload, too, where the command has them"
 
 
 def works_on_cpu(device: object = "auto") -> bool:
@@ -76,10 +77,10 @@ def process_name() -> str:
 def lacks_memory(error: BaseException) -> str | None:
     """That memory ran out, and what was asked for, if an error says so, of whatever device; else None."""
     text = str(error)
-    said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory", text)
+    said = isinstance(error, RuntimeError) and re.search(SHORT_OF_MEMORY, text)
     if not said and not isinstance(error, MemoryError):
         return None
-    wanted = re.search(r"allocate ([\d.]+ \w+)", text)
+    wanted = re.search(r"(?:allocate|buffer size:) ([\d.]+ \w+)", text)
     return "out of memory" + (f" ({wanted[1]} were asked for)" if wanted else "")
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from training_toys import curve
 
 import nextscale
+from evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, square_inputs, squeezed_inputs
 from evaluation.scene_features import load_scene_features
 from tokenizer.resize import average, enlarge
 from train import train_tokenizer, train_var
@@ -95,25 +96,47 @@ def train(name, folder, images, *more):
 
 
 def test_both_models_train_and_resume_there(tmp_path):
-    more = {"tokenizer": [], "var": [f"--tokens.tokenizer={tmp_path}/tokenizer/latest/vqvae"]}
-    for name, words in more.items():
-        for images in (24, 40):
-            assert trains_elsewhere(train, name, tmp_path / name, images, *words)
-        assert [line["step"] for line in curve(tmp_path / name, "train")] == [1, 2, 3, 4, 5]
+    assert trains_elsewhere(train, "tokenizer", tmp_path / "tokenizer", 24)
+    for images in (24, 40):
+        tokenizer = f"--tokens.tokenizer={tmp_path}/tokenizer/latest/vqvae"
+        assert trains_elsewhere(train, "var", tmp_path / "var", images, tokenizer)
+    for name, steps in (("tokenizer", 3), ("var", 5)):
+        assert [line["step"] for line in curve(tmp_path / name, "train")] == [*range(1, steps + 1)]
+
+
+def test_images_go_into_extractors_from_there_as_from_the_cpu():
+    images = torch.randint(256, (2, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for make in (square_inputs, squeezed_inputs):
+        here = make(images, 24, IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
+
+        def same(make=make, here=here):
+            there = make(images, 24, IMAGENET_MEAN, IMAGENET_STD, torch.device(THERE))
+            assert there.device.type == NAME
+            torch.testing.assert_close(there.cpu(), here)
+
+        assert passes_elsewhere(same)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "wrong, said",
     [
-        lambda: torch.zeros(2, device=THERE).double(),
-        lambda: torch.zeros(2, device=THERE) + torch.zeros(2),
-        lambda: F.interpolate(torch.zeros(1, 1, 8, 8, device=THERE), size=3, mode="area"),
-        lambda: torch.linalg.eigvals(torch.zeros(2, 2, device=THERE)),
-        lambda: torch.zeros(2, device=THERE).numpy(),
+        (lambda x: x.double(), "no torch.float64"),
+        (lambda x: x + torch.zeros(8, 8), "on two devices"),
+        (lambda x: x.index_add(0, torch.tensor([0]), torch.zeros(1, 8)), "on two devices"),
+        (lambda x: F.interpolate(x[None, None], size=3, mode="area"), "sizes that divide each other"),
+        (lambda x: F.interpolate(x[None, None], size=3, mode="bicubic", antialias=True), "in PyTorch 2.6"),
+        (torch.linalg.eigvals, "MPS has no"),
+        (lambda x: x.numpy(), "brought to the CPU first"),
     ],
 )
-def test_the_emulated_device_refuses_what_mps_refuses(wrong):
-    assert not passes_elsewhere(wrong)
+def test_the_emulated_device_refuses_what_mps_refuses(wrong, said):
+    def refused():
+        x = torch.zeros(8, 8, device=THERE)
+        assert x[torch.tensor([1])].tolist() == [[0.0] * 8]  # indices may lie on the CPU
+        with pytest.raises(AssertionError, match=said):
+            wrong(x)
+
+    assert passes_elsewhere(refused)
 
 
 def test_kernels_are_looked_up_by_their_names():

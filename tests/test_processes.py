@@ -227,6 +227,8 @@ def test_saved_totals_are_means_over_processes():
         (RuntimeError("CUDA error: out of memory"), "out of memory"),
         (MemoryError("Unable to allocate 7.28 TiB for an array"), "(7.28 TiB were asked for)"),
         (MemoryError(), "out of memory"),
+        (RuntimeError("Invalid buffer size: 24.00 GiB"), "(24.00 GiB were asked for)"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
     ],
 )
 def test_running_out_of_memory_is_told_in_a_line(error, said, capsys):

@@ -783,12 +783,16 @@ def test_a_sharded_transformer_is_the_whole_one(options):
         (True, "bf16", "cpu", None),
         (False, "no", "cpu", None),
         (False, "bf16", "cuda", "fp16"),
+        (None, "bf16", "cuda", "no"),
         (True, "bf16", "cuda", None),
         (False, "bf16", "mps", None),
     ],
 )
 def test_emulated_half_precision_is_told(native, precision, device, told, monkeypatch, capsys):
-    monkeypatch.setattr("train.loop.native_bfloat16", lambda device: native)
+    capability = {False: (7, 5), True: (9, 0), None: (6, 1)}[native]  # Turing, Hopper, Pascal
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native, raising=False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False, raising=False)
     tell_of_emulation(SimpleNamespace(mixed_precision=precision, device=torch.device(device), print=print))
     said = capsys.readouterr().err
     assert said.endswith(f"take --run.precision={told}\n") if told else not said
@@ -799,7 +803,8 @@ def test_emulated_half_precision_is_told(native, precision, device, told, monkey
     [
         ("cpu", True, None),
         ("cpu", False, "there is no C++ compiler"),
-        ("cuda", False, None),
+        ("cuda", True, None),
+        ("cuda", False, "there is no C compiler, which Triton needs"),
         ("mps", True, "it was never tried on mps"),
     ],
 )
@@ -813,6 +818,7 @@ def test_compiling_is_left_out_where_it_cannot_work(device, compiler, told, monk
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if compiler else None)
     assert can_compile(SimpleNamespace(device=torch.device(device), print=print)) == (told is None)
     said = capsys.readouterr().err
     assert said == (f"run.compile is left out: {told}\n" if told else "")

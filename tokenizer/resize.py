@@ -1,8 +1,7 @@
 """Resizing of feature maps, as the official code does it and as each device can.
 
-Resizing is linear, so it may as well be a matrix product. On CUDA bicubic interpolation is one, whose own kernel is far
-slower; on other accelerators all of it is: Apple's MPS averages only where the sizes divide each other, and older torch
-has no bicubic interpolation there at all.
+Resizing is linear, so it may as well be a matrix product. On GPUs bicubic interpolation is one, as CUDA's own kernel is
+far slower; and so are averages, but on CUDA: Apple's MPS knows only those whose sizes divide each other.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenizer.precision import product_precision
 
-OWN_AVERAGES = ("cpu", "cuda")  # devices whose own adaptive pooling takes all sizes
+COMPLETE = ("cpu", "cuda")  # devices that resize to all sizes in all ways
 
 
 def enlarge(x_BChw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -28,10 +27,16 @@ def enlarge(x_BChw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def average(x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Area interpolation: (B, C, H, W) to (B, C, *size), every cell the mean of the cells that it covers."""
-    if x_BCHW.device.type in OWN_AVERAGES:
+    if x_BCHW.device.type in COMPLETE:
         return F.interpolate(x_BCHW, size=size, mode="area")
     rows_Hh, cols_Ww = (_area_matrix(side, goal, x_BCHW.device) for side, goal in zip(x_BCHW.shape[2:], size))
     return (rows_Hh.T @ (x_BCHW.float() @ cols_Ww)).to(x_BCHW.dtype)
+
+
+def shrink_smoothly(x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Antialiased bicubic interpolation, (B, C, H, W) to (B, C, *size); on the CPU where a device may lack it."""
+    here = x_BCHW if x_BCHW.device.type in COMPLETE else x_BCHW.cpu()
+    return F.interpolate(here, size=size, mode="bicubic", antialias=True).to(x_BCHW.device)
 
 
 @cache

@@ -14,6 +14,8 @@ stopped (bit-equal on CPU). A batch is the same for any split over processes and
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.utils.data import DataLoader, default_collate
 
 from sample.processes import check_group, works_on_cpu
-from tokenizer.precision import native_bfloat16, set_product_precision
+from tokenizer.precision import native_bfloat16, native_half, set_product_precision
 from train.checkpoint import held_alone
 from train.config import RunConfig
 from train.optimizers import build_optimizers, set_rates
@@ -159,7 +161,8 @@ def tell_of_emulation(accelerator: Accelerator) -> None:
     """One line on stderr if training is to be in a precision that this device has no instructions for."""
     device = accelerator.device
     if accelerator.mixed_precision == "bf16" and device.type in ("cpu", "cuda") and not native_bfloat16(device):
-        name, other = ("GPU", "fp16") if device.type == "cuda" else ("CPU", "no")
+        name = "GPU" if device.type == "cuda" else "CPU"
+        other = "fp16" if native_half(device) == torch.float16 else "no"
         advice = f"this {name} only emulates bf16, several times slower than float32: take --run.precision={other}"
         accelerator.print(advice, file=sys.stderr)
 
@@ -179,6 +182,8 @@ def can_compile(accelerator: Accelerator) -> bool:
         missing = f"it was never tried on {device}"
     elif not has_triton():
         missing = "there is no Triton"
+    elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        missing = "there is no C compiler, which Triton needs"
     if missing:
         accelerator.print(f"run.compile is left out: {missing}", file=sys.stderr)
     return missing is None
@@ -272,7 +277,8 @@ def map_loader(session: Session) -> Iterable[Batch]:
 def on_device(session: Session, batch: Batch) -> Batch:
     """Move tensors to the device and apply the task's frozen encoders, without gradients."""
     device = session.accelerator.device
-    batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    early = device.type == "cuda"  # from pinned memory; MPS may read what is freed by then
+    batch = {k: v.to(device, non_blocking=early) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     with torch.no_grad(), session.accelerator.autocast():
         return session.task.prepare(batch)
 

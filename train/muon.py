@@ -51,7 +51,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def emulates(parameter: torch.Tensor) -> bool:
-    """Whether a parameter lies where bfloat16 products are only emulated."""
+    """Whether a parameter lies where bfloat16 products are only emulated, as far as is known."""
     return not native_bfloat16(parameter.device)
 
 
