@@ -117,8 +117,9 @@ class Ledger(Hook):
 
 def wait_for(device: torch.device) -> None:
     """Return when an accelerator has done what it was given; PyTorch can wait for one kind of them."""
-    known = torch.accelerator.current_accelerator()
-    if known is not None and known.type == device.type:
+    if device.type == "cpu" or not torch.accelerator.is_available():
+        return
+    if torch.accelerator.current_accelerator().type == device.type:
         torch.accelerator.synchronize(device)
 
 
