@@ -15,6 +15,7 @@ from pathlib import Path
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_of, figure, result, write_result
+from sample.plan_options import add_place_options
 
 MODELS = ("full", "supernet", "refiner", "drafter", "specialised")
 QUALITY = ("score", "fd_scenes", "fd", "correct_minus_full")
@@ -47,10 +48,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--quality-only", action="store_true", help="leave speed to a later run, on an idle machine")
     parser.add_argument("--repeats", type=int, default=5, help="calls that speed is measured over (5)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and images (0)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    add_place_options(parser)
     parser.add_argument("--work", type=Path, help="where finished rows are kept (cache/elastic/...)")
     add_out(parser, "results/elastic.json", "result, table and picture")
     return parser

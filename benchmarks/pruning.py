@@ -28,6 +28,7 @@ from sample.guidance import Guidance
 from sample.load import resolve_device, resolve_dtype
 from sample.measure import now
 from sample.plan import Plan
+from sample.plan_options import add_place_options
 from sample.plan_text import PlanConfig
 from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.bitwise import BinarySphericalQuantizer
@@ -51,10 +52,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="infinity-125m", choices=known, help="that is timed, random weights (125m)")
     parser.add_argument("--pixels", default="1M", choices=SIZES, help="scales (1M)")
     parser.add_argument("--rounds", type=int, default=3, help="timed images of each row (3)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    add_place_options(parser)
     add_out(parser, "results/pruning_megapixel.json", "result and table")
     return parser
 

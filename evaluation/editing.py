@@ -28,6 +28,7 @@ from sample.edit import RULES
 from sample.files import write_png
 from sample.load import load_pipeline
 from sample.pipeline import NextScalePipeline
+from sample.plan_options import add_place_options
 from sample.reward_names import load_reward
 from sample.search import Search
 from sample.search_steps import Step
@@ -243,10 +244,7 @@ def parser_of() -> Parser:
     parser.add_argument("--best-of", type=int, default=8, help="candidates of the searched edits; 1 searches none (8)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--guidance", type=float, help="strength of guidance (the model's own)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    add_place_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json; its table and picture beside it")
     return parser
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from evaluation.command import check_least
 from sample.cli import take_negative_lists
 from sample.files import check_place
-from sample.plan_options import add_plan_options, by_scale
+from sample.plan_options import add_place_options, add_plan_options, by_scale
 
 EXAMPLES = """examples:
   nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json
@@ -81,10 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     where = parser.add_argument_group("with what, to where")
     where.add_argument("--batch-size", type=int, default=32, help="images at once (32)")
-    where.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    add_place_options(where)
     where.add_argument(
         "--fast", choices=["auto", "off"], default="auto", help="auto: fast, as off up to rounding; off: plain (auto)"
     )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
 from sample.files import check_place
-from sample.plan_options import add_plan_options, by_scale, call_settings, how_options
+from sample.plan_options import add_place_options, add_plan_options, by_scale, call_settings, how_options
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bootstrap", type=int, help="resamples behind intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="images at once and process (32)")
     parser.add_argument("--shard", type=int, default=256, help="images in a shard: what a kill may cost (256)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    add_place_options(parser)
     parser.add_argument(
         "--fast", choices=["auto", "off"], default="auto", help="auto: fast, as off up to rounding; off: plain (auto)"
     )

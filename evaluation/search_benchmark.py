@@ -16,6 +16,7 @@ from pathlib import Path
 from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
+from sample.plan_options import add_place_options
 
 BUDGETS = (1, 2, 4, 8)
 COMPARED = ("best", "importance", "tts", "halving", "resample", "cluster", "random")
@@ -51,10 +52,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--n", type=int, default=4, help="images of each prompt (4)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
     parser.add_argument("--batch-size", type=int, default=256, help="candidates at once (256)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    add_place_options(parser)
     parser.add_argument("--fast", default="auto", help="as of nextscale sample: on, auto (the default), off")
     parser.add_argument("--work", type=Path, help="where finished batches are kept (cache/search/...)")
     add_out(parser, "results/search.json", "result, table and picture")

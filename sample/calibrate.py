@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sample.cli import read_classes, read_prompts
+from sample.plan_options import add_place_options
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline
@@ -38,10 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="scenes", help="scenes (bundled), a model folder, or a training run")
     parser.add_argument("--out", type=Path, help="folder of a calibrated copy; the model's own if left out")
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    add_place_options(parser)
     parser.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
     parser.add_argument(
         "--offload", choices=["none", "model", "layers"], default="none", help="as in nextscale sample (none)"

@@ -292,7 +292,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place).tolist()  # which "meta" has none of
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]  # of a backend that was not built in, a screenful follows
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
     return place
 
 

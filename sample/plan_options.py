@@ -12,6 +12,13 @@ SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "guidance_until", "asp
 SETTINGS += ("mask_schedule",)
 
 
+def add_place_options(parser: argparse._ActionsContainer) -> None:
+    """Declare --dtype and --device: where a model works, and in how many digits; see `sample.load.resolve_dtype`."""
+    words = "float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
+    parser.add_argument("--dtype", default="auto", help=words)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+
+
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
     """Declare --plan and what else `SETTINGS` name, but for guidance and what may be drawn."""
     parser.add_argument(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sample.cli import read_classes, read_prompts, tell_untrained, whole_numbers
+from sample.plan_options import add_place_options
 
 if TYPE_CHECKING:
     from sample.measure import Run
@@ -41,10 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measured", type=int, default=4, help="plans of the front to measure beside the choice (4)")
     parser.add_argument("--repeats", type=int, default=3, help="calls of each measurement, the fastest counts (3)")
     parser.add_argument("--out", type=Path, help="picture of the front, e.g. plan.png")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on CUDA (float16 on Volta, Turing)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    add_place_options(parser)
     parser.add_argument("--fast", choices=["auto", "off"], default="auto", help="what `sample` is to run with (auto)")
     parser.set_defaults(n=1)
 

@@ -24,9 +24,10 @@ from training_toys import (
 )
 
 from sample.processes import check_group, line_about, process_group
-from train import loop, stopping
+from train import machine, stopping
 from train.config import exit_code
-from train.loop import check_sharding, start, validation_batches
+from train.loop import start, validation_batches
+from train.machine import check_sharding
 from train.order import spread_index
 from train.session import Meter
 from train.state import saved_totals
@@ -114,7 +115,7 @@ def test_releases_that_split_parameters_on_gpus_only_say_so(monkeypatch):
     fsdp = {"distributed_type": DistributedType.FSDP, "is_fsdp2": True}
     on_cpu, on_gpu = (SimpleNamespace(**fsdp, device=torch.device(name)) for name in ("cpu", "cuda"))
     for able in (True, False):
-        monkeypatch.setattr(loop, "shards_on_cpus", lambda able=able: able)
+        monkeypatch.setattr(machine, "shards_on_cpus", lambda able=able: able)
         check_sharding(on_gpu)
         if able:
             check_sharding(on_cpu)

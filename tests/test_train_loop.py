@@ -23,14 +23,12 @@ from tokenizer.schedule import ScaleSchedule
 from train.config import RunConfig, exit_code
 from train.loop import (
     begin_averaging,
-    can_compile,
     gather_apart,
     micro_batches,
-    shards_on_cpus,
-    tell_of_emulation,
     train_step,
     validate,
 )
+from train.machine import can_compile, shards_on_cpus, tell_of_emulation
 from train.optimizers import Branch, OptimizerConfig, build_optimizers
 from train.order import spread_index
 from train.report import log_training
