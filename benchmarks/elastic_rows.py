@@ -153,7 +153,7 @@ def once(folder: Path, settings: list, figures: Callable[[], dict]) -> dict:
     kept = folder / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
     if not kept.is_file():
         write_text(kept, json.dumps(figures()))
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_text("utf-8"))
 
 
 def quality(pipeline: NextScalePipeline, row: Row, metadatas: Sequence[dict], seed: int, batch_size: int) -> dict:

@@ -41,7 +41,7 @@ def busy_seconds() -> float:
     if not STAT.exists():
         raise ValueError("timing needs /proc/stat to see what else runs: use Linux")
     ticks, mine = 0, {f"cpu{number}" for number in own_processors()}
-    for name, *counts in map(str.split, STAT.read_text().splitlines()):
+    for name, *counts in map(str.split, STAT.read_text("utf-8").splitlines()):
         if name in mine:
             user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
             ticks += user + nice + system + irq + softirq + steal

@@ -72,7 +72,7 @@ def keep_tables(option: str, page: Path) -> None:
 def front_matter(sources: list[Path]) -> str:
     """What the Hub reads of a card: a text model if a run's transformer is one."""
     text = any(
-        "conditioning: text" in (s / "config.yaml").read_text() for s in sources if (s / "config.yaml").is_file()
+        "conditioning: text" in (s / "config.yaml").read_text("utf-8") for s in sources if (s / "config.yaml").is_file()
     )
     return FRONT.format(task="text-to-image" if text else "unconditional-image-generation")
 

@@ -105,7 +105,8 @@ def measure(options: argparse.Namespace) -> dict:
         write_text(scales, json.dumps(made))
     command = command_of(parser_of(), options)
     content = result(found, command=command, n=len(requests), seeds=options.seed, settings=settings)
-    return {**content, "prompts": len(prompts), "reward_by_scale": json.loads(scales.read_text()), "paper": PAPER}
+    by_scales = json.loads(scales.read_text("utf-8"))
+    return {**content, "prompts": len(prompts), "reward_by_scale": by_scales, "paper": PAPER}
 
 
 def digest(settings: dict) -> str:

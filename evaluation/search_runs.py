@@ -168,15 +168,15 @@ def run_row(
             path = own / f"{begin:06d}.json"
             if not path.exists():
                 made = json.dumps(_run_batch(pipeline, batch, search, row.settings))
-                atomically(path, lambda partial, made=made: partial.write_text(made))
-            batches.append(json.loads(path.read_text()))
+                atomically(path, lambda partial, made=made: partial.write_text(made, "utf-8"))
+            batches.append(json.loads(path.read_text("utf-8")))
             bar.update(len(batch))
     return batches
 
 
 def same_as_before(path: Path, settings: dict) -> None:
     """Note what a folder's batches were made with. Raises ValueError if that was something else."""
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
+    if path.exists() and (before := json.loads(path.read_text("utf-8"))) != settings:
         differ = ", ".join(name for name in {**before, **settings} if before.get(name) != settings.get(name))
         raise ValueError(f"{path.parent} holds results of another {differ}: give another --work, or remove it")
     write_text(path, json.dumps(settings))

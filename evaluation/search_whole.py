@@ -71,8 +71,8 @@ def make_whole(
             path = folder / f"whole-{candidates}-{key}-{size}" / f"{begin:06d}.json"
             if not path.exists():
                 made = json.dumps(_make_batch(pipeline, batch, rewards, candidates, settings))
-                atomically(path, lambda partial, made=made: partial.write_text(made))
-            batches.append(json.loads(path.read_text()))
+                atomically(path, lambda partial, made=made: partial.write_text(made, "utf-8"))
+            batches.append(json.loads(path.read_text("utf-8")))
             bar.update(len(batch))
     return batches
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_classes, read_prompts
+from sample.cli import read_prompts, texts_or_classes
 from sample.plan_options import add_place_options
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     places = {"device": args.device, "text_device": args.text_device, "offload": args.offload}
     pipeline = load_pipeline(folder, dtype=args.dtype, **places)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
+    prompts = texts_or_classes(prompts, args.classes, pipeline)
     copy = finished_folder(args.out, overwrite=args.overwrite, reads=[folder]) if args.out else nullcontext(folder)
     with copy as made:
         if args.out is not None:
@@ -130,7 +130,7 @@ def write_selectivity(folder: Path, index: list[list[float]]) -> None:
     from sample.files import write_text
 
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"selectivity": index}
+    config = json.loads(path.read_text("utf-8")) | {"selectivity": index}
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

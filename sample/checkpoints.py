@@ -184,7 +184,7 @@ def shard_names(index: Path) -> list[str]:
         ValueError: if it is no such index.
     """
     try:
-        return sorted({*map(_text, json.loads(index.read_text())["weight_map"].values())})
+        return sorted({*map(_text, json.loads(index.read_text("utf-8"))["weight_map"].values())})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is not the index of a sharded checkpoint") from None
 

@@ -140,8 +140,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_place("--out", args.out, folder=not to_npz)
     folder, pipeline = open_model(args)
-    if prompts is None:
-        prompts = read_classes(args.classes, pipeline)
+    prompts = texts_or_classes(prompts, args.classes, pipeline)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     call, ledger = call_options(args), Ledger()
     plan = plan_of_call(args, pipeline, call)
@@ -315,6 +314,21 @@ def whole_numbers(name: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} must be whole numbers above 0 with commas between them, got {text!r}")
     return [int(part) for part in parts]
+
+
+def texts_or_classes(
+    texts: list[str] | None, classes: str | None, pipeline: NextScalePipeline
+) -> list[str] | list[int]:
+    """What to draw: the texts, or if there are none the classes of `--class`.
+
+    Raises:
+        ValueError: if the model reads the other of the two, or knows no such classes.
+    """
+    if texts is None:
+        return read_classes(classes, pipeline)
+    if pipeline.by_class:
+        raise ValueError("texts are for text models, and this model draws classes: give --class, e.g. --class 3")
+    return texts
 
 
 def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from sample import adapters
 from sample.adapters import Adapter
 from sample.checkpoints import State, map_safetensors, read_state, readable, write_pth, write_safetensors
@@ -123,7 +125,7 @@ def official_state(folder: Path, adapter: Adapter) -> tuple[State, list[mmap.mma
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise FileNotFoundError(f"{folder} has no config.json with diffusion_pytorch_model*.safetensors")
-    text = json.loads((folder / "config.json").read_text())
+    text = json.loads((folder / "config.json").read_text("utf-8"))
     config = {key: value for key, value in text.items() if not key.startswith("_")}
     mapped = [map_safetensors(file) for file in files]
     ours = {key: tensor for state, _ in mapped for key, tensor in state.items()}
@@ -160,7 +162,7 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
     folder, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):  # of one that was killed
         number = left.name.rpartition("-")[2]
-        if number.isdecimal() and not _runs(int(number)):
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -175,14 +177,3 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True

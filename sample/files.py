@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -71,12 +72,25 @@ def claim(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file or folder on the disk. Windows does that to files opened for writing, and to no folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name of a file, or a copy where the file system has no such links or the target lies on another."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:

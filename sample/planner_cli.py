@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_classes, read_prompts, tell_untrained, whole_numbers
+from sample.cli import read_prompts, tell_untrained, texts_or_classes, whole_numbers
 from sample.plan_options import add_place_options
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     layers, scales = len(pipeline.transformer.blocks), len(pipeline.transformer.schedule)
     if not all(depth < layers for depth in depths):
         raise ValueError(f"--depths must be below the model's {layers} layers, got {args.depths}")
-    prompts = read_classes(args.classes, pipeline) if prompts is None else prompts
+    prompts = texts_or_classes(prompts, args.classes, pipeline)
     looked_at = settings_of(args, pipeline, depths)
     half = [PlanConfig(plan="supernet:1", depth=max(1, layers // 2))] if scales > 1 else []
     plans = [pipeline.make_plan(words) for words in (PlanConfig(), *half)]

@@ -395,7 +395,7 @@ def test_more_mistakes(sample, tmp_path):
         in sample("--class", "7", "--out", tmp_path, model="class")[2]
     )
     assert "--class must be like 3" in sample("--class", "cat", "--out", tmp_path, model="class")[2]
-    assert "this is a class model" in sample("a cat", "--out", tmp_path / "new", model="class")[2]
+    assert "this model draws classes: give --class," in sample("a cat", "--out", tmp_path / "new", model="class")[2]
     assert sample("a cat", "--out", prompts)[0] == 2  # a file is in the way
 
 

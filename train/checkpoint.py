@@ -1,7 +1,7 @@
 """Checkpoints as directories that exist only when they are complete.
 
 A checkpoint is written under `.tmp-step_...`, flushed to disk, then renamed: a kill at any instant leaves either no
-`step_...` directory or a whole one. `latest` is a symbolic link swapped in one rename.
+`step_...` directory or a whole one. `latest` is a symbolic link swapped in one rename, where there are such links.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sample.checkpoints import readable
-from sample.files import flush
+from sample.files import flush, link_or_copy
 
 STEP = re.compile(r"step_(\d+)$")
 PARTIAL = ".tmp-"
@@ -86,11 +86,32 @@ def drop_old(folder: Path, *, keep: int) -> None:
 
 
 def point_link(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target` in one atomic step, replacing an older link."""
-    fresh = link.with_name(f"{PARTIAL}{link.name}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    os.replace(fresh, link)
+    """Make `link` a relative symbolic link to `target` in one atomic step, replacing an older link.
+
+    Where there are no symbolic links (Windows without the right to make them, exFAT, some network drives), it becomes
+    a folder of the same files, which take no more space if the file system has hard links.
+    """
+    fresh, old = (link.with_name(f"{PARTIAL}{what}{link.name}") for what in ("", "old-"))
+    for left in (fresh, old):
+        _remove(left)
+    try:
+        fresh.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    except OSError:
+        shutil.copytree(target, fresh, copy_function=link_or_copy)
+    try:
+        os.replace(fresh, link)
+    except OSError:  # a folder stands there, or a link to one on Windows: neither is replaced in one step
+        os.rename(link, old)
+        os.rename(fresh, link)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Take a link, or a folder, away if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush_tree(folder: Path) -> None:

@@ -8,7 +8,8 @@ stopped (bit-equal on CPU). A batch is the same for any split over processes and
             metrics.jsonl      one JSON object per line; `kind` is train or validation
             images/            preview grids, PNG
             checkpoints/       step_00000123/: state.pt (all that resuming needs) and weights/ (averaged weights)
-            latest             link to the newest weights/, in `save_pretrained` layout, swapped atomically
+            latest             link to the newest weights/, in `save_pretrained` layout, swapped atomically (a folder
+                               of the same files where there are no symbolic links)
 """
 
 from __future__ import annotations

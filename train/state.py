@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ def resume(session: Session) -> None:
     config = session.config
     found = complete_checkpoints(config.checkpoints)
     session.accelerator.wait_for_everyone()
-    if not found and config.latest.is_symlink():
+    if not found and os.path.lexists(config.latest):
         raise ValueError(
             f"run.run_dir {config.run_dir} holds a run without its checkpoints, which cannot go on: "
             f"bring {config.checkpoints} back, or give another run.run_dir"
@@ -227,6 +228,8 @@ def restore_optimizer(session: Session, optimizer: torch.optim.Optimizer, saved:
     begun = {parameter for name, parameter in session.objective.named_parameters() if name in saved["state"]}
     for parameter in [p for p in optimizer.state if p not in begun]:
         del optimizer.state[parameter]
+    for own in optimizer.state.values():  # copies: what lies in the mapped file holds all of it, deleted or not
+        own.update({name: value.clone() for name, value in own.items() if isinstance(value, torch.Tensor)})
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -12,7 +12,6 @@ Shapes: B captions, n captions of a file, N text tokens in a row, T text tokens 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sample.checkpoints import readable
-from sample.files import write_text
+from sample.files import flush, link_or_copy, write_text
 from train.checkpoint import PARTIAL
 from train.session import Batch
 from train.text import moved, padded_length
@@ -113,8 +112,7 @@ def write_states(folder: Path, number: int, captions: Sequence[str], states: Seq
     partial = folder / f"{PARTIAL}{number:06d}"
     save_file(tensors, partial)
     readable(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(partial)
     os.replace(partial, folder / f"{number:06d}.safetensors")
 
 
@@ -192,7 +190,7 @@ class TextCache:
         from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
         for name in ("text_encoder", "tokenizer"):
-            shutil.copytree(self.folder / name, folder / name, copy_function=_link)
+            shutil.copytree(self.folder / name, folder / name, copy_function=link_or_copy)
         with torch.device("meta"):
             outline = AutoModelForTextEncoding.from_config(AutoConfig.from_pretrained(self.folder / "text_encoder"))
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
@@ -204,10 +202,3 @@ def _places(file: int, ends: np.ndarray) -> np.ndarray:
     """(file, begin, end) of each caption of a file, (n, 3) int64."""
     begins = np.concatenate([[0], ends[:-1]])
     return np.stack([np.full(len(ends), file), begins, ends], axis=1).astype(np.int64)
-
-
-def _link(source: str, target: str) -> None:
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copy2(source, target)

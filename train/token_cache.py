@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sample.files import write_text
+from sample.files import flush, write_text
 from tokenizer.model import MultiScaleVQ
 from train.images import no_label
 
@@ -66,8 +65,7 @@ def _save(path: Path, array: np.ndarray) -> None:
     partial = path.with_name(f".tmp-{path.name}")
     with partial.open("wb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
+    flush(partial)
     partial.replace(path)
 
 
