@@ -148,7 +148,8 @@ def _forbid_what_is_open() -> None:
 
 
 def _whole(path: Any, folder: int | None) -> str:
-    return os.path.abspath(os.path.join(os.readlink(f"/proc/self/fd/{folder}") if folder is not None else "", path))
+    parent = "" if folder is None else os.readlink(f"/proc/self/fd/{folder}")
+    return os.path.abspath(os.path.join(parent, os.fsdecode(path)))
 
 
 def _check_closed(path: str) -> None:
