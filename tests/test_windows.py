@@ -53,10 +53,13 @@ def train(name, folder, images, *more):
 
 
 def test_models_train_and_resume(tmp_path, monkeypatch):
-    """Where no link can be made, `latest` is a folder, which follows the training all the same."""
+    """Data workers are spawned; and where no link can be made, `latest` is a folder, which follows the training."""
     monkeypatch.chdir(tmp_path)
-    tokenizer, tokens = train("tokenizer", "tokenizer", 24), "--tokens.tokenizer=tokenizer/latest/vqvae"
-    data = ["--data.source=scenes", "--data.num_scenes=12", "--data.size=32", "--cache.workers=0"]
+    tokenizer, tokens = (
+        train("tokenizer", "tokenizer", 24, "--run.workers=1"),
+        "--tokens.tokenizer=tokenizer/latest/vqvae",
+    )
+    data = ["--data.source=scenes", "--data.num_scenes=12", "--data.size=32", "--cache.workers=1"]
     cache = ("train.cache_tokens:main", [*data, "--cache.folder=cache", "--cache.tokenizer=tokenizer/latest/vqvae"])
     assert passes_on_windows(tokenizer, train("var", "var", 16, tokens), train("var", "var", 32, tokens))
     latest = Path("var/latest/transformer")

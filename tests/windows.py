@@ -1,8 +1,9 @@
 """What Windows lacks or forbids, emulated: no test of ours ever ran there.
 
 For our own code modules and functions of POSIX are missing, and folders cannot be opened. For all code symbolic links
-want a right, only files open for writing can be flushed, nothing that is open or mapped can be renamed or removed, no
-folder is replaced, and names hold no `:` and the like. Text files without an encoding are found by ruff (PLW1514).
+want a right, no process is forked, only files open for writing can be flushed, nothing that is open or mapped can be
+renamed or removed, no folder is replaced, and names hold no `:` and the like. Text files without an encoding are found
+by ruff (PLW1514).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def passes_on_windows(*commands: tuple[str, Sequence[str]]) -> bool:
 
 
 def _as_on_windows(*commands: tuple[str, Sequence[str]]) -> None:
+    multiprocessing.set_start_method("spawn", force=True)  # of data workers: nothing is forked
     _hide_from_us()
     _forbid_links()
     _forbid_names()
