@@ -17,9 +17,10 @@ from evaluation.evaluate_options import defaults
 from evaluation.geneval import read_results, read_suite, result_cautions, suite, summarize
 from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
+from evaluation.reward_scores import load_rewards, published, reward_figures
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
-from evaluation.sources import Images, geneval_tree, open_images, tree_prompts
+from evaluation.sources import Images, geneval_tree, open_images, progress, tree_prompts
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.files import write_png, write_text
@@ -33,7 +34,7 @@ from sample.images import (
     process_share,
     requests_digest,
 )
-from sample.load import load_pipeline, made_by, model_folder
+from sample.load import load_pipeline, made_by, model_folder, resolve_device
 from sample.plan_options import call_settings, how_options
 from sample.processes import process_group
 
@@ -57,6 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.images is not None and not args.images.exists():
         raise FileNotFoundError(f"--images {args.images} does not exist: give a folder, an .npz or a .parquet file")
     measure = Measure.of(args)
+    rewards = load_rewards(args.rewards, device=resolve_device(args.device)) if args.rewards is not None else {}
     settings: dict = {}
     source = args.images
     unjudged = args.model is not None and not judgeable(suite_prompts(args))
@@ -68,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> int:
             return 0
     if unjudged:
         print(f"{source}: images of {args.suite}; no judge here knows their classes, GenEval's detector does")
-        if not measure.metrics:
+        if not measure.metrics and not rewards:
             return 0
     images, metadatas, judged = read_images(args, source, judge=not unjudged)
     row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
@@ -78,10 +80,14 @@ def evaluate(args: argparse.Namespace) -> int:
     if metadatas is not None:
         prompts, tags = ([metadata[name] for metadata in metadatas] for name in ("prompt", "tag"))
         settings["prompts"] = len({path.parent.parent for path in images.paths})
-    elif "clip-score" in measure.metrics:
+    elif rewards or "clip-score" in measure.metrics:
         prompts = tree_prompts(images)
     figures, noticed = measure.figures(images, prompts)
     row |= figures
+    if rewards:
+        seen = progress(images, "rewards", len(images))
+        row |= reward_figures(seen, prompts, rewards, batch_size=args.batch_size)
+        settings["rewards"] = published(args.rewards)
     settings |= measure.settings()
     cautions = [*noticed, *measure.cautions(len(images), tags)]
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
@@ -95,8 +101,10 @@ def check_unjudged(args: argparse.Namespace, measure: Measure) -> None:
     """Raise ValueError if something is asked for that only a judge, or a metric, could give."""
     if args.verdicts is not None:
         raise ValueError(f"--verdicts {args.verdicts}: no judge here knows the classes of --suite {args.suite}")
-    if args.out is not None and not measure.metrics:
-        raise ValueError(f"--out {args.out}: nothing is measured of --suite {args.suite} without --metrics")
+    if args.out is not None and not measure.metrics and args.rewards is None:
+        raise ValueError(
+            f"--out {args.out}: nothing is measured of --suite {args.suite} without --metrics or --rewards"
+        )
 
 
 def read_images(
@@ -127,7 +135,8 @@ def write(args: argparse.Namespace, row: dict, settings: dict, images: Images, j
     else:
         picture = grid([Image.fromarray(image) for image, _ in zip(images, range(PICTURES))])
     write_png(args.out.with_suffix(".png"), picture)
-    command = command_line("nextscale evaluate", vars(args), defaults())
+    given = vars(args) | ({} if args.rewards is None else {"rewards": published(args.rewards)})
+    command = command_line("nextscale evaluate", given, defaults())
     write_result(args.out, result([row], command=command, n=len(images), seeds=args.seed, settings=settings))
     print(f"written: {args.out}")
 

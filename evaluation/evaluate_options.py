@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   nextscale evaluate --geneval-results results.jsonl --out results/geneval.json      what that detector found
   nextscale evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,is
   nextscale evaluate --images pictures/ --metrics fd-scenes,is-scenes
+  nextscale evaluate --images drawn/ --rewards pickscore,imagereward      of a tree that sample --prompts FILE drew
   nextscale evaluate --tokenizer runs/scenes-tokenizer/latest/vqvae --n 1200
   nextscale evaluate --tokenizer T --reference photos/ --metrics fid,lpips        rFID, LPIPS, PSNR, SSIM of photos
   accelerate launch -m nextscale evaluate --model scenes --suite scenes      the same images, by several processes
@@ -60,6 +61,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"some of {','.join(METRICS)} (fd-scenes,is-scenes for scenes); with --tokenizer of "
         + ",".join(TOKENIZER_METRICS),
+    )
+    how.add_argument(
+        "--rewards",
+        metavar="LIST",
+        help="mean rewards of images and their prompts: pickscore,imagereward,hps,clip,... as --reward of sample",
     )
     how.add_argument(
         "--reference",
@@ -122,5 +128,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--model needs --suite scenes: the prompts to make images of")
     if args.verdicts is not None and args.suite is None:
         raise ValueError(f"--verdicts {args.verdicts} needs --suite: the prompts that images are judged by")
-    if args.images is not None and not args.suite and not args.metrics:
-        raise ValueError(f"--images needs --suite scenes (a GenEval tree) or --metrics {','.join(METRICS)}")
+    if args.rewards is not None and args.model is None and args.images is None:
+        raise ValueError(f"--rewards {args.rewards} is for images with prompts: --model and --suite, or --images")
+    if args.images is not None and not args.suite and not args.metrics and not args.rewards:
+        raise ValueError(f"--images needs --suite scenes (a GenEval tree), --metrics {','.join(METRICS)}, or --rewards")

@@ -293,7 +293,9 @@ def tree_prompts(images: Images) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{file} must hold the prompt of the images beside it: a tree of --prompts") from None
     if not prompts:
-        raise ValueError("clip-score needs the prompts of the images: a tree of NNNNN/metadata.jsonl and samples/")
+        raise ValueError(
+            "clip-score and rewards need the prompts of the images: a tree of NNNNN/metadata.jsonl and samples/"
+        )
     return [prompts[path.parent.parent / "metadata.jsonl"] for path in paths]
 
 
