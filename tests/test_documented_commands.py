@@ -1,4 +1,4 @@
-"""Commands in the docs of evaluation parse, and their options make sense."""
+"""Commands in the README and the docs parse, and their options make sense together."""
 
 import argparse
 import importlib
@@ -6,46 +6,94 @@ import re
 import shlex
 from pathlib import Path
 
+import jsonargparse
 import pytest
 
 import nextscale
-from evaluation import evaluate_options as options
-from evaluation import run
+from evaluation import evaluate_options, run
 from sample import cli, search_options
 from sample.scene_reward import Caption
 
-DOCS = Path(nextscale.__file__).parent / "docs"
+ROOT = Path(nextscale.__file__).parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "sample" / "bundled" / "README.md")
+LAUNCHERS = ("python", "torchrun", "accelerate")
 
 
 def commands() -> list[list[str]]:
-    """Every shell line of the pages, as words, continued lines joined."""
+    """Every nextscale command and Python module of a page's shell blocks, as words, continued lines joined."""
     found = []
-    for page in ("reproducing-fid.md", "scaling.md"):
-        text = (DOCS / page).read_text(encoding="utf-8")
-        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
-            lines = re.sub(r"\\\n\s*", " ", block).splitlines()
-            found += [shlex.split(line, comments=True) for line in lines if line.strip()]
-    return [words for words in found if words]
+    for page in PAGES:
+        variables: dict[str, str] = {}
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                for name, value in variables.items():
+                    line = line.replace(f"${name}", value)
+                words = shlex.split(line, comments=True)
+                if words and re.match(r"\w+=", words[0]):
+                    name, _, value = words[0].partition("=")
+                    variables[name] = value
+                elif words and Path(words[0]).name == "nextscale":
+                    found.append(["nextscale", *words[1:]])
+                elif words and words[0] in LAUNCHERS and "-m" in words:
+                    found.append(words)
+    return [list(words) for words in dict.fromkeys(map(tuple, found))]
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_documented_commands_parse(words):
+class Parsed(BaseException):
+    """Raised once a command line is read: nothing is done after that."""
+
+
+@pytest.fixture
+def stops_when_parsed(monkeypatch):
+    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+        if "parse_args" not in vars(parser):
+            continue
+
+        def parse(self, *arguments, read=parser.parse_args, **options):
+            raise Parsed(read(self, *arguments, **options))
+
+        monkeypatch.setattr(parser, "parse_args", parse)
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] != "nextscale"], ids=" ".join)
+def test_modules_take_their_options(words, stops_when_parsed, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = words.index("-m")
+    if "--config_file" in words[:place]:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+    module, arguments = words[place + 1], words[place + 2 :]
+    if "configs/var/MINE.yaml" in arguments:
+        arguments[arguments.index("configs/var/MINE.yaml")] = "configs/var/scenes.yaml"
+    if module == "nextscale":
+        return check(arguments)
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(module).main(arguments)
+    if module == "evaluation.run":
+        run.check(parsed.value.args[0])
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] == "nextscale"], ids=" ".join)
+def test_commands_take_their_options(words):
+    check(words[1:])
+
+
+def check(words: list[str]) -> None:
+    """Raise whatever is said against a `nextscale` command before its model is loaded."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    if "evaluation.run" in words:
-        run.configure(parser)
-        run.check(parser.parse_args(words[words.index("evaluation.run") + 1 :]))
-        return
-    assert words[0] == "nextscale"
-    importlib.import_module(nextscale.COMMANDS[words[1]][0]).configure(parser)
-    args = parser.parse_intermixed_args(words[2:])
-    if words[1] == "evaluate":
-        options.check(args)
+    importlib.import_module(nextscale.COMMANDS[words[0]][0]).configure(parser)
+    args = parser.parse_intermixed_args(words[1:])
+    if words[0] == "evaluate":
+        evaluate_options.check(args)
+    if words[0] in ("sample", "edit"):
+        cli.check_sampling(args)
+        cli.check_out(args.out, npz=words[0] == "sample")
+        search_options.search_settings(args)
+        search_options.images_of_each(args)
 
 
 def bundled_prompts() -> list[str]:
     """What pages and helps draw with the bundled model."""
-    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-    text = "\n".join([*(page.read_text(encoding="utf-8") for page in pages), cli.EXAMPLES, search_options.__doc__])
+    text = "\n".join([*(page.read_text(encoding="utf-8") for page in PAGES), cli.EXAMPLES, search_options.__doc__])
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     asked = [line for line in lines if "--model" not in line or "--model scenes" in line]
     return sorted({prompt for line in asked for prompt in re.findall(r'nextscale sample "([^"]+)"', line)})
