@@ -334,7 +334,13 @@ def test_blocks_that_drop_differently_are_compiled_once():
 
 @pytest.mark.parametrize(
     "subnets",
-    [{"depths": [1]}, {"depths": [3], "bridge": 1}, {"depths": [1], "bridge": -1}, {"depths": 1, "bridge": 1}],
+    [
+        {"depths": [1]},
+        {"depths": [3], "bridge": 1},
+        {"depths": [0], "bridge": 1},
+        {"depths": [1], "bridge": -1},
+        {"depths": 1, "bridge": 1},
+    ],
 )
 def test_subnets_that_cannot_be_are_named(subnets):
     assert make(subnets={"depths": [2, 1], "bridge": 1}).config.subnets["bridge"] == 1
