@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation import dpg
 from evaluation.distributions import Measure
-from evaluation.evaluate_options import defaults
+from evaluation.evaluate_options import SUITES, defaults
 from evaluation.geneval import read_results, read_suite, result_cautions, suite, summarize
 from evaluation.reconstruction import report_reconstructions
 from evaluation.report import command_line, portable, result, table, write_result
@@ -53,26 +54,33 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.geneval_results is not None:
         report_geneval(args)
         return 0
+    if args.dpg_results is not None:
+        report_dpg(args)
+        return 0
     if not process_group(args.device).is_main_process and args.model is None:
         return 0  # one process measures, all of them draw
     if args.images is not None and not args.images.exists():
         raise FileNotFoundError(f"--images {args.images} does not exist: give a folder, an .npz or a .parquet file")
-    measure = Measure.of(args)
+    measure_images(args)
+    return 0
+
+
+def measure_images(args: argparse.Namespace) -> None:
+    """Make or read images, judge them if the judge here can, take the metrics and rewards asked for, report."""
+    measure, settings, source = Measure.of(args), {}, args.images
     rewards = load_rewards(args.rewards, device=resolve_device(args.device)) if args.rewards is not None else {}
-    settings: dict = {}
-    source = args.images
-    unjudged = args.model is not None and not judgeable(suite_prompts(args))
-    if unjudged:
+    judge = not is_folder(args.suite) and (args.model is None or judgeable(suite_prompts(args)))
+    if not judge:
         check_unjudged(args, measure)
     if args.model is not None:
         source, settings = make_images(args)
         if source is None:
-            return 0
-    if unjudged:
-        print(f"{source}: images of {args.suite}; no judge here knows their classes, GenEval's detector does")
+            return
+    if not judge:
+        tell_who_judges(args.suite, source)
         if not measure.metrics and not rewards:
-            return 0
-    images, metadatas, judged = read_images(args, source, judge=not unjudged)
+            return
+    images, metadatas, judged = read_images(args, source, judge=judge)
     row = {"model": model_name(args.model)} if args.model is not None else {"images": portable(args.images)}
     row |= {"suite": suite_name(args.suite)} if args.suite is not None else {}
     row |= judged.scores(args.seed) if judged is not None else {"n": len(images)}
@@ -94,7 +102,6 @@ def evaluate(args: argparse.Namespace) -> int:
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)
     write(args, row, settings | {"cautions": cautions}, images, judged)
-    return 0
 
 
 def check_unjudged(args: argparse.Namespace, measure: Measure) -> None:
@@ -105,6 +112,21 @@ def check_unjudged(args: argparse.Namespace, measure: Measure) -> None:
         raise ValueError(
             f"--out {args.out}: nothing is measured of --suite {args.suite} without --metrics or --rewards"
         )
+    if is_folder(args.suite) and args.n is not None and args.n < dpg.PICTURES:
+        raise ValueError(f"--n must be {dpg.PICTURES} or more for DPG-Bench's grids, got {args.n}")
+
+
+def tell_who_judges(suite: str, source: Path) -> None:
+    """Say who can judge a tree of images; for DPG-Bench's scorer, write beside the tree what that one reads.
+
+    Raises ValueError as `dpg.write_grids` does.
+    """
+    if not is_folder(suite):
+        print(f"{source}: images of {suite}; no judge here knows their classes, GenEval's detector does")
+        return
+    images, folder = open_images(source), source.with_name(f"{source.name}-grids")
+    side = dpg.write_grids(images, tree_prompts(images), suite, folder)
+    print(f"{folder}: a grid of {dpg.PICTURES} a prompt, for DPG-Bench's scorer with --resolution {side}")
 
 
 def read_images(
@@ -114,7 +136,7 @@ def read_images(
 
     Raises ValueError if a tree that is to be of unseen pairs holds others.
     """
-    if args.suite is None:
+    if args.suite is None or is_folder(args.suite):
         return open_images(source), None, None
     images, metadatas = geneval_tree(source)
     others = sum(not metadata.get("unseen") for metadata in metadatas)
@@ -160,16 +182,38 @@ def report_geneval(args: argparse.Namespace) -> None:
         print(f"written: {args.out}")
 
 
+def report_dpg(args: argparse.Namespace) -> None:
+    """Print, and with `--out` write, what DPG-Bench's scorer found."""
+    found = dpg.read_results(args.dpg_results)
+    row = {"results": portable(args.dpg_results), **found}
+    print(table([row], [name for name in row if not name.endswith("_ci95")]))
+    cautions = []
+    if found["n"] != dpg.PROMPTS:
+        cautions = [f"{found['n']} prompts are scored, and DPG-Bench has {dpg.PROMPTS}"]
+        print(f"caution: {cautions[0]}", file=sys.stderr)
+    if args.out is not None:
+        command, settings = command_line("nextscale evaluate", vars(args), defaults()), {"cautions": cautions}
+        write_result(args.out, result([row], command=command, n=found["n"], seeds=args.seed, settings=settings))
+        print(f"written: {args.out}")
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def suite_prompts(args: argparse.Namespace) -> list[dict]:
-    """The prompts of `--suite` as GenEval metadata. Raises as `read_suite` does."""
+    """The prompts of `--suite` as metadata: GenEval's, or of a folder the prompt alone. Raises as reading them does."""
     if args.suite == "geneval":
         return suite()
+    if is_folder(args.suite):
+        return [{"prompt": prompt} for prompt in dpg.read_prompts(args.suite).values()]
     if args.suite not in SCENES:
         return read_suite(args.suite)
     return prompt_suite(args.per_tag, args.seed, unseen=True if args.suite == "scenes-unseen" else None)
+
+
+def is_folder(suite: str | None) -> bool:
+    """Whether a suite is a folder of prompts, DPG-Bench's."""
+    return suite is not None and suite not in SUITES and Path(suite).is_dir()
 
 
 def judgeable(metadatas: list[dict]) -> bool:
@@ -178,8 +222,8 @@ def judgeable(metadatas: list[dict]) -> bool:
 
 
 def suite_name(text: str) -> str:
-    """A suite's name, or its file's without folder and ending."""
-    return Path(text).stem if Path(text).is_file() else text
+    """A suite's name, or its file's or folder's without the way there and ending."""
+    return Path(text).stem if text not in SUITES and Path(text).exists() else text
 
 
 # --- making images ---------------------------------------------------------------------------------------------------
@@ -199,8 +243,8 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
         raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
     call = call_settings(args)
     settings = made_by(pipeline, model, refiner, **call) | ({"fast": args.fast} if args.fast == "off" else {})
-    per_prompt = args.n or (4 if args.suite == "geneval" else 1)
     metadatas = suite_prompts(args)
+    per_prompt = args.n or (4 if args.suite == "geneval" or is_folder(args.suite) else 1)
     prompts = [metadata["prompt"] for metadata in metadatas]
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadatas)
     asked = {"suite": suite_name(args.suite), "images_per_prompt": per_prompt, "seed": args.seed}

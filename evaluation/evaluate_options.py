@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   nextscale evaluate --suite scenes --images geneval/            judge a GenEval tree somebody else made
   nextscale evaluate --model FOLDER --suite geneval --work geneval/      images for GenEval's detector (553 prompts x 4)
   nextscale evaluate --geneval-results results.jsonl --out results/geneval.json      what that detector found
+  nextscale evaluate --model FOLDER --suite dpg_bench/prompts --work dpg/      grids for DPG-Bench's scorer (dpg-grids/)
   nextscale evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,is
   nextscale evaluate --images pictures/ --metrics fd-scenes,is-scenes
   nextscale evaluate --images drawn/ --rewards pickscore,imagereward      of a tree that sample --prompts FILE drew
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, metavar="PATH", help="a folder, a GenEval tree (with --suite), an npz or parquet"
     )
     what.add_argument("--geneval-results", type=Path, metavar="FILE", help="the JSON lines GenEval's detector writes")
+    what.add_argument("--dpg-results", type=Path, metavar="FILE", help="the results file DPG-Bench's scorer writes")
     what.add_argument(
         "--tokenizer",
         type=Path,
@@ -49,11 +51,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--suite",
-        metavar="NAME|FILE",
-        help="prompts: scenes, scenes-unseen (held-out pairs only), geneval, or a file of GenEval's JSON or grammar",
+        metavar="NAME|PATH",
+        help="prompts: scenes, scenes-unseen (held-out pairs only), geneval, a file of GenEval's JSON or grammar, or "
+        "DPG-Bench's folder of prompts",
     )
     how.add_argument("--per-tag", type=int, default=100, help="prompts of each tag (100)")
-    how.add_argument("--n", type=int, help="images of each prompt (1; geneval 4); with --tokenizer, scenes (1200)")
+    how.add_argument(
+        "--n", type=int, help="images of each prompt (1; geneval, DPG-Bench 4); with --tokenizer, scenes (1200)"
+    )
     how.add_argument("--usage-n", type=int, default=2000, help="with --tokenizer, scenes to count codes on (2000)")
     how.add_argument("--seed", type=int, default=0, help="of prompts, images and resampling (0)")
     how.add_argument(
@@ -105,13 +110,15 @@ def defaults() -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError on options that make no sense together, naming them."""
-    sources = ("model", "images", "geneval_results", "tokenizer")
+    sources = ("model", "images", "geneval_results", "dpg_results", "tokenizer")
     given = [name for name in sources if getattr(args, name) is not None]
     if len(given) != 1:
         got = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
-        raise ValueError(f"give one of --model, --images, --geneval-results and --tokenizer, got {got}")
-    if args.suite is not None and args.suite not in SUITES and not Path(args.suite).is_file():
-        raise ValueError(f"--suite: invalid choice {args.suite!r}, give {', '.join(SUITES)} or a file of prompts")
+        raise ValueError(f"give one of --model, --images, --geneval-results, --dpg-results and --tokenizer, got {got}")
+    if args.suite is not None and args.suite not in SUITES and not Path(args.suite).exists():
+        raise ValueError(
+            f"--suite: invalid choice {args.suite!r}, give {', '.join(SUITES)}, a file of prompts or a folder of them"
+        )
     if args.images is not None and args.suite == "geneval":
         raise ValueError("--suite geneval is judged by GenEval's detector: run it on --images, then --geneval-results")
     check_least(args, per_tag=1, n=1, usage_n=1, seed=0, batch_size=1, bootstrap=0)

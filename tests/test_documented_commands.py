@@ -73,7 +73,9 @@ def test_modules_take_their_options(words, stops_when_parsed, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] == "nextscale"], ids=" ".join)
-def test_commands_take_their_options(words):
+def test_commands_take_their_options(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpg_bench" / "prompts").mkdir(parents=True)  # of others
     check(words[1:])
 
 

@@ -442,7 +442,7 @@ def test_results_say_how_they_were_made_and_not_where(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", "give one of --model, --images, --geneval-results and --tokenizer, got none"),
+        ("", "give one of --model, --images, --geneval-results, --dpg-results and --tokenizer, got none"),
         ("--model scenes --images x", "got --model and --images"),
         ("--model scenes", "--model needs --suite"),
         ("--images x", "--images needs --suite scenes"),
