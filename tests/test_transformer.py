@@ -382,3 +382,30 @@ def test_a_half_stream_is_half_under_autocast_only():
             with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
                 model(x, cond)
     assert seen == [torch.float32] * 3 + [torch.bfloat16]
+
+
+@pytest.mark.parametrize("shared_ada", [False, True])
+def test_a_fresh_model_begins_as_the_official_one(shared_ada):
+    """Spreads of VAR's `init_weights`: init_std=-1, init_adaln=0.5, init_adaln_gamma=1e-3, init_head=0.02."""
+    torch.manual_seed(0)
+    sizes = {"depth": 6, "width": 256, "heads": 4, "vocab_size": 512, "latent_channels": 8, "schedule": "1,2,3,4"}
+    model = NextScaleTransformer(**sizes, num_classes=64, shared_ada=shared_ada)
+    base, block = (1 / 256 / 3) ** 0.5, model.blocks[3]
+    expected = {
+        base: [block.attn.to_q.weight, block.attn.to_k.weight, block.ffn.fc1.weight, model.level_embedding.weight],
+        base / 12**0.5: [block.attn.to_out.weight, block.ffn.fc2.weight],
+        base * 0.5: [model.head.ada[1].weight],
+        base * 0.02: [model.head.proj.weight],
+    }
+    if shared_ada:
+        expected[base].append(model.ada_shared[1].weight)
+        expected[256**-0.5 * 0.5] = [block.ada_offset_6D[2:]]
+        expected[256**-0.5 * 1e-3] = [block.ada_offset_6D[:2]]
+    else:
+        expected[base * 0.5].append(block.ada[1].weight[512:])
+        expected[base * 1e-3] = [block.ada[1].weight[:512]]
+    for spread, weights in expected.items():
+        for weight in weights:
+            assert weight.std().item() == pytest.approx(spread, rel=0.1)
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert biases and not any(bias.any() for bias in biases)
