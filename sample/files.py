@@ -73,12 +73,10 @@ def claim(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Have a file or folder on the disk. Windows does that to files opened for writing, and to no folder."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

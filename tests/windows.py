@@ -55,7 +55,7 @@ def _as_on_windows(*commands: tuple[str, Sequence[str]]) -> None:
 def _hide_from_us() -> None:
     """Imports by our own files find what there is on Windows."""
     found = {name: _without(sys.modules[name], hidden.split()) for name, hidden in FUNCTIONS.items()}
-    found["os"].open, found["os"].kill = _open_file, _ask_to_end
+    found["os"].name, found["os"].open, found["os"].kill = "nt", _open_file, _ask_to_end
     import_it = builtins.__import__
 
     def imported(name: str, globals: dict | None = None, *more: Any, **options: Any) -> Any:
