@@ -32,7 +32,7 @@ def read_prompts(folder: str | Path) -> dict[str, str]:
         ValueError: if it holds none, one is empty or not UTF-8, or two are the same.
     """
     files = sorted(Path(folder).glob("*.txt"), key=lambda file: [(len(n), n) for n in re.split(r"(\d+)", file.stem)])
-    prompts = {file.stem: " ".join(read_text("suite", file).split()) for file in files}
+    prompts = {file.stem: one_line(read_text("suite", file)) for file in files}
     if not prompts:
         raise ValueError(f"suite {folder} holds no KEY.txt, a prompt each, as DPG-Bench's folder of prompts does")
     keys: dict[str, str] = {}
@@ -43,6 +43,11 @@ def read_prompts(folder: str | Path) -> dict[str, str]:
             raise ValueError(f"suite {folder}: {key}.txt and {keys[prompt]}.txt hold the same prompt")
         keys[prompt] = key
     return prompts
+
+
+def one_line(text: str) -> str:
+    """A prompt with single spaces between its words."""
+    return " ".join(text.split())
 
 
 def write_grids(images: FileImages, prompts: Sequence[str], suite: str | Path, folder: Path) -> int:
@@ -61,7 +66,7 @@ def write_grids(images: FileImages, prompts: Sequence[str], suite: str | Path, f
     """
     keys = {prompt: key for key, prompt in read_prompts(suite).items()}
     paths: dict[str, list[Path]] = {}
-    for path, prompt in zip(images.paths, prompts, strict=True):
+    for path, prompt in zip(images.paths, map(one_line, prompts), strict=True):
         if prompt not in keys:
             raise ValueError(f"{path}: its prompt is none of {suite}: {prompt:.60}")
         paths.setdefault(prompt, []).append(path)

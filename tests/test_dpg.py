@@ -26,7 +26,7 @@ def bench(tmp_path, monkeypatch):
     for place, prompt in enumerate(sorted(PROMPTS.values())):
         folder = tmp_path / "tree" / f"{place:05d}"
         (folder / "samples").mkdir(parents=True)
-        (folder / "metadata.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        (folder / "metadata.jsonl").write_text(json.dumps({"prompt": f"{prompt} "}) + "\n")  # as some write it
         for copy in range(5):
             Image.new("RGB", (8, 8), (50 * place, 10 * copy, 0)).save(folder / "samples" / f"{copy:04d}.png")
     return tmp_path

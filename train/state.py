@@ -229,7 +229,8 @@ def restore_optimizer(session: Session, optimizer: torch.optim.Optimizer, saved:
     for parameter in [p for p in optimizer.state if p not in begun]:
         del optimizer.state[parameter]
     for own in optimizer.state.values():  # copies: what lies in the mapped file holds all of it, deleted or not
-        own.update({name: value.clone() for name, value in own.items() if isinstance(value, torch.Tensor)})
+        on_cpu = {n: v for n, v in own.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        own.update({name: value.clone() for name, value in on_cpu.items()})
 
 
 def cut_metrics(path: Path, step: int) -> None:
