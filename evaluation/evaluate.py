@@ -36,6 +36,7 @@ from sample.images import (
     requests_digest,
 )
 from sample.load import load_pipeline, made_by, model_folder, resolve_device
+from sample.plan import untrained
 from sample.plan_options import call_settings, how_options
 from sample.processes import process_group
 
@@ -67,13 +68,13 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def measure_images(args: argparse.Namespace) -> None:
     """Make or read images, judge them if the judge here can, take the metrics and rewards asked for, report."""
-    measure, settings, source = Measure.of(args), {}, args.images
+    measure, settings, source, noted = Measure.of(args), {}, args.images, []
     rewards = load_rewards(args.rewards, device=resolve_device(args.device)) if args.rewards is not None else {}
     judge = not is_folder(args.suite) and (args.model is None or judgeable(suite_prompts(args)))
     if not judge:
         check_unjudged(args, measure)
     if args.model is not None:
-        source, settings = make_images(args)
+        source, settings, noted = make_images(args)
         if source is None:
             return
     if not judge:
@@ -97,7 +98,7 @@ def measure_images(args: argparse.Namespace) -> None:
         row |= reward_figures(seen, prompts, rewards, batch_size=args.batch_size)
         settings["rewards"] = published(args.rewards)
     settings |= measure.settings()
-    cautions = [*noticed, *measure.cautions(len(images), tags)]
+    cautions = [*noted, *noticed, *measure.cautions(len(images), tags)]
     print(table([row], [name for name in row if not name.endswith("_ci95")]))
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr)
@@ -229,8 +230,8 @@ def suite_name(text: str) -> str:
 # --- making images ---------------------------------------------------------------------------------------------------
 
 
-def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """Make what is missing of a suite's images as a GenEval tree; its folder, and the settings that made it.
+def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]:
+    """Make what is missing of a suite's images as a GenEval tree; its folder, the settings that made it, cautions.
 
     The folder is None in all but the main process. Interrupted, it says how much is done and raises KeyboardInterrupt.
     """
@@ -240,7 +241,10 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     pipeline = load_pipeline(model, dtype=args.dtype, device=args.device, refiner=refiner, fast=args.fast)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.by_class:
-        raise ValueError(f"--suite {args.suite} needs a text model, and {args.model} knows classes")
+        raise ValueError(
+            f"--suite {args.suite} needs a text model, and {args.model} knows classes: those are measured by "
+            "python -m evaluation.run --suite classes"
+        )
     call = call_settings(args)
     settings = made_by(pipeline, model, refiner, **call) | ({"fast": args.fast} if args.fast == "off" else {})
     metadatas = suite_prompts(args)
@@ -254,7 +258,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
     if args.suite not in SCENES:
         of_job["metadata"] = metadata_digest(requests)  # not in the folder's name: those of before have none
     job = Job(folder / "settings.json", of_job, later=("metadata",), option="--work")
-    pipeline.make_plan(**call)  # what cannot be is said before anything is written
+    said = untrained(pipeline.make_plan(**call))  # what cannot be is raised before anything is written
     job.check()
     tree = GenEvalTree(folder, settings)
     todo = tree.missing(process_share(requests))
@@ -268,7 +272,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict]:
         print(f"\n{done} of {len(requests)} images are made; the same command continues", file=sys.stderr)
         raise
     state.wait_for_everyone()
-    return folder if state.is_main_process else None, of_job
+    return folder if state.is_main_process else None, of_job, [said] if said is not None else []
 
 
 def default_folder(settings: dict) -> Path:

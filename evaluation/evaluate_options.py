@@ -132,7 +132,9 @@ def check(args: argparse.Namespace) -> None:
     if args.tokenizer is not None and (args.suite or (args.metrics and args.reference is None)):
         raise ValueError("--tokenizer takes no --suite, and --metrics only with the images to reconstruct: --reference")
     if args.model is not None and args.suite is None:
-        raise ValueError("--model needs --suite scenes: the prompts to make images of")
+        raise ValueError(
+            "--model needs --suite: the prompts to make images of (class models: python -m evaluation.run)"
+        )
     if args.verdicts is not None and args.suite is None:
         raise ValueError(f"--verdicts {args.verdicts} needs --suite: the prompts that images are judged by")
     if args.rewards is not None and args.model is None and args.images is None:

@@ -153,7 +153,7 @@ class Generation:
         from evaluation.adm import shuffled_order
         from evaluation.distributions import Measure, chosen_metrics
         from evaluation.scenes import prompt_suite
-        from sample.images import Job, NpzFile, make_requests, requests_digest
+        from sample.images import Job, NpzFile, make_requests, npz_job, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
 
         suite = SUITES[args.suite]
@@ -276,9 +276,11 @@ class Generation:
     def cautions(self, labels: Sequence[int], seeds: Sequence[int], digests: Sequence[str]) -> list[str]:
         """Where this differs from the suite, and what may be wrong with the images."""
         from evaluation import guards
+        from sample.plan import untrained
 
         suite = SUITES[self.args.suite]
-        lines = departures(suite.sampling, self.settings["sampling"])
+        said = untrained(self.pipeline.make_plan(**self.call))
+        lines = ([said] if said is not None else []) + departures(suite.sampling, self.settings["sampling"])
         own = {name: value for name, value in (self.pipeline.config.sampling or {}).items() if value is not None}
         for name in suite.sampling.keys() & own.keys() - call_settings(self.args).keys():
             if own[name] != suite.sampling[name]:
@@ -347,11 +349,6 @@ def check_model(args: argparse.Namespace, suite: Suite, pipeline: "NextScalePipe
         size = "x".join(map(str, pipeline.vqvae.image_hw))
         raise ValueError(f"--suite {args.suite} is of {suite.side}x{suite.side} images, and {args.model} makes {size}")
     return classes
-
-
-def npz_job(path: Path) -> Path:
-    """The file that says what made the images kept at a path; FILE.json may be the result's."""
-    return path.with_name(f"{path.name}.json")
 
 
 def default_work(settings: dict) -> Path:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from evaluation.frechet import Moments
 from evaluation.guards import check_finite
 from evaluation.scenes import check_metadata
+from sample.files import read_png_text
 from sample.pixels import IMAGE_SUFFIXES, CorruptImage, to_rgb
 
 NOT_SAMPLES = ("_grid.png", "_scales.png")  # ends of the overviews `nextscale sample` puts beside its images
@@ -281,22 +282,30 @@ def geneval_tree(folder: str | Path) -> tuple[FileImages, list[dict]]:
 
 
 def tree_prompts(images: Images) -> list[str]:
-    """The prompt of every image of a tree DIR/00000/metadata.jsonl, DIR/00000/samples/0000.png, judged or not.
+    """The prompt of every image: of a tree DIR/00000/metadata.jsonl, DIR/00000/samples/0000.png, judged or not, or the
+    one that a PNG of ours says itself.
 
-    Raises ValueError, naming the first, if an image lies in no such tree.
+    Raises ValueError, naming the first, if nothing says an image's.
     """
     prompts: dict[Path, str] = {}
     paths = images.paths if isinstance(images, FileImages) else ()
-    for file in dict.fromkeys(path.parent.parent / "metadata.jsonl" for path in paths):
-        try:
-            prompts[file] = json.loads(file.read_text("utf-8"))["prompt"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} must hold the prompt of the images beside it: a tree of --prompts") from None
+    for path in paths:
+        file = path.parent.parent / "metadata.jsonl"
+        if file not in prompts and file.is_file():
+            try:
+                prompts[file] = json.loads(file.read_text("utf-8"))["prompt"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ValueError(f"{file} must hold the prompt of the images beside it: a tree of --prompts") from None
+        if file not in prompts:
+            own = (read_png_text(path) or {}).get("prompt")
+            if own is None:
+                raise ValueError(f"{path} lies in no tree of sample --prompts, and does not say its prompt itself")
+            prompts[path] = own
     if not prompts:
         raise ValueError(
-            "clip-score and rewards need the prompts of the images: a tree of NNNNN/metadata.jsonl and samples/"
+            "prompts of the images are needed for that: a tree of NNNNN/metadata.jsonl and samples/, or PNGs of ours"
         )
-    return [prompts[path.parent.parent / "metadata.jsonl"] for path in paths]
+    return [prompts.get(path.parent.parent / "metadata.jsonl") or prompts[path] for path in paths]
 
 
 def progress(images: Iterable[np.ndarray], what: str, total: int) -> Iterable[np.ndarray]:

@@ -372,25 +372,14 @@ def tell_unread(prompts: Sequence[str]) -> None:
 
 
 def tell_untrained(plan: Plan) -> None:
-    """A line on stderr if a model is to run fewer layers than it says it was trained for.
-
-    Which scales a hand-over's own layers read again is not asked: of a supernet that was measured to do little harm.
-    """
+    """`untrained` on stderr, if there is something to say."""
     from accelerate import PartialState
 
-    from var.supernet import is_trained
+    from sample.plan import untrained
 
-    for stage in plan.stages:
-        config, active, begin = stage.model.config, len(stage.active), stage.scales.start
-        if active == config.depth or is_trained(config.subnets, active, begin):
-            continue
-        if PartialState().is_main_process:
-            print(
-                f"nextscale: caution: nothing says that a model of this plan was trained to run {active} of its "
-                f"{config.depth} layers from scale {begin} on; one that was not draws noise then (docs/elastic.md)",
-                file=sys.stderr,
-            )
-        return
+    said = untrained(plan)
+    if said is not None and PartialState().is_main_process:
+        print(f"nextscale: caution: {said}", file=sys.stderr)
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -414,13 +403,13 @@ def plan_of_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: di
 
 def make_sink(args: argparse.Namespace, settings: dict[str, Any], requests: list[Request]) -> tuple[Sink, Job]:
     """Where the images go, and what must not change between the runs of one job: `settings`, and what is asked for."""
-    from sample.images import GenEvalTree, Job, NpzFile, PngFolder, metadata_digest, requests_digest
+    from sample.images import GenEvalTree, Job, NpzFile, PngFolder, metadata_digest, npz_job, requests_digest
 
     informal = ("model",)  # a folder may have moved
     if args.out.suffix == ".npz":
         of_job = {**settings, "images": len(requests), "requests": requests_digest(requests)}
         sink = NpzFile(args.out, requests)
-        return sink, Job(args.out.with_suffix(".json"), of_job, informal, outputs=(sink.path, sink.parts))
+        return sink, Job(npz_job(args.out), of_job, informal, outputs=(sink.path, sink.parts))
     if args.prompts is not None:
         of_job = {**settings, "n": images_of_each(args), "requests": requests_digest(requests)}
         of_job["metadata"] = metadata_digest(requests)

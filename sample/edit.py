@@ -235,8 +235,10 @@ def grey(mask: Image.Image) -> Image.Image:
     """A mask in 8 bits; one of 16 is scaled, unless its levels are those of 8.
 
     Raises:
-        ValueError: for float levels, whose range no file states.
+        ValueError: for float levels, whose range no file states; for transparent places, which programs use both ways.
     """
+    if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+        raise CorruptImage("transparency may mean repaint or keep; save the mask without, on black or on white")
     if mask.mode == "F":
         raise CorruptImage("float levels have no stated range; save the mask as 8 or 16 bits")
     if mask.mode.startswith("I") and np.asarray(mask).max() > 255:

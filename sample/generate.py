@@ -109,8 +109,19 @@ def make_scale(state: GenerationState, k: int, hooks: Sequence[Hook], *, smooth:
         logits, drawn = redraw(state, k, logits, drawn)
     tokens = drawn
     for hook in hooks:
-        tokens = hook.on_tokens(state, k, logits, tokens)
+        tokens = check_tokens(hook, hook.on_tokens(state, k, logits, tokens), drawn)
     state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
+
+
+def check_tokens(hook: Hook, tokens: object, drawn: torch.Tensor) -> torch.Tensor:
+    """What a hook's `on_tokens` gave. Raises TypeError or ValueError, naming the hook, unless it is like the draw."""
+    where = f"{type(hook).__name__}.on_tokens"
+    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise TypeError(f"{where} must return the tokens to go on with, integers, got {kind}")
+    if tokens.shape != drawn.shape:
+        raise ValueError(f"{where} must return tokens {tuple(drawn.shape)}, got {tuple(tokens.shape)}")
+    return tokens
 
 
 def draw_at_once(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,7 +53,7 @@ class Request:
 
 
 def make_requests(
-    prompts: Sequence[str | int],
+    prompts: Sequence[str | int] | str | int,
     *,
     per_prompt: int = 1,
     seed: int = 0,
@@ -61,9 +61,13 @@ def make_requests(
 ) -> list[Request]:
     """`per_prompt` images of each prompt; image i of them all gets seed + i, as in one call of the pipeline.
 
+    Args:
+        prompts: texts or classes; one of them alone will do, too.
+
     Raises:
         ValueError: if a seed is not in [0, 2**63).
     """
+    prompts = [prompts] if isinstance(prompts, str | int) else prompts
     seeds_from(seed, len(prompts) * per_prompt)
     return [
         Request(prompt, seed + group * per_prompt + place, group, place, metadata[group] if metadata else None)
@@ -327,6 +331,11 @@ class NpzFile:
             if len(labels) == len(self.requests):
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.array(labels, np.int64))
+
+
+def npz_job(path: Path) -> Path:
+    """The file that says what made the images kept at a path; FILE.json may be the result's."""
+    return path.with_name(f"{path.name}.json")
 
 
 @dataclass(frozen=True)

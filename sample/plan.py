@@ -12,6 +12,7 @@ from sample.masked import MaskSchedule, check_mask_schedule
 from tokenizer.schedule import ScaleSchedule
 from var.cache import KVCache
 from var.pruning import PrunedCache, Pruning
+from var.supernet import is_trained
 from var.transformer import NextScaleTransformer
 
 
@@ -313,3 +314,18 @@ def _check_pruning(stage: Stage) -> None:
         )
     if not stage.draws(stage.scales.start):
         raise ValueError(f"prune leaves scale {stage.scales.start} out, where a stage of the plan begins")
+
+
+def untrained(plan: Plan) -> str | None:
+    """A line about a model that is to run fewer layers than it says it was trained for; None if none is.
+
+    Which scales a hand-over's own layers read again is not asked: of a supernet that was measured to do little harm.
+    """
+    for stage in plan.stages:
+        config, active, begin = stage.model.config, len(stage.active), stage.scales.start
+        if active != config.depth and not is_trained(config.subnets, active, begin):
+            return (
+                f"nothing says that a model of this plan was trained to run {active} of its {config.depth} layers from "
+                f"scale {begin} on; one that was not draws noise then (docs/elastic.md)"
+            )
+    return None

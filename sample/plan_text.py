@@ -34,7 +34,6 @@ BASELINES = {
     "snapkv": (SnapKVCache, uniform_budgets),
     "pyramidkv": (SnapKVCache, pyramid_budgets),
 }
-CACHES = ("scalekv", *BASELINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +168,12 @@ def read_cache(cache: str | float) -> tuple[str, float, int | None]:
     text = f"{100 * cache:.6g}%" if isinstance(cache, float | int) else str(cache).replace(" ", "")
     if text in ("full", "100%"):
         return "full", 1.0, None
-    found = re.fullmatch(rf"(?:({'|'.join(CACHES)}):)?(\d+(?:\.\d+)?)%(?:,window=(\d+))?", text)
+    known = ("scalekv", *BASELINES)
+    found = re.fullmatch(rf"(?:({'|'.join(known)}):)?(\d+(?:\.\d+)?)%(?:,window=(\d+))?", text)
     share = float(found[2]) / 100 if found else 0.0
-    if not found or not 0 < share <= 1 or (found[3] and (found[1] or CACHES[0]) != "scalekv"):
-        raise ValueError(f"cache must be like 10% or {':10%, '.join(CACHES)}:10% up to 100%, got {cache!r}")
-    return found[1] or CACHES[0], share, int(found[3]) if found[3] else None
+    if not found or not 0 < share <= 1 or (found[3] and (found[1] or known[0]) != "scalekv"):
+        raise ValueError(f"cache must be like 10% or {':10%, '.join(known)}:10% up to 100%, got {cache!r}")
+    return found[1] or known[0], share, int(found[3]) if found[3] else None
 
 
 def read_prune(prune: str | float | Sequence[float] | None) -> tuple[float, ...]:

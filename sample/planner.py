@@ -23,7 +23,7 @@ SHARES = ("100%", "50%", "20%", "10%")
 PRUNES = ("50%,75%", "40%,50%,100%,100%")  # FastVAR's of HART and of Infinity
 LONG = 13  # scales, as these have: shorter pyramids have fewer tokens to spare
 BATCHES = (1, 2, 4, 8, 16, 32)
-UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
@@ -228,7 +228,7 @@ def _share(choice: Choice) -> float:
 
 
 def read_size(text: str) -> float:
-    """Bytes of "6GiB", "500MB" or a bare number.
+    """Bytes of "6GiB" or "500MB".
 
     Raises:
         ValueError: if it is none of these.

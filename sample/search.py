@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
+from types import FunctionType
 
 import torch
 from einops import rearrange
@@ -22,7 +23,7 @@ from sample.draw import derive_seed
 from sample.generate import generate
 from sample.ledger import Ledger
 from sample.plan import Plan
-from sample.rewards import Features, Prompts, Reward, check_scores, to_images
+from sample.rewards import Callback, Features, Prompts, Reward, check_scores, to_images
 from sample.search_steps import Step, check_steps
 from sample.state import GenerationState, Hook
 from tokenizer.quantizer import PyramidQuantizer
@@ -124,6 +125,8 @@ class Search:
     decode_batch: int = 64
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, FunctionType):  # of arrays, as a command's MODULE:FUNCTION
+            object.__setattr__(self, "reward", Callback(self.reward))
         check_steps(self.candidates, self.steps)
         for name, known in (("pooling", POOLINGS), ("potential", POTENTIALS), ("draw", DRAWS)):
             if getattr(self, name) not in known:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sample.processes import speaks
@@ -84,7 +86,29 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--n {args.n} goes with a method's name, and --search {args.search!r} says how many: leave it out"
         )
+    if args.reward is not None and (digest := reward_digest(args.reward)) is not None:
+        given["reward_digest"] = digest
     return given | ({} if args.budget is not None else {"search_n": args.n or DEFAULT_N})
+
+
+def reward_digest(text: str) -> str | None:
+    """Twelve hexadecimal digits of what a reward's name leads to: a file, a folder's files, a Python module in the
+    current folder. None if that is elsewhere: in a package, on the Hub.
+    """
+    kind, _, place = text.partition(":")
+    if not place:
+        return None
+    if kind not in ("scenes", "clip", "aesthetic"):  # MODULE:FUNCTION
+        place = Path.cwd().joinpath(*kind.split(".")).with_suffix(".py")
+    files = sorted(Path(place).glob("*")) if Path(place).is_dir() else [Path(place)]
+    files = [path for path in files if path.is_file()]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def images_of_each(args: argparse.Namespace) -> int:

@@ -187,7 +187,7 @@ def test_without_out_other_settings_have_folders_of_their_own(sample, tmp_path, 
 def test_classes_to_npz(sample, class_pipeline, tmp_path):
     file = tmp_path / "samples.npz"
     assert sample("--class", "0-1,4", "--n", 2, "--seed", 5, "--out", file, model="class")[0] == 0
-    assert names(tmp_path) == ["samples.json", "samples.npz"]
+    assert names(tmp_path) == ["samples.npz", "samples.npz.json"]
     with np.load(file) as made:
         assert made.files == ["arr_0", "arr_1"]
         images, labels = made["arr_0"], made["arr_1"]
@@ -202,6 +202,8 @@ def test_classes_to_npz(sample, class_pipeline, tmp_path):
 
 
 def test_npz_shards_survive(tmp_path):
+    assert make_requests("a red star", per_prompt=2) == make_requests(["a red star"], per_prompt=2)
+    assert make_requests(3) == make_requests([3])
     requests = make_requests([0, 1, 2], per_prompt=3)
     picture = {(r.group, r.place): np.full((4, 5, 3), r.seed, np.uint8) for r in requests}
     first = NpzFile(tmp_path / "x.npz", requests, block=4)
@@ -440,7 +442,7 @@ def test_an_npz_of_another_job_is_not_taken_for_this_one(sample, tmp_path):
     np.savez(file, np.zeros((2, 8, 8, 3), np.uint8))
     code, out, err = sample(*words, model="class")
     assert (code, out) == (2, "")
-    assert err.endswith(f"{file} is there, and no {tmp_path / 'x.json'} says what made it: choose another --out\n")
+    assert err.endswith(f"{file} is there, and no {file}.json says what made it: choose another --out\n")
     file.rename(tmp_path / "x.npz.parts")
     assert sample(*words, model="class")[0] == 2
     (tmp_path / "x.npz.parts").unlink()

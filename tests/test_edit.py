@@ -417,6 +417,11 @@ def test_masks_of_every_kind(edit, tmp_path):
     assert edit("--mask", tmp_path / "mask.png", "--class", 3, model="class")[0] == 0
     made, before = levels_of(out / "class-3_seed0.png"), levels_of(tmp_path / "in.png")
     assert np.array_equal(made[5:], before[5:]) and not np.array_equal(made[:4], before[:4])
+    clear = box_mask(0, 0, 16, 8, 16, 16).convert("RGBA")
+    clear.putalpha(box_mask(0, 0, 8, 8, 16, 16))
+    clear.save(tmp_path / "clear.png")
+    code, _, err = edit("--mask", tmp_path / "clear.png", "--class", 3, "--out", tmp_path / "x", model="class")
+    assert code == 2 and "transparency may mean repaint or keep" in err
     assert edit("--box", "0,0,8,4", "--box", "0,4,4,8", "--invert", "--out", tmp_path / "b", model="class")[0] == 0
     made = levels_of(tmp_path / "b" / "class-5_seed0.png")  # the null class
     assert np.array_equal(made[:4], before[:4]) and np.array_equal(made[4:, :4], before[4:, :4])

@@ -549,8 +549,8 @@ def test_a_suite_says_how_many_images_of_a_prompt_are_made(text_folder, tmp_path
     options.configure(parser)
     work = tmp_path / "work"
     args = parser.parse_args(["--model", str(text_folder), "--suite", suite, "--work", str(work), "--device", "cpu"])
-    made, of_job = make_images(args)
-    assert of_job["images_per_prompt"] == len(list(made.rglob("samples/*.png"))) == per_prompt
+    made, of_job, cautions = make_images(args)
+    assert of_job["images_per_prompt"] == len(list(made.rglob("samples/*.png"))) == per_prompt and not cautions
 
 
 def test_a_model_is_evaluated_and_finished_images_are_kept(text_folder, tmp_path, capsys, monkeypatch):

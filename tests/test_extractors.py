@@ -108,4 +108,4 @@ def test_evaluate_takes_them_and_says_what_it_used(dino, clip, tmp_path, monkeyp
     for word in ("samples are 20x20 and the reference 30x30", "sorted by class", "biased upwards"):
         assert word in said
     assert nextscale.main([*words[:3], "--metrics", "clip-score", "--clip", str(clip)]) == 2
-    assert "needs the prompts" in capsys.readouterr().err
+    assert "prompts of the images are needed" in capsys.readouterr().err

@@ -187,6 +187,23 @@ def test_hooks_get_the_tokens_of_those_before_them(model, quantizer):
     assert torch.equal(run(plain(model), quantizer, hooks=[Next(), Next()]).tokens[0], (wanted + 2) % 20)
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda tokens: None, r"Wrong.on_tokens must return the tokens to go on with, integers, got NoneType"),
+        (lambda tokens: tokens.float(), r"integers, got torch.float32"),
+        (lambda tokens: tokens[:1], r"must return tokens \(4, 1\), got \(1, 1\)"),
+    ],
+)
+def test_hooks_that_give_no_tokens_are_named(model, quantizer, made, said):
+    class Wrong(Hook):
+        def on_tokens(self, state, k, logits, tokens):
+            return made(tokens)
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        run(plain(model), quantizer, hooks=[Wrong()])
+
+
 def test_no_guidance_runs_no_unconditional_half(model, quantizer):
     rows = []
 

@@ -262,9 +262,15 @@ def test_measured_rows_are_those_of_the_model(tmp_path):
 
 
 def test_sizes_and_times_are_read():
-    assert (read_size("6GiB"), read_size("500 MB"), read_size("1024")) == (6 * 2**30, 5e8, 1024)
+    assert (read_size("6GiB"), read_size("500 MB"), read_size("1024B")) == (6 * 2**30, 5e8, 1024)
     assert (read_time("80ms"), read_time("1.5s"), read_time("2s")) == (0.08, 1.5, 2)
-    for read, text in ((read_size, "6GiBs"), (read_size, "-1"), (read_time, "fast"), (read_time, "200")):
+    for read, text in (
+        (read_size, "6GiBs"),
+        (read_size, "-1"),
+        (read_size, "6"),
+        (read_time, "fast"),
+        (read_time, "200"),
+    ):
         with pytest.raises(ValueError, match="must be like"):
             read(text)
 

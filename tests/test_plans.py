@@ -12,11 +12,12 @@ from sample.generate import generate
 from sample.guidance import Guidance
 from sample.plan import Plan, Stage, plain, scale_filters
 from sample.plan_options import read_settings
-from sample.plan_text import PlanConfig, read_cache, read_depth, read_plan
+from sample.plan_text import BASELINES, PlanConfig, read_cache, read_depth, read_plan
 from sample.state import Hook
 from tokenizer.quantizer import MultiScaleQuantizer
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
+from var.eviction import EvictingCache, uniform_budgets
 from var.supernet import equidistant
 from var.transformer import NextScaleTransformer
 
@@ -301,6 +302,20 @@ def test_words_are_read():
     assert read_cache("snapkv:2.5 %") == ("snapkv", 0.025, None)
     assert read_cache("scalekv:10%,window=3") == ("scalekv", 0.1, 3)
     assert read_cache("100%") == read_cache("full") == read_cache(1.0) == ("full", 1.0, None)
+
+
+def test_a_policy_of_ones_own_has_a_name(class_pipeline, monkeypatch):
+    class First(EvictingCache):
+        wrong = 0
+
+        def keep(self, layer, k, q, keys, budget, scale):
+            return torch.arange(budget + self.wrong).expand(*keys.shape[:2], -1)
+
+    monkeypatch.setitem(BASELINES, "first", (First, uniform_budgets))
+    assert class_pipeline(class_labels=1, seed=1, cache="first:50%", output_type="latent").tokens
+    for First.wrong in (-1, 1):
+        with pytest.raises(ValueError, match=r"First.keep must choose 2 of 5 tokens, got [13]"):
+            class_pipeline(class_labels=1, seed=1, cache="first:50%", output_type="latent")
 
 
 @pytest.mark.parametrize(

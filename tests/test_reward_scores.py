@@ -11,6 +11,7 @@ from PIL import Image
 import nextscale
 from evaluation.intervals import mean_interval
 from evaluation.reward_scores import clustered_half, column_of, load_rewards, published, reward_figures
+from evaluation.sources import open_images, tree_prompts
 from sample.rewards import Callback
 
 
@@ -96,7 +97,7 @@ def test_the_command_scores_a_tree(tree, tmp_path, capfd):
         (["--images", "drawn", "--rewards", "nothing"], "reward must be scenes, clip"),
         (["--images", "drawn", "--rewards", ","], "--rewards must name rewards"),
         (["--images", "drawn", "--rewards", "scenes,scenes"], "two figures named reward_scenes"),
-        (["--images", "loose", "--rewards", "scenes"], "must hold the prompt of the images"),
+        (["--images", "loose", "--rewards", "scenes"], "loose/a.png lies in no tree of sample --prompts"),
         (["--images", "drawn", "--rewards", "scenes"], "cannot read 'a cat in space'"),
         (["--tokenizer", "scenes", "--rewards", "scenes"], "--rewards scenes is for images with prompts"),
     ],
@@ -108,3 +109,12 @@ def test_mistakes_are_one_line(tree, tmp_path, capfd, words, said):
     told = capfd.readouterr().err
     assert said in told and told.count("\n") == 1
     assert not (tmp_path / "r.json").exists()
+
+
+def test_pictures_of_ours_say_their_prompts_themselves(tmp_path, monkeypatch, text_folder):
+    monkeypatch.chdir(tmp_path)
+    draw = ["sample", "a red star", "two rings", "--n", "2", "--model", str(text_folder), "--device", "cpu"]
+    assert nextscale.main([*draw, "--out", "mixed"]) == 0
+    images = open_images("mixed")
+    assert sorted(tree_prompts(images)) == ["a red star"] * 2 + ["two rings"] * 2
+    assert nextscale.main(["evaluate", "--images", "mixed", "--rewards", "test_reward_scores:brightness"]) == 0

@@ -326,3 +326,17 @@ def test_figures_that_are_no_numbers_are_null(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["rows"] == [
         {"psnr_db": None, "psnr_db_ci95": [None, 3.0], "n": 1}
     ]
+
+
+def test_layers_that_were_not_trained_alone_are_a_caution(class_folder, text_folder, tmp_path, monkeypatch, capsys):
+    """Of both commands that make figures."""
+    monkeypatch.chdir(tmp_path)
+    plan = ["--plan", "supernet:1", "--depth", "1", "--device", "cpu", "--out", "r.json"]
+    measures = ["--model", str(class_folder), "--suite", "classes", "--per-class", "1", "--metrics", "is-scenes"]
+    assert run.main([*measures, *plan]) == 0
+    suite = ["evaluate", "--model", str(text_folder), "--suite", "scenes", "--per-tag", "1", "--bootstrap", "0"]
+    for command in (None, [*suite, *plan]):
+        assert command is None or nextscale.main(command) == 0
+        assert "trained to run 1 of its 2 layers" in capsys.readouterr().err
+        said = json.loads(Path("r.json").read_text())["settings"]["cautions"]
+        assert any("trained to run 1 of its 2 layers" in line for line in said)

@@ -650,6 +650,16 @@ def test_options_that_do_nothing_are_named(class_folder, tmp_path, monkeypatch, 
     assert said in capsys.readouterr().err
 
 
+def test_a_plain_function_is_a_reward(text_pipeline):
+    def bright(images, prompts):
+        assert images.dtype == np.uint8 and images.shape[-1] == 3 and set(prompts) == {"a red star"}
+        return images.mean(axis=(1, 2, 3))
+
+    candidates, steps = make_steps("best", 3, 3)
+    made = text_pipeline("a red star", seed=1, search=Search(candidates=candidates, steps=steps, reward=bright))
+    assert np.allclose(made.search.scores, np.asarray(made.images[0]).mean(), atol=1e-3)
+
+
 def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
     import nextscale
 
@@ -676,6 +686,9 @@ def test_the_command_searches(text_folder, tmp_path, monkeypatch, capsys):
     assert one == plain
     assert nextscale.main([*words, "--budget", "4", "--out", "cheap"]) == 0
     assert nextscale.main([*words, "--n", "4", "--out", "found"]) == 2  # other settings made what is there
+    (tmp_path / "rewards_here.py").write_text(code.replace("return", "return -"))
+    assert nextscale.main([*words, "--n", "2", "--images", "2", "--show-search", "--out", "found"]) == 2
+    assert "reward_digest" in capsys.readouterr().err  # a reward of the same name that is another
     capsys.readouterr()
     for more, named in (
         (["--search", "greedy"], "search must be"),

@@ -110,6 +110,10 @@ class EvictingCache(KVCache):
         kept = joined
         if budget < S:
             chosen = self.keep(layer, reader - 1, q_BHld, joined[0], budget, scale)
+            if chosen.shape[-1] != budget:
+                raise ValueError(
+                    f"{type(self).__name__}.keep must choose {budget} of {S} tokens, got {chosen.shape[-1]}"
+                )
             kept = take(joined[0], chosen), take(joined[1], chosen)
         self.keys[layer], self.values[layer] = kept
         self.lengths[layer] = min(S, budget)
