@@ -90,19 +90,24 @@ def find_class(name: str, names: Names | None = None) -> int:
 def parse_classes(text: str, num_classes: int, own: Sequence[str] | None = None) -> list[int]:
     """The classes of "3", "0,3,7", "0-9", "all", "null" or, of a model whose classes have names, "cat, dog".
 
-    Numbers are not checked against `num_classes`, the number of the null class. `own` are the model's own names; a
-    model of 1000 classes without such has ImageNet's.
+    Numbers are not checked against `num_classes`, the number of the null class. `own` are the model's own names, which
+    go before ranges and words when they are given as they are; a model of 1000 classes without such has ImageNet's.
 
     Raises:
         ValueError: if `text` is none of these.
     """
+    exact = {name: label for label, name in enumerate(own or ()) if not name.isdigit()}  # "all", "3-5" and "cat, dog"
+    if text in exact:
+        return [exact[text]]
     if text == "all":
         return list(range(num_classes))
     names = names_of(own, num_classes)
     classes: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if numbers:
+        if part in exact:
+            classes.append(exact[part])
+        elif numbers:
             first, last = int(numbers[1]), int(numbers[2] or numbers[1])
             if last < first:
                 raise ValueError(f"--class must have ranges as FIRST-LAST, got {part!r}")

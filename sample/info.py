@@ -72,6 +72,12 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     if pipeline.text_encoder is not None:
         yield "text encoder", f"{millions(pipeline.text_encoder)}; {type(pipeline.text_encoder).__name__}"
     yield "shapes", "others by --aspect and --size" if config.positions == "rope" else "this one only"
+    if config.trained_scales is not None:
+        first, end = config.trained_scales
+        yield (
+            "trained",
+            f"for the scales {first} to {end - 1} only: {'a refiner' if first else 'a drafter'}, for --plan code:N",
+        )
     if config.subnets is not None:
         depths, bridge = ", ".join(map(str, config.subnets["depths"])), config.subnets["bridge"]
         yield "--depth", f"trained with {depths} layers from scale {bridge} on, too"

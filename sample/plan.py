@@ -317,12 +317,18 @@ def _check_pruning(stage: Stage) -> None:
 
 
 def untrained(plan: Plan) -> str | None:
-    """A line about a model that is to run fewer layers than it says it was trained for; None if none is.
+    """A line about a model that is to run fewer layers than it says it was trained for, or other scales; or None.
 
     Which scales a hand-over's own layers read again is not asked: of a supernet that was measured to do little harm.
     """
     for stage in plan.stages:
         config, active, begin = stage.model.config, len(stage.active), stage.scales.start
+        first, end = config.trained_scales or (0, len(plan.schedule))
+        if begin < first or stage.scales.stop > end:
+            return (
+                f"a model of this plan was trained for the scales {first} to {end - 1} only, and is to draw {begin} to "
+                f"{stage.scales.stop - 1}: a drafter and a refiner belong together (--plan code:N, docs/elastic.md)"
+            )
         if active != config.depth and not is_trained(config.subnets, active, begin):
             return (
                 f"nothing says that a model of this plan was trained to run {active} of its {config.depth} layers from "

@@ -114,3 +114,11 @@ def test_sampling_by_name(tmp_path, capsys, tiny_vqvae):
     assert code == 2 and message.count("\n") == 1 and "134 crane (bird), 517 crane (machine)" in message
     code, message = sample("goldn retriever")
     assert code == 2 and "did you mean 207 golden retriever?" in message
+
+
+def test_names_that_look_like_ranges_or_words_are_names():
+    own = ["3-5", "all", "cat", "cat, dog", "null", "7"]
+    assert [parse_classes(name, 6, own) for name in own[:5]] == [[0], [1], [2], [3], [4]]
+    assert parse_classes("3-5, all,cat", 6, own) == [0, 1, 2]
+    assert parse_classes("0-2", 6, own) == [0, 1, 2] and parse_classes("5", 6, own) == [5]  # numbers are numbers
+    assert parse_classes("all", 3, ["a", "b", "c"]) == [0, 1, 2]

@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_toys import in_processes
 
+from sample.info import describe
+from sample.load import load_pipeline
+from sample.plan import untrained
 from tokenizer.schedule import ScaleSchedule
 from train.collaborate import CollaborationConfig, DrafterObjective, RefinerObjective
 from train.config import exit_code
@@ -317,6 +320,7 @@ def test_every_training_of_elastic_decoding_starts_from_a_checkpoint(vqvae_folde
     teacher = ["--code.role=refiner", "--code.handover=2", f"--code.teacher={base}/latest/transformer"]
     assert train(tmp_path / "refine", vqvae_folder, "--transformer.depth=1", *teacher) == 0
     assert {"kl_1x1", "kl_4x4"} <= set(last_validation(tmp_path / "refine"))
+    scales_are_told(tmp_path)
     teacher[-1] = f"--code.teacher={tmp_path}/net/latest/transformer"
     capfd.readouterr()
     assert train(tmp_path / "refine", vqvae_folder, "--transformer.depth=1", *teacher) == 2
@@ -325,6 +329,22 @@ def test_every_training_of_elastic_decoding_starts_from_a_checkpoint(vqvae_folde
     capfd.readouterr()
     assert train(tmp_path / "both", vqvae_folder, *teacher, "--supernet.depths=[1]") == 2
     assert "leave one out" in capfd.readouterr().err
+
+
+def scales_are_told(runs):
+    """Of a drafter and a refiner, each alone and in turn; a model that goes on from them is for all scales again."""
+    ranges = [NextScaleTransformer.load_config(runs / f"{run}/latest/transformer")["trained_scales"]
+              for run in ("base", "draft", "refine")]  # fmt: skip
+    assert ranges == [None, [0, 2], [2, 3]]
+    base, draft = load_pipeline(runs / "base", device="cpu"), load_pipeline(runs / "draft", device="cpu")
+    refine = load_pipeline(runs / "refine", device="cpu")
+    assert untrained(base.make_plan()) is None
+    assert "for the scales 0 to 1 only, and is to draw 0 to 2" in untrained(draft.make_plan())
+    assert "for the scales 2 to 2 only, and is to draw 0 to 2" in untrained(refine.make_plan())
+    both = load_pipeline(runs / "draft", device="cpu", refiner=runs / "refine")
+    assert untrained(both.make_plan("code:2")) is None
+    assert "for the scales 2 to 2 only, and is to draw 1 to 2" in untrained(both.make_plan("code:1"))
+    assert dict(describe(refine))["trained"].startswith("for the scales 2 to 2 only: a refiner")
 
 
 def trained(folder, vqvae_folder, *arguments):

@@ -187,12 +187,16 @@ def test_the_folders_names_are_the_classes_names(vqvae_folder, tmp_path, capfd, 
             for i in range(count):
                 Image.new("RGB", (8, 8), (30 * i, 99, 9)).save(tmp_path / "data" / split / name / f"{i}.png")
     data = ["--data.source=folder", f"--data.path={tmp_path}/data", "--data.size=8"]
-    given = [*TINY, *data, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run"]
-    if cached:
+    given = [*TINY, f"--tokens.tokenizer={vqvae_folder}", f"--run.run_dir={tmp_path}/run"]
+    if not cached:
+        given += data
+    if cached:  # then the run's configuration tells what the cache was made of
         where = [f"--cache.folder={tmp_path}/cache", f"--cache.tokenizer={vqvae_folder}", "--cache.workers=0"]
         assert stage(cache_tokens.main, *data, *where) == 0
         given += [f"--tokens.cache={tmp_path}/cache"]
     assert stage(train_var.main, *given) == 0
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]
+    assert (saved["source"], saved["path"]) == ("folder", f"{tmp_path}/data")
     model, out = f"{tmp_path}/run/latest", f"{tmp_path}/out"
     capfd.readouterr()
     assert nextscale.main(["sample", "--model", model, "--device", "cpu", "--class", "big dog", "--out", out]) == 0

@@ -49,6 +49,10 @@ class CollaborationConfig:
         if self.role is not None and not 0 < self.handover < len(schedule):
             raise ValueError(f"code.handover must be in 1..{len(schedule) - 1} scales, got {self.handover}")
 
+    def trained_scales(self, scales: int) -> list[int] | None:
+        """[begin, end) of the scales, of so many, that the model is for; None for all."""
+        return {"drafter": [0, self.handover], "refiner": [self.handover, scales]}.get(self.role)
+
 
 class DrafterObjective(VarObjective):
     """Cross-entropy on the scales before the hand-over; the others are not even run."""

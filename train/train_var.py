@@ -87,7 +87,7 @@ def parser():
     made.add_class_arguments(AspectConfig, "aspects")
     made.add_class_arguments(TokensConfig, "tokens")
     given = {"vocab_size", "latent_channels", "schedule", "num_classes", "text_width", "bitwise", "selectivity"}
-    given |= {"subnets", "sequential_layers", "sequential_scales", "masked_layers"}
+    given |= {"subnets", "trained_scales", "sequential_layers", "sequential_scales", "masked_layers"}
     made.add_class_arguments(NextScaleTransformer, "transformer", skip=given, instantiate=False)
     made.add_argument(
         "--start_from", type=str | None, default=None, help="transformer to fine-tune: its folder, or a run or pipeline"
@@ -269,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     transformer = build_transformer(built, vqvae, train_data.num_classes, texts.width, classes)
     if not (built.sequential.layers or built.masked.layers):  # which leave the transformer as it is
-        transformer.register_to_config(subnets=built.supernet.subnets)
+        known = built.code.trained_scales(len(transformer.schedule))
+        transformer.register_to_config(subnets=built.supernet.subnets, trained_scales=known)
     objective = build_objective(built, transformer, texts.trained)
     objective.attention = built.attention
     read = texts.reader(transformer.config.text_length, (train_data, val_data))
@@ -277,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare = preparer(vqvae, read, **disturbed, seed=run_config.seed)
     for name in vars(config.transformer):  # what the file says is what is trained, with start_from, too
         config.transformer[name] = getattr(transformer.config, name)
+    for name in vars(config.data):  # and what a cache was made of
+        config.data[name] = getattr(train_data, "manifest", {}).get(f"data.{name}", config.data[name])
     task = Task(
         objective=objective,
         train_data=train_data,
@@ -289,7 +292,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizer": tokenizer_hash(vqvae),
             **({"list of classes": list(classes)} if classes else {}),
             **texts.depends(),
-            **settings_of("transformer", transformer, without=("drop_path", "selectivity", "subnets")),
+            **settings_of(
+                "transformer", transformer, without=("drop_path", "selectivity", "subnets", "trained_scales")
+            ),
             "optimizer.name": built.optimizer.name,
         },
     )

@@ -59,6 +59,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         selectivity: how narrowly each layer attends at each scale, as `nextscale calibrate` measured it (ScaleKV).
         subnets: what was trained along (VARiant): layers of each subnet, "depths", and scales that ran all layers,
             "bridge"; None for the whole model alone. It says which plans are of use, and changes nothing.
+        trained_scales: [begin, end) of the scales that were trained, of a drafter or refiner; None for all. It changes
+            nothing, either.
         sequential_layers: layers of a head that draws the tokens of the first `sequential_scales` scales one after the
             other (`var.sequential`); 0 for no such head.
         masked_layers: last layers of which there is a second set, with a head, that draws some tokens of a scale again
@@ -99,6 +101,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_eps: float = 1e-6,
         selectivity: list[list[float]] | None = None,
         subnets: dict[str, Any] | None = None,
+        trained_scales: list[int] | None = None,
         sequential_layers: int = 0,
         sequential_scales: int = 0,
         masked_layers: int = 0,
@@ -463,6 +466,8 @@ def _check_options(own: FrozenDict, scales: int) -> None:
             f'subnets must be null or like {{"depths": [4, 2], "bridge": 6}}, of less than {own.depth} layers, got '
             f"{own.subnets}"
         )
+    if own.trained_scales is not None and not _is_range(own.trained_scales, scales):
+        raise ValueError(f"trained_scales must be null or [begin, end] in 0..{scales}, got {own.trained_scales}")
     if own.level_table is not None and own.level_table < scales:
         raise ValueError(f"level_table must be {scales} or more, one a scale, got {own.level_table}")
     if own.sequential_layers and (own.sequential_layers < 0 or not 1 <= own.sequential_scales <= scales):
@@ -479,6 +484,10 @@ def _check_options(own: FrozenDict, scales: int) -> None:
             "masked_layers must be 0 unless mask is block_diagonal, tokens are codes of two scales or more, and "
             "sequential_layers is 0"
         )
+
+
+def _is_range(given: Sequence[int], count: int) -> bool:
+    return len(given) == 2 and all(isinstance(n, int) for n in given) and 0 <= given[0] < given[1] <= count
 
 
 def _are_subnets(subnets: Mapping[str, Any], depth: int) -> bool:
