@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from evaluation.command import check_least
+from evaluation.report import is_result
 from sample.cli import take_negative_lists
 from sample.files import check_place
 from sample.plan_options import add_place_options, add_plan_options, by_scale
@@ -126,6 +127,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--bootstrap must be 0 (no intervals) or 2 and more, got 1")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must be a .json file, got {args.out}")
+    if args.out is not None and args.out.is_file() and not is_result(args.out):
+        raise ValueError(f"--out {args.out} is there, and no result: name another file")
     for name in ("out", "verdicts"):
         if getattr(args, name) is not None:
             check_place(f"--{name}", getattr(args, name), folder=False)

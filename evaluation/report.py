@@ -59,6 +59,15 @@ def _word(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def is_result(path: Path) -> bool:
+    """Whether a file is a results file, as `write_result` writes it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"rows", "command", "versions"} <= {*content}
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """The first twelve hexadecimal digits of a file's SHA-256."""
     with Path(path).open("rb") as file:

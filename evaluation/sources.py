@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from evaluation.frechet import Moments
 from evaluation.guards import check_finite
+from evaluation.report import is_result
 from evaluation.scenes import check_metadata
 from sample.files import read_png_text
 from sample.pixels import IMAGE_SUFFIXES, CorruptImage, to_rgb
@@ -201,14 +202,7 @@ def _is_sample(path: Path, root: Path, ours: set[Path]) -> bool:
 
 def _is_of_result(path: Path) -> bool:
     """Whether a PNG is the picture of a results file beside it."""
-    beside = path.with_suffix(".json")
-    if path.suffix != ".png" or not beside.is_file():
-        return False
-    try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(content, dict) and {"rows", "command", "versions"} <= {*content}
+    return path.suffix == ".png" and is_result(path.with_suffix(".json"))
 
 
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

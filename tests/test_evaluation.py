@@ -625,3 +625,12 @@ def test_documented_commands_make_sense(words):
     parser = argparse.ArgumentParser()
     options.configure(parser)
     options.check(parser.parse_args(words))
+
+
+def test_a_file_that_is_no_result_is_not_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.json").write_text('{"model_digest": "8a2f"}')
+    words = ["evaluate", "--images", "none.npz", "--metrics", "is-scenes", "--out", "job.json"]
+    assert nextscale.main(words) == 2
+    assert "--out job.json is there, and no result" in capsys.readouterr().err
+    assert (tmp_path / "job.json").read_text() == '{"model_digest": "8a2f"}'
