@@ -28,7 +28,7 @@ slow-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=dev,eval,lora
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=dev,demo,eval,lora
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

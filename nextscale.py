@@ -10,7 +10,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from sample.parser import Parser
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ COMMANDS = {
     "sample": ("sample.cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "info": ("sample.info", "what a model is, and what it can be asked for"),
+    "demo": ("sample.demo_cli", "a page in your browser to draw and edit on"),
     "evaluate": ("evaluation.evaluate_cli", "measure images or a model"),
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),
@@ -70,14 +73,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *NAMES})
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ValueErrors, so that every mistake is reported in the same one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ValueError(message)."""
-        raise ValueError(f"{message} ({self.prog} --help shows what is allowed)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

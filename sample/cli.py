@@ -79,13 +79,19 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     how.add_argument("--smooth", action="store_true", help="blend codes: smoother pictures, not for measurements")
 
     where = parser.add_argument_group("with what, to where")
+    add_model_options(where)
+    where.add_argument("--out", type=Path, help=f"{out}; without it pictures, or the next of pictures-2, ... that fits")
+    where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
+    return where
+
+
+def add_model_options(where: argparse._ActionsContainer) -> None:
+    """Declare which model, and where and how fast it works."""
     where.add_argument(
         "--model",
         default="scenes",
         help="scenes (bundled), a model folder, a training run, or a Hub id (OWNER/NAME@REVISION)",
     )
-    where.add_argument("--out", type=Path, help=f"{out}; without it pictures, or the next of pictures-2, ... that fits")
-    where.add_argument("--batch-size", type=int, default=16, help="images at once (16)")
     where.add_argument(
         "--dtype",
         default="auto",
@@ -105,7 +111,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
         help="for a small GPU: weights wait in CPU memory, and come model by model or layer by layer (none)",
     )
     where.add_argument("--text-device", help="where the text encoder goes instead, e.g. cpu to save GPU memory")
-    return where
 
 
 def take_negative_lists(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.images import image_stream, make_requests, process_share
     from sample.ledger import Ledger
     from sample.load import made_by
+    from sample.plan import untrained
 
     if args.out is not None:
         check_place("--out", args.out, folder=not to_npz)
@@ -144,9 +150,8 @@ def run(args: argparse.Namespace) -> int:
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
     call, ledger = call_options(args), Ledger()
     plan = plan_of_call(args, pipeline, call)
-    if args.model == "scenes":
-        tell_unread(prompts)
-    tell_untrained(plan)
+    tell(unread(prompts) if args.model == "scenes" else None)
+    tell(untrained(plan))
     settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     settings |= search_settings(args)
     sink, job = settle(args, lambda: make_sink(args, settings, requests))
@@ -350,36 +355,31 @@ def read_classes(text: str, pipeline: NextScalePipeline) -> list[int]:
         raise ValueError(f"--class {text}: {error}") from None
 
 
-def tell_unread(prompts: Sequence[str]) -> None:
-    """A line on stderr if there are captions of a kind that the bundled model was not trained on; it draws anyway."""
-    from accelerate import PartialState
-
+def unread(prompts: Sequence[str]) -> str | None:
+    """What is wrong with captions of a kind that the bundled model was not trained on; None if there are none."""
     from sample.scene_reward import Caption
 
-    unread = []
+    strange = []
     for prompt in prompts:
         try:
             Caption.of(prompt)
         except ValueError:
-            unread.append(prompt)
-    if unread and PartialState().is_main_process:
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        print(
-            "nextscale: caution: the bundled model draws one to four plain shapes from captions like 'a red star left "
-            f"of a ring' or 'three circles'; {unread[0]!r}{more} it does not understand",
-            file=sys.stderr,
-        )
+            strange.append(prompt)
+    if not strange:
+        return None
+    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+    return (
+        "the bundled model draws one to four plain shapes from captions like 'a red star left of a ring' or "
+        f"'three circles'; {strange[0]!r}{more} it does not understand"
+    )
 
 
-def tell_untrained(plan: Plan) -> None:
-    """`untrained` on stderr, if there is something to say."""
+def tell(caution: str | None) -> None:
+    """A caution on stderr, if there is one, by one process; the work is done anyway."""
     from accelerate import PartialState
 
-    from sample.plan import untrained
-
-    said = untrained(plan)
-    if said is not None and PartialState().is_main_process:
-        print(f"nextscale: caution: {said}", file=sys.stderr)
+    if caution is not None and PartialState().is_main_process:
+        print(f"nextscale: caution: {caution}", file=sys.stderr)
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sample.cli import (
     plan_of_call,
     read_classes,
     settle,
-    tell_untrained,
+    tell,
     write_all,
     write_trees,
 )
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.images import Job, PngFolder, image_stream, make_requests, process_share
     from sample.ledger import Ledger
     from sample.load import made_by
+    from sample.plan import untrained
 
     if args.out is not None:
         check_place("--out", args.out, folder=True)
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args, pipeline)
     call = call_options(args)
     plan = plan_of_call(args, pipeline, call)
-    tell_untrained(plan)
+    tell(untrained(plan))
     settings = {"image": digest(image), "mask": digest(mask), "mask_rule": args.mask_rule, **search_settings(args)}
     settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_prompts, tell_untrained, texts_or_classes, whole_numbers
+from sample.cli import read_prompts, tell, texts_or_classes, whole_numbers
 from sample.plan_options import add_place_options
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.files import check_place
     from sample.load import load_pipeline
     from sample.measure import fit
+    from sample.plan import untrained
     from sample.plan_text import PlanConfig
     from sample.planner import best, evaluate, fitting, pareto
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     runs = [measured_run(pipeline, choice, prompts, args.repeats) for choice in shown]
     print(table(shown, runs))
     print(f"chosen: {chosen.settings.options} --batch-size {chosen.batch}")
-    tell_untrained(chosen.settings.plan(pipeline))
+    tell(untrained(chosen.settings.plan(pipeline)))
     tell_over(runs[0], memory, latency)
     if args.out is not None:
         draw(args.out, choices, front, shown, runs)

@@ -19,9 +19,10 @@ from training_toys import in_processes
 
 import nextscale
 from sample import images
-from sample.cli import tell_unread, tell_untrained
+from sample.cli import tell, unread
 from sample.files import atomically, write_png
 from sample.images import Job, NpzFile, file_stem, grid, make_requests
+from sample.plan import untrained
 from sample.plan_text import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,23 +148,23 @@ def test_geneval_tree(sample, tmp_path):
 
 
 def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
-    tell_unread(["a red star", "three circles", "a ring and a blue square", "a cross above a heart"])
+    tell(unread(["a red star", "three circles", "a ring and a blue square", "a cross above a heart"]))
     assert capsys.readouterr().err == ""
-    tell_unread(["a dog on a sofa", "a star", ""])
+    tell(unread(["a dog on a sofa", "a star", ""]))
     assert "'a dog on a sofa' and 1 more it does not understand" in capsys.readouterr().err
 
 
 def test_fewer_layers_of_a_model_that_was_not_trained_for_them_are_cautioned(tiny_text_model, capsys):
-    tell_untrained(PlanConfig(cache="window:50%").build(tiny_text_model))
+    tell(untrained(PlanConfig(cache="window:50%").build(tiny_text_model)))
     assert capsys.readouterr().err == ""
     subnet = PlanConfig(plan="supernet:1", depth=1)
-    tell_untrained(subnet.build(tiny_text_model))
+    tell(untrained(subnet.build(tiny_text_model)))
     assert "was trained to run 1 of its 2 layers from scale 1 on" in capsys.readouterr().err
     trained = copy.deepcopy(tiny_text_model)
     trained.register_to_config(subnets={"depths": [1], "bridge": 1})
-    tell_untrained(subnet.build(trained))
+    tell(untrained(subnet.build(trained)))
     assert capsys.readouterr().err == ""
-    tell_untrained(PlanConfig(depth=1).build(trained))  # its first scale always ran all layers
+    tell(untrained(PlanConfig(depth=1).build(trained)))  # its first scale always ran all layers
     assert "from scale 0 on" in capsys.readouterr().err
 
 

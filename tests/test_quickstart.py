@@ -36,10 +36,11 @@ def test_commands_parse(argv):
 
 
 def test_options_exist():
-    from sample.cli import configure
+    from sample import cli, demo_cli
 
-    parser = argparse.ArgumentParser()
-    configure(parser)
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    for command in (cli, demo_cli):
+        command.configure(parser)
     for option in re.findall(r"--[a-z][a-z-]+", TEXT):
         assert option in {*parser._option_string_actions, "--help"}, option
 
