@@ -30,7 +30,7 @@ Picture = Image.Image | np.ndarray
 
 
 class EditHook(Hook):
-    """Replaces drawn tokens by given ones, which follow their image through every `state.select`.
+    """Gives tokens, which hold whatever is drawn in their place and follow their image through every `state.select`.
 
     A given token is what the picture lacks at its scale after the picture's own coarser tokens. Once other tokens were
     drawn, here and there, the picture lacks something else: with latents, the kept tokens of the scales after them are
@@ -70,13 +70,6 @@ class EditHook(Hook):
         drawn_B = (before < 0).flatten(1).any(dim=1).view(-1, *[1] * (given_Bl.ndim - 1))
         given_Bl = torch.where(drawn_B & (given_Bl >= 0), missing_Bl, given_Bl)
         state.extras["given"] = torch.cat([before, given_Bl, after], dim=1)
-
-    def on_tokens(
-        self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
-    ) -> torch.Tensor:
-        """The image's own tokens where they are given, the drawn ones elsewhere."""
-        given_Bl = state.given(k)
-        return torch.where(given_Bl >= 0, given_Bl, tokens_Bl)
 
 
 def kept_tokens(keep_BHW: torch.Tensor, schedule: ScaleSchedule, rule: str = "corrected") -> torch.Tensor:

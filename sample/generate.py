@@ -18,6 +18,8 @@ from sample.state import GenerationState, Hook
 from tokenizer.quantizer import PyramidQuantizer
 from var.conditioning import Prompt
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def start(
     plan: Plan,
@@ -109,19 +111,32 @@ def make_scale(state: GenerationState, k: int, hooks: Sequence[Hook], *, smooth:
         logits, drawn = redraw(state, k, logits, drawn)
     tokens = drawn
     for hook in hooks:
-        tokens = check_tokens(hook, hook.on_tokens(state, k, logits, tokens), drawn)
+        tokens = check_tokens(hook, hook.on_tokens(state, k, logits, tokens), tokens, state)
+    given = state.given(k)
+    if given is not None:
+        tokens = torch.where(given >= 0, given, tokens)
     state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
 
 
-def check_tokens(hook: Hook, tokens: object, drawn: torch.Tensor) -> torch.Tensor:
-    """What a hook's `on_tokens` gave. Raises TypeError or ValueError, naming the hook, unless it is like the draw."""
-    where = f"{type(hook).__name__}.on_tokens"
-    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+def check_tokens(hook: Hook, tokens: object, before: torch.Tensor, state: GenerationState) -> torch.Tensor:
+    """What a hook's `on_tokens` made of the tokens `before`, int64.
+
+    Raises:
+        TypeError, ValueError: naming the hook, unless it is like them and (on a CPU) in range.
+    """
+    where, vocab = f"{type(hook).__name__}.on_tokens", state.quantizer.vocab_size
+    if len(state) != len(before):
+        raise ValueError(f"{where} selected images, whose tokens are drawn already: select them in on_scale_end")
+    if tokens is before:
+        return before
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype not in INTEGERS:
         kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise TypeError(f"{where} must return the tokens to go on with, integers, got {kind}")
-    if tokens.shape != drawn.shape:
-        raise ValueError(f"{where} must return tokens {tuple(drawn.shape)}, got {tuple(tokens.shape)}")
-    return tokens
+    if tokens.shape != before.shape:
+        raise ValueError(f"{where} must return tokens {tuple(before.shape)}, got {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:  # else a wait
+        raise ValueError(f"{where} must return tokens in [0, {vocab}), got {int(tokens.min())} to {int(tokens.max())}")
+    return tokens.to(before)
 
 
 def draw_at_once(state: GenerationState, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +203,7 @@ def smooth_code(
 ) -> torch.Tensor:
     """Scale k's code map as a Gumbel-softmax mix of codes, its noise from each image's own seed.
 
-    Tokens that are given, or that a hook put in the place of those drawn, stay what they are.
+    Tokens that are given, and those that a hook changed, stay what they are.
     """
     schedule = state.plan.schedule
     ratio = k / max(len(schedule) - 1, 1)

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from sample.draw import check_finite
+from sample.draw import Filter, check_finite
 from sample.generate import play, start
+from sample.guidance import Guidance
 from sample.plan import Plan
 from sample.state import GenerationState
 from tokenizer.model import MultiScaleVQ
+from var.cache import KVCache
 from var.conditioning import Prompt
 
 KEPT = 8  # calls remembered by a `Recorder`: a recorded one holds its inputs and results
@@ -104,6 +106,17 @@ def record_graph(function: Function, tensors: Sequence[torch.Tensor]) -> Replay:
         return [output.clone() for output in outputs]
 
     return replay
+
+
+def replays(plan: Plan) -> bool:
+    """Whether equal plans are alike in all that a recording holds: no cache chooses as it goes, and what is guided and
+    filtered is of the kinds known here, which are equal only if they do the same.
+    """
+    ours = all(
+        type(stage.guidance) is Guidance and all(type(stage.filter(k)) is Filter for k in stage.scales)
+        for stage in plan.stages
+    )
+    return ours and all(type(stage.make_cache()) is KVCache for stage in plan.stages)
 
 
 class GraphedSampler:

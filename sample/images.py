@@ -87,6 +87,8 @@ def image_stream(
 ) -> Iterator[tuple[Request, np.ndarray]]:
     """Every request with its image, in order, made batch by batch as they are asked for.
 
+    A request whose image a hook drops is left out; one that it copies comes several times.
+
     Args:
         requests: what to make; give `sink.missing(requests)` to leave out what is finished.
         batch_size: images made at once; with a search, about so many candidates.
@@ -100,28 +102,30 @@ def image_stream(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     hooks = tuple(settings.pop("hooks", ()))
-    if settings.get("search") is not None:
+    searches = settings.get("search") is not None
+    if searches:
         if every_scale:
             raise ValueError("every_scale shows images that go on to the end; a search drops some: leave out one")
         batch_size = max(1, batch_size // settings["search"].candidates)
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        history = History() if every_scale else None
+        left = History() if every_scale else Left() if hooks and not searches else None
         name = "class_labels" if isinstance(batch[0].prompt, int) else "prompt"
         output = pipeline(
             **{name: [request.prompt for request in batch]},
             seed=[request.seed for request in batch],
             output_type="latent" if every_scale else "np",
-            hooks=(*hooks, history) if history else hooks,
+            hooks=hooks if left is None else (*hooks, left),
             **settings,
         )
         if on_output is not None:
             on_output(list(batch), output)
-        scales = [output.images] if history is None else [pipeline.decode(f_hat, "np") for f_hat in history.f_hats]
+        scales = [pipeline.decode(f_hat, "np") for f_hat in left.f_hats] if every_scale else [output.images]
+        batch = batch if left is None else [batch[origin] for origin in left.origins]
         for images in scales:
             check_finite(batch, images)
         pictures = np.stack([to_uint8(images) for images in scales], axis=1)
-        yield from zip(batch, pictures if every_scale else pictures[:, 0])
+        yield from zip(batch, pictures if every_scale else pictures[:, 0], strict=True)
 
 
 def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:
@@ -133,15 +137,34 @@ def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:
             )
 
 
-class History(Hook):
-    """Keeps the running reconstruction (B, C, H, W) after each scale."""
+class Left(Hook):
+    """Which image of the request each row is in the end; give it last.
 
-    def __init__(self) -> None:
-        self.f_hats: list[torch.Tensor] = []
+    Attributes:
+        origins: their numbers.
+    """
+
+    origins: list[int]
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:
         """After scale k."""
-        self.f_hats.append(state.f_hat_BCHW)
+        self.origins = state.origins
+
+
+class History(Left):
+    """Keeps the running reconstruction after each scale, too.
+
+    Attributes:
+        f_hats: after each scale, (B, C, H, W), of the rows there are in the end.
+    """
+
+    f_hats: list[torch.Tensor]
+
+    def on_scale_end(self, state: GenerationState, k: int) -> None:
+        """After scale k."""
+        super().on_scale_end(state, k)
+        state.extras[f"f_hat{k}"] = state.f_hat_BCHW
+        self.f_hats = [state.extras[f"f_hat{earlier}"] for earlier in range(k + 1)]
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from sample.checkpoints import readable
 from sample.draw import check_seeds, seeds_from
 from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
-from sample.graphs import GraphedSampler
+from sample.graphs import GraphedSampler, replays
 from sample.guidance import Guidance
 from sample.official import Flags, load_official
 from sample.offload import keep_on_cpu
@@ -35,7 +35,6 @@ from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.model import MultiScaleVQ
 from tokenizer.precision import cast
 from tokenizer.schedule import ScaleSchedule
-from var.cache import KVCache
 from var.conditioning import ClassPrompt, Prompt, TextPrompt
 from var.transformer import NextScaleTransformer
 
@@ -311,10 +310,10 @@ class NextScalePipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def _generate(self, plan: Plan, condition: Prompt, seeds: list[int], **call: Any) -> GenerationState:
-        """By the loop; replayed where nothing but the progress bar looks on and no cache chooses as it goes."""
+        """By the loop; replayed where nothing but the progress bar looks on, and all of the plan can be."""
         *others, progress = call["hooks"]
-        chooses = any(type(stage.make_cache()) is not KVCache for stage in plan.stages)
-        if self.graphed is None or others or chooses or call["negative"] is not None or call["smooth"]:
+        aside = others or call["negative"] is not None or call["smooth"]
+        if self.graphed is None or aside or not replays(plan):
             return generate(plan, self.vqvae.quantizer, condition, seeds, **call)
         made = self.graphed.generate(plan, condition, seeds)
         progress.bar.update(len(plan.schedule))
@@ -530,9 +529,7 @@ class CallbackHook(Hook):
         if not isinstance(f_hat, torch.Tensor) or tuple(f_hat.shape) != expected:
             given = tuple(f_hat.shape) if isinstance(f_hat, torch.Tensor) else type(f_hat).__name__
             raise ValueError(f"callback_on_step_end must return f_hat as a tensor of shape {expected}, got {given}")
-        state.f_hat_BCHW = f_hat.to(state.f_hat_BCHW)
-        if k + 1 < len(schedule):
-            state.inputs[-1] = state.quantizer.next_input(state.f_hat_BCHW, k + 1, schedule)
+        state.replace(f_hat)
 
 
 def image_seeds(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from sample.draw import Filter
 from sample.guidance import Guidance
 from sample.masked import MaskSchedule, check_mask_schedule
@@ -14,6 +16,9 @@ from var.cache import KVCache
 from var.pruning import PrunedCache, Pruning
 from var.supernet import is_trained
 from var.transformer import NextScaleTransformer
+
+LogitsFilter = Callable[[torch.Tensor], torch.Tensor]
+BACKENDS = ("sdpa", "flex", "grouped")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Stage:
         scales: which scales, e.g. range(0, 7).
         layers: blocks to run; all when None.
         guidance: classifier-free guidance of these scales.
-        filters: what may be drawn; one for all scales of the stage, or one each.
+        filters: what may be drawn; one for all scales of the stage, or one each. A `Filter`, or any function of logits
+            (B, l, V) or, bitwise, (B, l, n, 2) to the same with -inf where nothing may be drawn.
         new_cache: makes the stage's cache; the model's own when None.
         attention_backend: "sdpa", "flex" or "grouped", for a prefill.
         schedule: the scales, where they are not the model's own (another aspect ratio).
@@ -45,7 +51,7 @@ class Stage:
     scales: range
     layers: Collection[int] | None = None
     guidance: Guidance = field(default_factory=Guidance)
-    filters: Filter | Sequence[Filter] = field(default_factory=Filter)
+    filters: LogitsFilter | Sequence[LogitsFilter] = field(default_factory=Filter)
     new_cache: Callable[[], KVCache] | None = None
     attention_backend: str = "grouped"
     schedule: ScaleSchedule | None = None
@@ -97,9 +103,9 @@ class Stage:
             return (self.pyramid.lengths[k],)
         return self.mask_schedule[k]
 
-    def filter(self, k: int) -> Filter:
+    def filter(self, k: int) -> LogitsFilter:
         """The filter of scale k."""
-        return self.filters if isinstance(self.filters, Filter) else self.filters[k - self.scales.start]
+        return self.filters[k - self.scales.start] if isinstance(self.filters, Sequence) else self.filters
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class Plan:
     """Stages that together make every scale once, in order.
 
     Raises:
+        TypeError: if a stage holds something of another kind than it says.
         ValueError: if scales are left out or made twice, if stages disagree on the token schedule or vocabulary, or
             if a stage names layers its model does not have.
     """
@@ -114,8 +121,12 @@ class Plan:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, Sequence) or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise TypeError(f"stages must be a tuple of Stage, got {type(self.stages).__name__}")
         if not self.stages:
             raise ValueError("plan has no stage")
+        for stage in self.stages:
+            _check_kinds(stage)
         if not all(stage.scales for stage in self.stages):
             raise ValueError("a stage makes one scale or more, got none")
         made = [k for stage in self.stages for k in stage.scales]
@@ -268,6 +279,25 @@ def check_count(name: str, got: int, wanted: int) -> None:
         raise ValueError(f"{name} must be one for all scales or one for each of {wanted}, got {got}")
 
 
+def _check_kinds(stage: Stage) -> None:
+    filters = stage.filters if isinstance(stage.filters, Sequence) else [stage.filters]
+    fits = {
+        "model": isinstance(stage.model, NextScaleTransformer),
+        "scales": isinstance(stage.scales, range),
+        "layers": stage.layers is None or isinstance(stage.layers, Collection),
+        "guidance": isinstance(stage.guidance, Guidance),
+        "filters": all(map(callable, filters)),
+        "new_cache": stage.new_cache is None or callable(stage.new_cache),
+        "schedule": stage.schedule is None or isinstance(stage.schedule, ScaleSchedule),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            kind = type(getattr(stage, name)).__name__
+            raise TypeError(f"{name} of a stage must be as sample.plan.Stage says, got {kind}")
+    if stage.attention_backend not in BACKENDS:
+        raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)}, got {stage.attention_backend!r}")
+
+
 def _check_stage(stage: Stage, first: Stage) -> None:
     if stage.pyramid.sides != first.pyramid.sides:
         raise ValueError(
@@ -294,7 +324,9 @@ def _check_stage(stage: Stage, first: Stage) -> None:
         check_mask_schedule(stage.mask_schedule, stage.pyramid)
     if stage.pruning is not None:
         _check_pruning(stage)
-    if not isinstance(stage.filters, Filter) and len(stage.filters) != len(stage.scales):
+    if stage.new_cache is not None and not stage.model.reads_earlier:
+        raise ValueError("new_cache is for models that read earlier scales, and this one keeps nothing")
+    if isinstance(stage.filters, Sequence) and len(stage.filters) != len(stage.scales):
         raise ValueError(f"a stage of {len(stage.scales)} scales needs as many filters, got {len(stage.filters)}")
     scale = stage.guidance.scale
     if isinstance(scale, Sequence) and len(scale) != len(first.pyramid):

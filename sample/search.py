@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from types import FunctionType
 
 import torch
 from einops import rearrange
@@ -93,7 +92,8 @@ class Search:
     Attributes:
         candidates: of each image, at the first scale.
         steps: what happens after which scale; the last one leaves one candidate at the last scale.
-        reward: scores candidates; needed by steps "resample" and "best".
+        reward: scores candidates; needed by steps "resample" and "best". A `Reward`; or, as of a command, any function
+            (images, prompts) to B numbers, images being uint8 arrays (B, h, w, 3).
         features: for steps "cluster"; None takes the running reconstruction itself, and decodes nothing.
         pooling: patches to a vector: "pca" (each image's own first principal direction), "pool", "pca_all".
         potential: what resampling weighs: "value", "max", "sum" or "difference" of the scores so far.
@@ -107,6 +107,7 @@ class Search:
         decode_batch: candidates given to the decoder at once, which bounds its memory.
 
     Raises:
+        TypeError: on settings of another kind.
         ValueError: on settings that make no sense, naming them.
     """
 
@@ -125,7 +126,10 @@ class Search:
     decode_batch: int = 64
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward, FunctionType):  # of arrays, as a command's MODULE:FUNCTION
+        for name in ("reward", "features"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function of images, got {getattr(self, name)!r}")
+        if self.reward is not None and not hasattr(self.reward, "name"):  # of arrays, as a command's MODULE:FUNCTION
             object.__setattr__(self, "reward", Callback(self.reward))
         check_steps(self.candidates, self.steps)
         for name, known in (("pooling", POOLINGS), ("potential", POTENTIALS), ("draw", DRAWS)):
@@ -237,6 +241,8 @@ def pick(
         return representatives(POOLINGS[search.pooling](features_BTD), step.keep, generator)
     if step.how == "best":
         return sorted(history[-1].argsort(descending=True, stable=True)[: step.keep].tolist()), None
+    if step.how != "resample":
+        raise ValueError(f"nothing says how candidates are chosen by {step.how!r}: see sample.search.pick")
     potential_B = POTENTIALS[search.potential](torch.stack(list(history), dim=1))
     weights_B = weights_of(potential_B, search.sharpness)
     return DRAWS[search.draw](weights_B, step.keep, generator), None
@@ -297,7 +303,7 @@ class SearchHook(Hook):
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:
         """Score, choose, go on with the chosen."""
-        step, contested = self.search.step(k), len(state) > len(self.prompts)
+        step, contested = self.search.step(k), len(state) > len(set(state.origins))
         final = step is not None and step is self.search.steps[-1]
         self._scored = scored = k in self.search.scored and (contested or (final and self.search.enough is not None))
         clustered = contested and step is not None and step.how == "cluster"
@@ -397,13 +403,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a round made of an image: row `place` of its `state`, and how its hook came to it."""
+    """What round `number` made of its `place`-th image: `row` of its `state`, and how its hook came to it."""
 
     score: float | None
     number: int
     state: GenerationState
     hook: SearchHook
     place: int
+    row: int
 
 
 def search_images(
@@ -431,7 +438,7 @@ def search_images(
             search costs.
 
     Raises:
-        ValueError: if the search does not fit the plan's scales.
+        ValueError: if the search does not fit the plan's scales, or a hook leaves no candidate of an image.
     """
     check_steps(search.candidates, search.steps, len(plan.schedule))
     ledger = next((hook for hook in hooks if isinstance(hook, Ledger)), Ledger())
@@ -448,15 +455,26 @@ def search_images(
             plugged = [*(other.of_images(todo) for other in hooks), hook]
             state = generate(plan, quantizer, prompt.select(rows), keys, negative=unwanted, hooks=plugged)
             scores = hook.scores or [None] * len(todo)
-            for place, i in enumerate(todo):
-                if best[i] is None or scores[place] > best[i].score:
-                    best[i] = Attempt(scores[place], attempt, state, hook, place)
+            for number, row in enumerate(rows_of(state, len(todo))):
+                i = todo[number]
+                if best[i] is None or scores[row] > best[i].score:
+                    best[i] = Attempt(scores[row], attempt, state, hook, number, row)
             todo = [i for i in todo if search.enough is not None and best[i].score < search.enough]
             if not todo:
                 break
     ledger.images = images  # and not once a round
     rounds = [search.rounds if i in todo else attempt.number + 1 for i, attempt in enumerate(best)]
     return _gather(best, ledger, list(seeds), rounds)
+
+
+def rows_of(state: GenerationState, images: int) -> list[int]:
+    """The row of each image when a search is over. Raises ValueError if a hook left none of an image, or several."""
+    row_of = {origin: row for row, origin in enumerate(state.origins)}
+    if len(state) != images or len(row_of) != images:
+        raise ValueError(
+            f"a search ends with one candidate of each of {images} images, and hooks left those of {state.origins}"
+        )
+    return [row_of[number] for number in range(images)]
 
 
 def _renumbered(show: Show, numbers: Sequence[int]) -> Show:
@@ -467,10 +485,10 @@ def _renumbered(show: Show, numbers: Sequence[int]) -> Show:
 
 def _gather(best: Sequence[Attempt], ledger: Ledger, seeds: list[int], rounds: list[int]) -> Found:
     """The best attempt of each image, in one batch."""
-    f_hat = torch.stack([a.state.f_hat_BCHW[a.place] for a in best])
-    tokens = [torch.stack([a.state.tokens[k][a.place] for a in best]) for k in range(len(best[0].state.tokens))]
+    f_hat = torch.stack([a.state.f_hat_BCHW[a.row] for a in best])
+    tokens = [torch.stack([a.state.tokens[k][a.row] for a in best]) for k in range(len(best[0].state.tokens))]
     choices = [a.hook.choices[a.place] for a in best]
     decoded = None
     if all(a.hook.decoded_BCHW is not None for a in best):
-        decoded = torch.stack([a.hook.decoded_BCHW[a.place] for a in best])
+        decoded = torch.stack([a.hook.decoded_BCHW[a.row] for a in best])
     return Found(f_hat, tokens, seeds, [a.score for a in best], rounds, choices, decoded, ledger)

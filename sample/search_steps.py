@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
+from numbers import Integral
 
 SLACK = 1.05  # a search may cost so many times its budget: best-of-N has N rewards to pay besides N images
 HOWS = ("cluster", "resample", "random", "best")
@@ -35,9 +36,16 @@ class Step:
 
 
 def check_steps(candidates: int, steps: Sequence[Step], num_scales: int | None = None) -> None:
-    """Raise ValueError unless the steps lead from `candidates` to one at the last scale, in order."""
+    """Raise ValueError unless the steps lead from `candidates` to one at the last scale, in order.
+
+    Raises TypeError, too, if they are no steps.
+    """
     if candidates < 1:
         raise ValueError(f"candidates must be 1 or more, got {candidates}")
+    if isinstance(steps, str) or not isinstance(steps, Sequence) or not all(isinstance(step, Step) for step in steps):
+        raise TypeError(f"steps must be those that make_steps gives, or Steps of your own, got {steps!r:.80}")
+    if not isinstance(candidates, Integral):
+        raise TypeError(f"candidates must be a whole number, got {candidates!r}")
     if not steps or steps[-1].keep != 1 or steps[-1].how == "cluster":
         last = str(steps[-1]) if steps else "none"
         raise ValueError(f"the last step must leave 1 candidate by best, resample or random; got {last}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ class GenerationState:
         doubled: whether the transformer runs an unconditional half.
         origins: which image of the request each row is, or is a copy of.
         copies: rows made of each origin by duplication, for fresh streams.
-        extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given" (B, L) int64
-            are tokens that hold whatever is drawn, -1 where there is none.
+        extras: what hooks keep about each image, tensors of B rows that `select` moves along. "given", int64 (B, L)
+            or, bitwise, (B, L, n), are tokens that hold whatever is drawn, -1 where there is none.
         finite: whether what was drawn from was finite so far, on the device; None where the draw itself looks (CPU).
         narrows: scales after which rows will go (a search); until then the cache has room for no later ones.
     """
@@ -105,8 +106,14 @@ class GenerationState:
 
     def given(self, k: int) -> torch.Tensor | None:
         """This scale's given tokens, (B, l) or, bitwise, (B, l, n), -1 where there is none; None without any."""
-        schedule = self.plan.schedule
-        return self.extras["given"][:, schedule.begins[k] : schedule.ends[k]] if "given" in self.extras else None
+        if "given" not in self.extras:
+            return None
+        given_BL, schedule, wanted = self.extras["given"], self.plan.schedule, tuple(self.uniforms(k).shape)
+        given_Bl = given_BL[:, schedule.begins[k] : schedule.ends[k]]
+        if tuple(given_Bl.shape) != wanted:
+            whole = (wanted[0], schedule.total, *wanted[2:])
+            raise ValueError(f'extras["given"] must be {whole} on this plan, got {tuple(given_BL.shape)}')
+        return given_Bl
 
     def advance(self, k: int, tokens_Bl: torch.Tensor, code_BChw: torch.Tensor | None = None) -> None:
         """Take scale k's tokens: add their codes to f_hat and prepare the next scale's input.
@@ -123,6 +130,12 @@ class GenerationState:
             self.inputs.append(self.quantizer.next_input(self.f_hat_BCHW, k + 1, schedule))
         self._reserve()
 
+    def replace(self, f_hat_BCHW: torch.Tensor) -> None:
+        """Go on from another reconstruction, (B, C, H, W); the next scale reads it. For hooks, after a scale."""
+        self.f_hat_BCHW, schedule = f_hat_BCHW.to(self.f_hat_BCHW), self.plan.schedule
+        if 0 < self.scale < len(schedule) and self.inputs:
+            self.inputs[-1] = self.quantizer.next_input(self.f_hat_BCHW, self.scale, schedule)
+
     def skip(self, k: int) -> None:
         """Leave scale k out, as all after it: its tokens are -1, and the image stays as it is."""
         like = self.uniforms(k)
@@ -138,7 +151,7 @@ class GenerationState:
             rows: numbers of rows, or a bool (B,) of those to keep.
 
         Raises:
-            ValueError: if they are neither, or a row is not in [0, B).
+            ValueError: if they are neither, a row is not in [0, B), or none is left.
         """
         rows = _row_numbers(rows, len(self))
         if rows.tolist() == list(range(len(self))):
@@ -205,18 +218,33 @@ class GenerationState:
 
 def _row_numbers(rows: Sequence[int] | torch.Tensor, count: int) -> torch.Tensor:
     """Rows as int64 numbers in [0, count); see `GenerationState.select`."""
-    given = torch.as_tensor(rows)
+    try:
+        given = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"rows must be numbers in [0, {count}), or a bool for each row, got {rows!r:.80}") from None
+    if not given.numel() or (given.dtype == torch.bool and not given.any()):
+        raise ValueError("rows must leave one image or more, got none")
     if given.dtype == torch.bool and given.shape == (count,):
         return given.nonzero()[:, 0].cpu()
-    whole = not given.numel() or not (given.is_floating_point() or given.dtype == torch.bool)
-    numbers = given.long().cpu()
-    if not whole or numbers.ndim != 1 or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < count):
+    whole, numbers = not (given.is_floating_point() or given.dtype == torch.bool), given.long().cpu()
+    if not whole or numbers.ndim != 1 or not 0 <= numbers.min() <= numbers.max() < count:
         raise ValueError(f"rows must be numbers in [0, {count}), or a bool for each row, got {given.tolist()}")
     return numbers
 
 
 class Hook:
-    """Something plugged into the loop. Every method here changes nothing; override what you need."""
+    """Something plugged into the loop. Every method here changes nothing; override what you need.
+
+    Raises:
+        TypeError: on a class with an on_... method that the loop would never call.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        strange = sorted(name for name in vars(cls) if name.startswith("on_") and not hasattr(Hook, name))
+        if strange:
+            known = ", ".join(name for name in vars(Hook) if name.startswith("on_"))
+            raise TypeError(f"{cls.__name__}.{strange[0]} is called by nothing: a hook has {known}")
 
     def of_images(self, images: Sequence[int]) -> Hook:
         """The hook for some images of its request only, given by number (the later rounds of a search)."""
@@ -231,7 +259,12 @@ class Hook:
     def on_tokens(
         self, state: GenerationState, k: int, logits_BlV: torch.Tensor, tokens_Bl: torch.Tensor
     ) -> torch.Tensor:
-        """After scale k's draw: the tokens (B, l) to go on with (editing, refinement)."""
+        """After scale k's draw: the tokens (B, l) to go on with (editing, refinement).
+
+        Args:
+            logits_BlV: what was drawn from: guided and filtered, -inf where nothing may be drawn.
+            tokens_Bl: int64, as those returned must be. Images are selected after the scale, not here.
+        """
         return tokens_Bl
 
     def on_scale_end(self, state: GenerationState, k: int) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import nextscale
 from sample.edit import RULES, Canvas, EditHook, edit_hook, extend, kept_tokens
+from sample.images import image_stream, make_requests
 from sample.plan import Plan, Stage, collaborative, plain
 from sample.rewards import Callback
 from sample.search import Search
@@ -186,6 +187,50 @@ def test_edits_follow_their_image_when_a_search_moves_it(class_pipeline, at):
     assert np.array_equal(copy[kept], np.asarray(images[1])[kept])
 
 
+@pytest.mark.parametrize("every_scale", [False, True])
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2], [2, 2, 0, 2]])
+def test_a_stream_names_images_that_hooks_move(class_pipeline, rows, every_scale):
+    requests = make_requests([0, 1, 2], seed=5)
+    stream = {"every_scale": every_scale, "batch_size": 3}
+    wanted = dict(image_stream(class_pipeline, [requests[0], requests[1], requests[2]], **stream))
+    made = list(image_stream(class_pipeline, requests, hooks=[Reorder(rows, 1)], **stream))
+    assert [request.prompt for request, _ in made] == rows
+    for place, (request, image) in enumerate(made):
+        alike = np.array_equal(image, wanted[request])
+        assert alike == (rows.index(rows[place]) == place)  # copies go their own way
+        if every_scale:
+            assert np.array_equal(image[:2], wanted[request][:2])
+
+
+def test_a_search_goes_by_image_whatever_hooks_do_with_its_rows(class_pipeline):
+    search = Search(candidates=3, steps=(Step(2, 1, "best"),), reward=Red())
+    what = {"class_labels": [0, 1], "seed": [5, 6], "search": search}
+    wanted = class_pipeline(**what)
+    made = class_pipeline(**what, hooks=[Reorder([3, 4, 5, 0, 1, 2], 1)])
+    assert made.search.scores == wanted.search.scores and made.seeds == wanted.seeds
+    assert torch.equal(tokens_of(made), tokens_of(wanted))
+    for left, right in zip(made.images, wanted.images):
+        assert np.array_equal(np.asarray(left), np.asarray(right))
+
+
+def test_a_search_without_candidates_of_an_image_says_so(class_pipeline):
+    search = Search(candidates=2, steps=(Step(2, 1, "best"),), reward=Red(), rounds=2, enough=1e5)
+    for rows in ([2, 3], [0]):
+        with pytest.raises(ValueError, match="one candidate of each of 2 images, and hooks left those of"):
+            class_pipeline(class_labels=[0, 1], seed=5, search=search, hooks=[Reorder(rows, 1)])
+    kept = class_pipeline(class_labels=[0, 1], seed=5, search=search, hooks=[Reorder([0, 2, 3], 1)])
+    assert len(kept.images) == 2 and None not in kept.search.scores
+
+
+class Red:
+    """A reward of tensors: how much redder than blue an image is."""
+
+    name = "red"
+
+    def __call__(self, images_BCHW, prompts):
+        return (images_BCHW[:, 0].float() - images_BCHW[:, 2].float()).mean(dim=(1, 2))
+
+
 def test_a_search_judges_the_pasted_picture(class_pipeline):
     """Of candidates that differ where the picture stays, the reward sees nothing."""
     image, mask, seen = picture(1), box_mask(0, 0, 4, 8), []
@@ -206,6 +251,8 @@ def test_a_search_judges_the_pasted_picture(class_pipeline):
 
 def test_every_round_of_a_search_edits_the_right_picture(class_pipeline):
     class Red:
+        name = "red"
+
         def __call__(self, images_BCHW, prompts):
             red = images_BCHW[:, 0].flatten(1).float().mean(dim=1)
             return torch.where(torch.tensor([prompt == 0 for prompt in prompts]), red + 1e6, red)  # enough at once

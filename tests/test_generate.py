@@ -193,6 +193,9 @@ def test_hooks_get_the_tokens_of_those_before_them(model, quantizer):
         (lambda tokens: None, r"Wrong.on_tokens must return the tokens to go on with, integers, got NoneType"),
         (lambda tokens: tokens.float(), r"integers, got torch.float32"),
         (lambda tokens: tokens[:1], r"must return tokens \(4, 1\), got \(1, 1\)"),
+        (lambda tokens: tokens > 0, r"integers, got torch.bool"),
+        (lambda tokens: tokens * 0 - 1, r"must return tokens in \[0, 20\), got -1 to -1"),
+        (lambda tokens: tokens * 0 + 20, r"must return tokens in \[0, 20\), got 20 to 20"),
     ],
 )
 def test_hooks_that_give_no_tokens_are_named(model, quantizer, made, said):
@@ -202,6 +205,75 @@ def test_hooks_that_give_no_tokens_are_named(model, quantizer, made, said):
 
     with pytest.raises((TypeError, ValueError), match=said):
         run(plain(model), quantizer, hooks=[Wrong()])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_tokens_of_hooks_are_int64_whatever_they_were(model, quantizer, dtype):
+    class Narrow(Hook):
+        def on_tokens(self, state, k, logits, tokens):
+            return tokens.to(dtype)
+
+    made, plainly = run(plain(model), quantizer, hooks=[Narrow()]), run(plain(model), quantizer)
+    assert all(tokens.dtype == torch.int64 for tokens in made.tokens)
+    assert torch.equal(tokens_of(made), tokens_of(plainly))
+
+
+def test_a_hook_may_select_images_after_a_scale_only(model, quantizer):
+    class Early(Hook):
+        def on_tokens(self, state, k, logits, tokens):
+            state.select([1, 0])
+            return tokens
+
+    with pytest.raises(ValueError, match=r"Early\.on_tokens selected images"):
+        run(plain(model), quantizer, hooks=[Early()])
+
+
+@pytest.mark.parametrize("rows", [[], torch.zeros(4, dtype=torch.bool), None, "ab", [[0]], [0.5], [4], [-1]])
+def test_rows_that_cannot_be_selected(model, quantizer, rows):
+    class Pick(Hook):
+        def on_scale_end(self, state, k):
+            state.select(rows)
+
+    with pytest.raises(ValueError, match="rows must"):
+        run(plain(model), quantizer, hooks=[Pick()])
+
+
+def test_methods_that_nothing_calls_are_no_hook():
+    with pytest.raises(TypeError, match=r"Typo.on_token is called by nothing: a hook has on_start, on_scale_begin, "):
+
+        class Typo(Hook):
+            def on_token(self, state, k, logits, tokens):
+                return tokens
+
+
+def test_tokens_that_are_given_hold_by_themselves(model, quantizer):
+    class Give(Hook):
+        def __init__(self, given_BL):
+            self.given_BL = given_BL
+
+        def on_start(self, state):
+            state.extras["given"] = self.given_BL
+
+    given_BL = torch.full((4, 30), -1)
+    given_BL[1, 1:9], given_BL[3, 25] = 7, 0
+    made = tokens_of(run(plain(model), quantizer, hooks=[Give(given_BL)]))
+    assert torch.equal(made[given_BL >= 0], given_BL[given_BL >= 0])
+    assert torch.equal(made[0], tokens_of(run(plain(model), quantizer))[0])
+    with pytest.raises(ValueError, match=r'extras\["given"\] must be \(4, 30\) on this plan, got \(4, 7\)'):
+        run(plain(model), quantizer, hooks=[Give(given_BL[:, :7])])
+
+
+def test_another_reconstruction_is_what_the_next_scale_reads(model, quantizer):
+    class Fade(Hook):
+        def on_scale_end(self, state, k):
+            if k == 1:
+                state.replace(state.f_hat_BCHW * 0)
+                inputs.append(state.inputs[-1])
+
+    inputs = []
+    made = run(plain(model), quantizer, hooks=[Fade()])
+    assert torch.equal(inputs[0], quantizer.next_input(torch.zeros_like(made.f_hat_BCHW), 2, model.schedule))
+    assert not torch.equal(made.tokens[2], run(plain(model), quantizer).tokens[2])
 
 
 def test_no_guidance_runs_no_unconditional_half(model, quantizer):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from sample.draw import Filter, keep_top_k
 from sample.fast import FastSettings, accelerate
-from sample.graphs import GraphedSampler, Recorder, own_copies
+from sample.graphs import GraphedSampler, Recorder, own_copies, replays
+from sample.guidance import Guidance
 from sample.pipeline import NextScalePipeline
+from sample.plan import Plan
 from tokenizer.model import MultiScaleVQ
 from var.transformer import NextScaleTransformer
 
@@ -62,6 +67,31 @@ def test_replayed_images_are_those_of_the_plain_path() -> None:
         assert torch.equal(expected.images, made.images) and made.seeds == expected.seeds
         assert all(torch.equal(a, b) for a, b in zip(expected.tokens, made.tokens))
     assert len(recorded) == 2  # the loop with guidance, and the decoder
+
+
+def test_filters_and_guidance_that_may_be_equal_and_differ_are_not_replayed() -> None:
+    class Fewer(Filter):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            object.__setattr__(self, "count", count)
+
+        def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+            return keep_top_k(logits, self.count)
+
+    made = pipeline()
+    (stage,) = made.make_plan().stages
+    one, other = (Plan((replace(stage, filters=Fewer(count)),)) for count in (1, 32))
+    assert one == other and replays(made.make_plan()) and not replays(one)
+
+    class Own(Guidance):
+        pass
+
+    assert not replays(Plan((replace(stage, guidance=Own()),)))
+    recorded: list = []
+    made.graphed = GraphedSampler(made.vqvae, Recorder(replay_of(recorded)))
+    call = {"class_labels": [1, 2], "seed": 0, "output_type": "latent"}
+    images = [made(**call, plan=plan).images for plan in (one, one, other)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2]) and not recorded
 
 
 def test_what_is_recorded_in_inference_mode_is_replayed_outside() -> None:

@@ -357,6 +357,49 @@ def test_models_that_do_not_fit_are_named(model):
         scale_filters(4, temperature=[1.0, 1.0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "scenes"}, "model of a stage must be as sample.plan.Stage says, got str"),
+        ({"scales": 4}, "scales .* got int"),
+        ({"layers": 4}, "layers .* got int"),
+        ({"guidance": 0.5}, "guidance .* got float"),
+        ({"filters": 0.9}, "filters .* got float"),
+        ({"filters": [Filter(), None, None, None]}, "filters .* got list"),
+        ({"new_cache": "window"}, "new_cache .* got str"),
+        ({"schedule": "1,2,4"}, "schedule .* got str"),
+    ],
+)
+def test_stages_of_other_kinds_are_named(model, changes, said):
+    with pytest.raises(TypeError, match=said):
+        Plan((Stage(**{"model": model, "scales": range(4), **changes}),))
+    with pytest.raises(TypeError, match="stages must be a tuple of Stage, got Stage"):
+        Plan(Stage(model, range(4)))
+
+
+def test_what_a_stage_could_not_use_is_refused(model):
+    with pytest.raises(ValueError, match="attention_backend must be one of sdpa, flex, grouped, got 'nope'"):
+        Plan((Stage(model, range(4), attention_backend="nope"),))
+    forgetful = make_model(mask="block_diagonal", selectivity=None)
+    with pytest.raises(ValueError, match="new_cache is for models that read earlier scales"):
+        Plan((Stage(forgetful, range(4), new_cache=forgetful.new_cache),))
+
+
+def test_filters_and_guidance_of_ones_own(model, quantizer):
+    class Late(Guidance):
+        def weight(self, k, num_scales):
+            return 2.0 if k == num_scales - 1 else 0.0
+
+    def likeliest(logits_BlV):
+        return logits_BlV.masked_fill(logits_BlV < logits_BlV.max(dim=-1, keepdim=True).values, -torch.inf)
+
+    made = Plan((Stage(model, range(4), guidance=Late(), filters=likeliest),))
+    same = Plan((Stage(model, range(4), guidance=Guidance([0.0, 0.0, 0.0, 2.0]), filters=Filter(top_k=1)),))
+    assert torch.equal(tokens(made, quantizer), tokens(same, quantizer))
+    each = Plan((Stage(model, range(4), guidance=Late(), filters=[likeliest, Filter(top_k=1), likeliest, likeliest]),))
+    assert torch.equal(tokens(each, quantizer), tokens(same, quantizer))
+
+
 # --- the command and the pipeline ------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Search: one candidate is plain generation, every method is row selection, costs are counted exactly."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +76,44 @@ def run(tiny_class_model, tiny_vqvae):
 def plainly(model, vqvae, seeds=(5, 6, 7), plan=None, **options):
     prompt = ClassPrompt(torch.tensor([seed % 5 for seed in seeds]))
     return generate(plan or plain(model), vqvae.quantizer, prompt, seeds, **options)
+
+
+class Judge:
+    """Rewards that are no plain function; images are arrays for each of them."""
+
+    def bright(self, images, prompts):
+        return brightness(images, prompts)
+
+    def __call__(self, images, prompts):
+        return brightness(images, prompts)
+
+
+@pytest.mark.parametrize(
+    "reward", [brightness, Judge().bright, Judge(), partial(brightness), lambda *given: brightness(*given)]
+)
+def test_any_function_of_images_and_prompts_is_a_reward(run, reward):
+    assert torch.equal(tokens_of(run(reward=reward)), tokens_of(run()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward": "scenes"}, "reward must be a function of images, got 'scenes'"),
+        ({"features": "dinov2"}, "features must be a function of images, got 'dinov2'"),
+        ({"steps": "8 best"}, "steps must be those that make_steps gives"),
+        ({"steps": Step(2, 1, "best")}, "steps must be those that make_steps gives"),
+        ({"candidates": 2.5}, "candidates must be a whole number, got 2.5"),
+    ],
+)
+def test_settings_of_another_kind(changes, said):
+    with pytest.raises(TypeError, match=said):
+        Search(**{"candidates": 6, "steps": STEPS, "reward": BRIGHT, **changes})
+
+
+def test_a_way_of_choosing_that_nothing_explains(run, monkeypatch):
+    monkeypatch.setattr("sample.search_steps.HOWS", ("mmr", "best"))
+    with pytest.raises(ValueError, match="nothing says how candidates are chosen by 'mmr'"):
+        run(steps=(Step(0, 4, "mmr"), Step(2, 1, "best")))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
