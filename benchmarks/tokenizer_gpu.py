@@ -51,7 +51,7 @@ def our_works(options: argparse.Namespace, pixels: torch.Tensor, latents: torch.
     """Encoding and decoding by variant, and the plain float32 pipeline."""
     from benchmarks.models import random_pipeline
     from sample.fast import accelerate
-    from train.train_tokenizer import to_images
+    from train.prepare import as_floats
 
     def pipeline_of(dtype: torch.dtype, fast: bool) -> Any:
         with pixels.device:
@@ -63,7 +63,7 @@ def our_works(options: argparse.Namespace, pixels: torch.Tensor, latents: torch.
 
         def encode() -> torch.Tensor:
             with context:
-                return torch.cat(pipeline.vqvae.image_to_tokens(to_images({"image": pixels})["image"]), dim=1)
+                return torch.cat(pipeline.vqvae.image_to_tokens(as_floats({"image": pixels})["image"]), dim=1)
 
         @torch.no_grad()
         def decode() -> torch.Tensor:

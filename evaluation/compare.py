@@ -71,7 +71,7 @@ def compare_frechet(a_ND: torch.Tensor, b_ND: torch.Tensor, reference: Moments) 
     From `frechet_influence`: a joint resampling of the pairs would give the same to first order. The bias of finite N
     is common to both sides and largely cancels. Raises ValueError if the numbers of images differ or are under 10.
     """
-    _check_pairs(len(a_ND), len(b_ND))
+    _check_pairs(a_ND, b_ND, ndim=2)
     influences = [frechet_influence(x, reference).numpy() for x in (a_ND, b_ND)]
     values = [frechet_distance(moments(x), reference) for x in (a_ND, b_ND)]
     return _difference(*values, *influences)
@@ -80,16 +80,22 @@ def compare_frechet(a_ND: torch.Tensor, b_ND: torch.Tensor, reference: Moments) 
 def compare_means(a_N: Sequence[float], b_N: Sequence[float]) -> Difference:
     """The difference of two means over images (scores, shares of images judged right), rows paired by seed.
 
-    Raises ValueError if the numbers of images differ or are under 10.
+    Raises ValueError if the numbers of images differ or are under 10, or one has none.
     """
-    _check_pairs(len(a_N), len(b_N))
     a, b = (np.asarray(x, np.float64) for x in (a_N, b_N))
+    _check_pairs(a, b, ndim=1)
     return _difference(float(a.mean()), float(b.mean()), a, b)
 
 
-def _check_pairs(a: int, b: int) -> None:
-    if a != b or a < 10:
-        raise ValueError(f"a paired comparison needs 10 or more images of the same seeds on each side, got {a} and {b}")
+def _check_pairs(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, *, ndim: int) -> None:
+    if len(a) != len(b) or len(a) < 10:
+        said = f"got {len(a)} and {len(b)}"
+        raise ValueError(f"a paired comparison needs 10 or more images of the same seeds on each side, {said}")
+    for side in (a, b):
+        if side.ndim != ndim:
+            raise ValueError(f"a paired comparison needs {ndim}-dimensional numbers of images, got {tuple(side.shape)}")
+        if not np.isfinite(np.asarray(side)).all():
+            raise ValueError("a paired comparison needs finite numbers for every image, got NaN or infinity")
 
 
 @dataclass(frozen=True)

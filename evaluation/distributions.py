@@ -74,6 +74,8 @@ class Measure:
         """What a command line asks for. Raises ValueError or FileNotFoundError if something is missing for it."""
         metrics = chosen_metrics(args.metrics, args.suite)
         for metric in metrics:
+            if not any(metric in known for known in NETWORKS.values()):
+                raise ValueError(f"--metrics {metric} is on no network: NETWORKS of evaluation/distributions.py")
             if metric in NEED_REFERENCE and args.reference is None:
                 raise ValueError(f"--metrics {metric} needs --reference: real images, or their statistics")
         reference = None

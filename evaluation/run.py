@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,6 @@ class Generation:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Generation":
         """Load everything a command line names, check it, and check the work folder for other settings."""
-        from evaluation.adm import shuffled_order
         from evaluation.distributions import Measure, chosen_metrics
         from evaluation.scenes import prompt_suite
         from sample.images import Job, NpzFile, make_requests, npz_job, requests_digest
@@ -215,13 +215,13 @@ class Generation:
         """The shards that are not finished, images included where they are kept."""
         from evaluation.shards import shard_path
 
-        sink = self.sink()
         return [
             number
             for number in range(self.count)
-            if not shard_path(self.work, number).exists() or (sink and sink.missing(self.shard(number)))
+            if not shard_path(self.work, number).exists() or (self.sink and self.sink.missing(self.shard(number)))
         ]
 
+    @cached_property
     def sink(self) -> "NpzFile | None":
         """Where images are kept, or None."""
         from sample.images import NpzFile
@@ -231,15 +231,14 @@ class Generation:
     def make(self, rank: int, world: int) -> None:
         """Make and describe this process's missing shards; process 0 shows how far all of them are."""
         todo = [number for number in self.missing() if number % world == rank]
-        sink = self.sink()
         slow = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of progress
         with tqdm(total=len(self.requests), unit="image", desc="images", disable=rank != 0, mininterval=slow) as bar:
             bar.update(self.finished())
             for number in todo:
-                self.make_shard(number, sink)
+                self.make_shard(number)
                 bar.update(self.finished() - bar.n)
 
-    def make_shard(self, number: int, sink: "NpzFile | None") -> None:
+    def make_shard(self, number: int) -> None:
         """Draw the images of a shard, describe them with every network, write the shard."""
         from evaluation.features import describe_all
         from evaluation.judge import judge
@@ -249,8 +248,8 @@ class Generation:
         requests, images = self.shard(number), []
         for request, image in image_stream(self.pipeline, requests, batch_size=self.args.batch_size, **self.call):
             images.append(image)
-            if sink is not None:
-                sink.write(request, image)
+            if self.sink is not None:
+                self.sink.write(request, image)
         described = {
             name: describe_all(network, images, batch_size=self.args.batch_size)
             for name, network in self.measure.networks.items()
@@ -318,9 +317,8 @@ class Generation:
         if self.measure.networks:
             size = tuple(self.pipeline.vqvae.image_hw)
             cautions += self.measure.reference_cautions(Counter({size: len(self.requests)}))
-        sink = self.sink()
-        if sink is not None:
-            sink.finish()
+        if self.sink is not None:
+            self.sink.finish()
         print(table([row], [name for name in row if not name.endswith("_ci95")]))
         for caution in cautions:
             print(f"caution: {caution}", file=sys.stderr)
@@ -333,6 +331,13 @@ class Generation:
             self.args.out, result([row], command=command, n=len(columns[0]), seeds=self.args.seed, settings=settings)
         )
         print(f"written: {self.args.out}")
+
+
+def shuffled_order(count: int, seed: int = 0) -> list[int]:
+    """A fixed order of `count` images, for files whose parts must not be sorted by class."""
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def check_model(args: argparse.Namespace, suite: Suite, pipeline: "NextScalePipeline") -> int:

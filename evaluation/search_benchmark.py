@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_least(options, per_tag=1, n=1, batch_size=1, seed=0)
         if options.out.suffix != ".json":
             raise ValueError(f"--out must be a .json file, got {options.out}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the picture beside --out needs matplotlib: pip install 'nextscale[plots]'")
         content = measure(options)
         from evaluation.search_picture import draw_search
 

@@ -176,8 +176,10 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _open_parquet(path: Path) -> ParquetImages:
-    import pyarrow.parquet as parquet
-
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError(f"{path} cannot be read without pyarrow: pip install 'nextscale[data]'") from None
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a folder of images, an .npz or a .parquet file")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
     prompts, _ = read_prompts(args)
 
     from sample.convert import finished_folder
-    from sample.load import BUNDLED, load_pipeline, model_folder, silent_loading
+    from sample.load import BUNDLED, load_pipeline, model_folder
 
     folder = model_folder(args.model)
     if args.out is None and args.model == BUNDLED:
         raise ValueError("the bundled model is calibrated already: name --out for another calibration of it")
+    if args.out is None and not Path(args.model).exists():
+        raise ValueError(f"--model {args.model} lies in the Hub's cache, which is not ours to change: name --out")
     places = {"device": args.device, "text_device": args.text_device, "offload": args.offload}
     pipeline = load_pipeline(folder, dtype=args.dtype, **places)
     pipeline.set_progress_bar_config(disable=True)
@@ -67,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     copy = finished_folder(args.out, overwrite=args.overwrite, reads=[folder]) if args.out else nullcontext(folder)
     with copy as made:
         if args.out is not None:
-            with silent_loading():
-                load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(made)
+            copy_model(folder, made)
         for name in ["transformer"] + ["refiner"] * (pipeline.refiner is not None):
             model = getattr(pipeline, name)
             index = measure_selectivity(pipeline, prompts, model=model, per_prompt=args.n, seed=args.seed)
@@ -76,6 +78,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: {describe(index)}")
     print(f"written: {args.out or folder}")
     return 0
+
+
+def copy_model(folder: Path, made: Path) -> None:
+    """Copy a model as it is, or, where a training run keeps its parts only, as a pipeline."""
+    from sample.load import load_pipeline, silent_loading
+
+    if (folder / "model_index.json").is_file():
+        shutil.copytree(folder, made, dirs_exist_ok=True)
+        return
+    with silent_loading():
+        load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(made)
 
 
 def measure_selectivity(

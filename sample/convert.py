@@ -6,6 +6,7 @@ import glob
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,6 +152,7 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
     out = Path(out)
     if out.is_symlink():  # what it leads to is replaced
         out = out.resolve()
+    sweep(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         if not overwrite:
             raise ValueError(f"out {out} exists already: name another folder, or overwrite it")
@@ -160,10 +162,6 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
         if inside:
             raise ValueError(f"out {out} holds {inside[0]}, which is read: name another folder")
     folder, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):  # of one that was killed
-        number = left.name.rpartition("-")[2]
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -173,7 +171,24 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
-        os.replace(folder, out)
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Remove what processes that were killed left beside `out`, and put back what they had moved out of its way."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+        found = re.fullmatch(r"(partial|old)-(\d+)", left.name.removeprefix(f".{out.name}."))
+        if not found or psutil.pid_exists(int(found[2])):
+            continue
+        if found[1] == "old" and not out.exists():
+            os.replace(left, out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)

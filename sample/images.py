@@ -298,11 +298,13 @@ class NpzFile:
     Args:
         path: the file.
         requests: all requests of all processes.
-        block: images in a shard; an interrupted job loses at most one of them per process.
+        block: images in a shard; an interrupted job loses at most one of them per process. 256, or fewer of a small
+            job, so that many processes have some each, when None.
     """
 
-    def __init__(self, path: Path, requests: Sequence[Request], *, block: int = 256):
-        self.path, self.requests, self.block = Path(path), list(requests), block
+    def __init__(self, path: Path, requests: Sequence[Request], *, block: int | None = None):
+        self.path, self.requests = Path(path), list(requests)
+        self.block = block or min(256, max(1, len(self.requests) // 64))
         self.parts = self.parts_of(self.path)
         self._index = {(request.group, request.place): i for i, request in enumerate(self.requests)}
         self._waiting: dict[int, dict[int, np.ndarray]] = {}
@@ -316,7 +318,9 @@ class NpzFile:
         """The requests of shards that are not written; none when the file exists: a `Job` vouches for what made it."""
         if self.path.exists():
             return []
-        return [request for request in requests if not self._shard(self._place(request) // self.block).exists()]
+        numbers = [self._place(request) // self.block for request in requests]
+        there = {number: self._shard(number).exists() for number in set(numbers)}
+        return [request for request, number in zip(requests, numbers) if not there[number]]
 
     def write(self, request: Request, image: np.ndarray) -> None:
         """Keep the image until its shard is complete."""

@@ -133,9 +133,14 @@ def counted_flops() -> FlopCounterMode:
         added = more is not None and len(more) == len(weight)  # `weight` is a map to add to, `more` the weight
         return 2 * prod(out_shape) * prod((more if added else weight)[1:])
 
+    def transposed(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return 2 * prod(x) * prod(weight[1:])  # weight (I, O, h, w): each input meets all of it once
+
     counts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    names = ("_linear_pointwise", "_convolution_pointwise")
-    counts |= {getattr(torch.ops.mkldnn, name): packed for name in names if hasattr(torch.ops.mkldnn, name)}
+    laid_out = {"_linear_pointwise": packed, "_convolution_pointwise": packed}
+    laid_out["_convolution_transpose_pointwise"] = transposed
+    mkldnn = torch.ops.mkldnn
+    counts |= {getattr(mkldnn, name): count for name, count in laid_out.items() if hasattr(mkldnn, name)}
     return FlopCounterMode(display=False, custom_mapping=counts)
 
 

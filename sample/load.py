@@ -125,9 +125,19 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> Mult
 
     Raises:
         FileNotFoundError: naming the path, if there is none.
+        ValueError: if it is of a class of its own, or weights are missing.
     """
-    vqvae = MultiScaleVQ.from_pretrained(part_folder("tokenizer", path, "vqvae"))
+    vqvae = open_vqvae(part_folder("tokenizer", path, "vqvae"))
+    check_whole(vqvae, path)
     return vqvae.requires_grad_(False).eval().to(resolve_device(device))
+
+
+def open_vqvae(folder: Path) -> MultiScaleVQ:
+    """The tokenizer in a folder. Raises ValueError if it is of a class of its own: its tokens may mean other things."""
+    name = MultiScaleVQ.load_config(folder).get("_class_name", MultiScaleVQ.__name__)
+    if name != MultiScaleVQ.__name__:
+        raise ValueError(f"{folder} holds a {name}, not a {MultiScaleVQ.__name__}: load it with its own class")
+    return MultiScaleVQ.from_pretrained(folder)
 
 
 def part_folder(name: str, path: str | Path, part: str) -> Path:
@@ -244,7 +254,7 @@ def assemble(folder: Path) -> NextScalePipeline:
         if not (folder / part / "config.json").is_file():
             raise FileNotFoundError(f"model folder {str(folder)!r} has no {part}/config.json")
     transformer = NextScaleTransformer.from_pretrained(folder / "transformer")
-    vqvae = MultiScaleVQ.from_pretrained(folder / "vqvae")
+    vqvae = open_vqvae(folder / "vqvae")
     if transformer.config.conditioning == "class":
         return NextScalePipeline(transformer, vqvae)
     for part in ("text_encoder", "tokenizer"):

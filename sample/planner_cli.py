@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     latency = read_time(args.latency) if args.latency is not None else None
     if args.out is not None and args.out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {args.out}")
+    if args.out is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--out draws a picture and needs matplotlib: pip install 'nextscale[plots]'")
     for name, least in (("batch", 1), ("repeats", 1), ("measured", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} must be {least} or more, got {getattr(args, name)}")

@@ -147,6 +147,12 @@ def test_geneval_tree(sample, tmp_path):
     assert code == 2 and "settings.json is of images with requests" in err
 
 
+@pytest.mark.parametrize(("images", "block"), [(3, 1), (300, 4), (6400, 100), (50_000, 256)])
+def test_shards_are_small_where_the_job_is(tmp_path, images, block):
+    """So that many processes have some of a small job each; the same for any number of them, which may then differ."""
+    assert NpzFile(tmp_path / "x.npz", make_requests([0], per_prompt=images)).block == block
+
+
 def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
     tell(unread(["a red star", "three circles", "a ring and a blue square", "a cross above a heart"]))
     assert capsys.readouterr().err == ""

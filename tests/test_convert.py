@@ -603,6 +603,41 @@ def test_conversions_beside_each_other_leave_each_other_alone(tmp_path: Path) ->
     assert (tmp_path / "out/x").read_text() == "x"
 
 
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace = tmp_path / "out", os.replace
+    out.mkdir()
+    (out / "model_index.json").write_text("old")
+
+    def full(source: Path, target: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        finished_folder(out, overwrite=True) as folder,
+    ):
+        (folder / "model_index.json").write_text("new")
+    assert (out / "model_index.json").read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_process_had_moved_away_comes_back(tmp_path: Path) -> None:
+    dead = 2**22 + 1
+    out, old = tmp_path / "out", tmp_path / f".out.old-{dead}"
+    old.mkdir()
+    (old / "model_index.json").write_text("old")
+    with pytest.raises(ValueError, match="exists already"), finished_folder(out, overwrite=False):
+        pass
+    assert (out / "model_index.json").read_text() == "old"
+    old.mkdir()  # of one that was killed after it had put the new one in place
+    with finished_folder(out, overwrite=True) as folder:
+        (folder / "model_index.json").write_text("new")
+    assert (out / "model_index.json").read_text() == "new" and not old.exists()
+
+
 def test_a_tokenizer_of_normed_scales_has_no_official_file() -> None:
     sizes = {"channels": [32, 32], "latent_channels": 4, "vocab_size": 16, "schedule": "1,2,4"}
     model = MultiScaleVQ(**sizes, normalize_scales=True)

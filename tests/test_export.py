@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,30 @@ def test_an_export_draws_as_the_model_does(class_folder, tmp_path, capsys):
     drawn = [p(class_labels=[1, 2], output_type="pt", **chosen).images for p in (made, own)]
     assert torch.equal(*drawn)
     assert str(tmp_path) not in (out / "transformer/config.json").read_text()
+
+
+def test_what_is_not_given_stays_the_models_own(class_pipeline, tmp_path):
+    own = {"guidance_scale": 0.5, "guidance_ramp": "constant", "top_p": 0.5, "cache": "window:50%"}
+    model = NextScalePipeline(class_pipeline.transformer, class_pipeline.vqvae, sampling=own)
+    model.save_pretrained(tmp_path / "model")
+    assert exit_code(main, ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--top_p=0.9"]) == 0
+    assert load_pipeline(tmp_path / "out", device="cpu").config.sampling == own | {"top_p": 0.9}
+
+
+def test_parts_that_cannot_be_moved_leave_the_old_ones(class_folder, tmp_path, monkeypatch, capsys):
+    out, rename = tmp_path / "out", Path.rename
+    given = ["--model", str(class_folder), "--out", str(out)]
+    assert exit_code(main, given) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(path, target):
+        if path.name == "vqvae" and path.parent.name.startswith(".tmp-"):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    assert exit_code(main, [*given, "--top_k=7", "--overwrite=true", "--dtype=float16"]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_refiner_is_exported_too(class_pipeline, tmp_path):

@@ -143,6 +143,8 @@ def test_up_sampling_with_packed_weights(capfd):
         assert torch.allclose(packed(x), upsample(x), atol=1e-5)
         assert packed(x).is_contiguous(memory_format=torch.channels_last)
     assert packed.state_dict().keys() == {"conv.weight", "conv.bias"}
+    folded = fast.FoldedUpsample(upsample)
+    assert call_flops(packed, maps[1]) == call_flops(folded, maps[1]) == 2 * 16 * 48 * 48 * maps[1].numel() // 48
     capfd.readouterr()
     for x in maps:
         with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):

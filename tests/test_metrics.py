@@ -1,5 +1,6 @@
 """Distribution metrics against independent float64 code, and everything that would make them mislead."""
 
+import sys
 import zipfile
 
 import numpy as np
@@ -9,7 +10,6 @@ from PIL import Image
 from scipy import linalg, stats
 
 from evaluation import guards
-from evaluation.adm import adm_figures, shuffled_order, write_reference, write_samples
 from evaluation.compare import compare_frechet, compare_means, frechet_infinity, over_seeds
 from evaluation.coverage import neighbourhoods
 from evaluation.features import Described, describe_all, weights_digest
@@ -26,6 +26,7 @@ from evaluation.frechet import (
 )
 from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.intervals import bootstrap_interval, mean_interval, wilson
+from evaluation.run import shuffled_order
 from evaluation.scene_features import load_scene_features
 from evaluation.sources import open_images, stored_moments
 
@@ -208,6 +209,19 @@ def test_common_seeds_show_a_difference_that_separate_ones_hide():
         compare_frechet(a, a[1:], reference)
 
 
+@pytest.mark.parametrize("worth", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_compared_with_nothing(worth):
+    good = list(range(20))
+    with pytest.raises(ValueError, match="finite numbers for every image"):
+        compare_means([worth, *good[1:]], good)
+    wrong = features(20)
+    wrong[3, 1] = worth
+    with pytest.raises(ValueError, match="finite numbers for every image"):
+        compare_frechet(wrong, features(20), moments(features(50)))
+    with pytest.raises(ValueError, match=r"1-dimensional numbers of images, got \(20, 2\)"):
+        compare_means(np.zeros((20, 2)), np.zeros((20, 2)))
+
+
 def test_a_paired_interval_covers_the_truth_as_often_as_it_says():
     rng, inside = np.random.default_rng(0), 0
     for _ in range(300):
@@ -234,30 +248,25 @@ def described(n: int, seed: int = 0) -> Described:
     return Described(features(n, seed=seed), posterior, torch.randn(n, 6, generator=generator))
 
 
-def test_reference_files_go_out_and_come_in(tmp_path):
-    one, other, images = described(40), described(50, 1), pictures(3)
-    write_reference(tmp_path / "ref.npz", other, images)
-    pool, spatial = (stored_moments(tmp_path / "ref.npz", spatial=s) for s in (False, True))
+def test_reference_files_hold_statistics_and_images(tmp_path):
+    other, images = described(50, 1), pictures(3)
+    own, spatial = moments(other.features), moments(other.spatial)
+    arrays = {"mu": own.mean, "sigma": own.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    np.savez(tmp_path / "ref.npz", arr_0=images, **{name: tensor.numpy() for name, tensor in arrays.items()})
     assert np.array_equal(np.stack(list(open_images(tmp_path / "ref.npz"))), images)
-    found = adm_figures(one, pool, spatial, other)
-    assert found.keys() == {"fid", "is", "sfid", "precision", "recall"}
-    assert found["fid"] == pytest.approx(frechet_by_sqrtm(one.features.numpy(), other.features.numpy()), rel=1e-6)
-    assert found["sfid"] == pytest.approx(frechet_by_sqrtm(one.spatial.numpy(), other.spatial.numpy()), rel=1e-4)
-    assert "sfid" not in adm_figures(one, pool, None, other)
-    assert "sfid" not in adm_figures(Described(one.features, one.log_posterior), pool, spatial, other)
-    same = adm_figures(other, pool, spatial, other)
-    assert same["fid"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
-    with np.load(tmp_path / "ref.npz") as archive:
-        assert sorted(archive.files) == ["arr_0", "mu", "mu_s", "sigma", "sigma_s"]
+    one = described(40)
+    for mine, theirs, is_spatial in ((one.features, other.features, False), (one.spatial, other.spatial, True)):
+        kept = stored_moments(tmp_path / "ref.npz", spatial=is_spatial)
+        wanted = frechet_by_sqrtm(mine.numpy(), theirs.numpy())
+        assert frechet_distance(moments(mine), kept) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_samples_files_keep_labels(tmp_path):
-    write_samples(tmp_path / "a.npz", pictures(4), [3, 1, 2, 0])
+    np.savez(tmp_path / "a.npz", arr_0=pictures(4), arr_1=np.array([3, 1, 2, 0]))
     assert open_images(tmp_path / "a.npz").labels.tolist() == [3, 1, 2, 0]
-    with pytest.raises(ValueError, match="uint8"):
-        write_samples(tmp_path / "b.npz", pictures(4).astype(np.float32))
-    with pytest.raises(ValueError, match="one an image, got 1 for 4"):
-        write_samples(tmp_path / "b.npz", pictures(4), [3])
+
+
+def test_a_shuffled_order_is_fixed_and_whole():
     assert sorted(shuffled_order(9)) == list(range(9)) and shuffled_order(9) == shuffled_order(9) != list(range(9))
 
 
@@ -498,6 +507,13 @@ def test_an_image_that_is_not_finite_is_named_as_it_is_drawn(class_pipeline, mon
     monkeypatch.setattr(type(class_pipeline), "__call__", poisoned)
     with pytest.raises(ValueError, match="image of 3, seed 8, is not finite"):
         list(image_stream(class_pipeline, make_requests([2, 3, 4], seed=7)))
+
+
+def test_without_pyarrow_parquet_is_refused_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read without pyarrow: pip install"):
+        open_images(tmp_path / "a.parquet")
 
 
 def test_parquet_is_read_like_a_folder(tmp_path):

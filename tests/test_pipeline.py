@@ -474,3 +474,14 @@ def test_all_models_of_a_plan_know_the_same_classes(class_pipeline, text_pipelin
     stage = plain(tiny_class_model).stages[0]
     with pytest.raises(ValueError, match="a stage makes one scale or more"):
         Plan((dataclasses.replace(stage, scales=range(0)), stage))
+
+
+def test_a_tokenizer_of_another_class_is_refused(tiny_class_model, tiny_vqvae, tmp_path):
+    """Its tokens may mean other things: loading it as the usual one would draw and train on the wrong pictures."""
+    tiny_vqvae.save_pretrained(tmp_path / "vqvae")
+    tiny_class_model.save_pretrained(tmp_path / "transformer")
+    config = tmp_path / "vqvae" / "config.json"
+    config.write_text(config.read_text().replace('"MultiScaleVQ"', '"FiniteScalar"'))
+    for load in (load_tokenizer, load_pipeline):
+        with pytest.raises(ValueError, match="vqvae holds a FiniteScalar, not a MultiScaleVQ"):
+            load(tmp_path)

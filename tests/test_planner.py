@@ -331,3 +331,9 @@ def test_a_model_of_one_scale_has_a_plan_too(tmp_path, tiny_vqvae, capsys):
     argv = ["plan", "--model", str(tmp_path), "--class", "0", "--device", "cpu", "--repeats", "1", "--measured", "0"]
     assert nextscale.main(argv) == 0
     assert "chosen: --plan var --cache 100%" in capsys.readouterr().out
+
+
+def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sample.planner_cli.importlib.util.find_spec", lambda name: None)
+    assert nextscale.main(["plan", "a red star", "--out", str(tmp_path / "plan.png")]) == 2
+    assert "--out draws a picture and needs matplotlib" in capsys.readouterr().err

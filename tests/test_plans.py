@@ -1,6 +1,7 @@
 """Plans in words: neutral settings equal plain decoding, borders and depths are in place, mistakes are named."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -481,6 +482,20 @@ def test_a_plan_can_be_the_models_own(tiny_class_model, tiny_vqvae, tmp_path):
     assert [len(stage.active) for stage in again.make_plan().stages] == [2, 1]
     assert [len(stage.active) for stage in again.make_plan("var").stages] == [2]
     assert again.make_plan("var").stages[0].filter(0).top_k == 5
+
+
+def test_a_calibrated_copy_is_the_model_but_for_its_index(class_folder, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(class_folder, model)
+    (model / "official_buffers.safetensors").write_bytes(b"kept")
+    argv = ["calibrate", "--model", str(model), "--class", "0", "--device", "cpu", "--out", str(tmp_path / "copy")]
+    assert nextscale.main(argv) == 0
+    for path in (path for path in model.rglob("*") if path.is_file()):
+        same = (tmp_path / "copy" / path.relative_to(model)).read_bytes() == path.read_bytes()
+        assert same == (path.parent.name != "transformer" or path.name != "config.json")
+    monkeypatch.setattr("sample.load.model_folder", lambda name: model)
+    assert nextscale.main(["calibrate", "--model", "you/yours", "--class", "0"]) == 2
+    assert "--model you/yours lies in the Hub's cache" in capsys.readouterr().err
 
 
 def test_a_calibrated_copy_goes_into_a_new_folder(class_folder, tmp_path, capsys):

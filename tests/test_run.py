@@ -86,11 +86,11 @@ def test_finished_shards_are_kept(alone, class_folder, tmp_path, capsys, monkeyp
     work, drawn = tmp_path / "work", []
     make_shard = run.Generation.make_shard
 
-    def dying(self, number, sink):
+    def dying(self, number):
         drawn.append(number)
         if len(drawn) == 3:
             raise KeyboardInterrupt
-        make_shard(self, number, sink)
+        make_shard(self, number)
 
     monkeypatch.setattr(run.Generation, "make_shard", dying)
     assert ended(words(class_folder, work)) == 130

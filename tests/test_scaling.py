@@ -516,3 +516,21 @@ def test_the_size_of_a_class_model_is_that_of_its_data(tmp_path):
     ladder = dataclasses.replace(ladder, base=tmp_path / "base.yaml")
     made = NextScaleTransformer(depth=4, width=64, heads=2, num_classes=5, **tokens)
     assert rung_size(ladder, ladder.rungs[0]) == sum(p.numel() for p in made.parameters())
+
+
+def test_the_size_of_a_bitwise_model_is_that_of_its_patches(tmp_path):
+    from tokenizer.model import MultiScaleVQ
+    from train.scaling import rung_size
+    from var.transformer import NextScaleTransformer
+
+    shape = {"channels": [8, 8], "layers_per_block": 1, "attention": False, "norm_groups": 4}
+    tokens = {"latent_channels": 6, "bitwise": True, "token_patch": 2, "schedule": "1,2,4"}
+    vqvae = MultiScaleVQ(**shape, **tokens)
+    vqvae.save_pretrained(tmp_path / "run" / "vqvae")
+    ladder = Ladder.read(toy_ladder(tmp_path))
+    base = {"tokens": {"tokenizer": str(tmp_path / "run")}, "data": {"num_classes": 5}, "transformer": {"heads": 1}}
+    (tmp_path / "base.yaml").write_text(yaml.dump(base))
+    ladder = dataclasses.replace(ladder, base=tmp_path / "base.yaml")
+    own = {"latent_channels": vqvae.quantizer.channels, "vocab_size": 2, "bitwise": True, "schedule": "1,2,4"}
+    made = NextScaleTransformer(depth=4, width=64, heads=2, num_classes=5, **own)
+    assert rung_size(ladder, ladder.rungs[0]) == sum(p.numel() for p in made.parameters())

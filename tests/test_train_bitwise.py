@@ -156,6 +156,18 @@ def test_lists_of_one_shape_are_read_one_after_the_other(lists: Path, tmp_path: 
     assert [data.captions(i) for i in (0, 4, 5, 12)] == [(f"short {i}", f"long {i}") for i in (0, 4, 5, 12)]
 
 
+def test_the_first_line_may_be_one_that_cannot_be_read(lists: Path, tmp_path: Path) -> None:
+    (square,) = lists.glob("1.000*.jsonl")
+    rows = square.read_text().replace('"1.000', f'"{lists}/1.000').splitlines(keepends=True)
+    path = tmp_path / "1.000_a.jsonl"
+    path.write_text("".join(['{"text": "no image"}\n', "[1]\n", *rows[:2]]))
+    config = AspectConfig(folder=str(tmp_path), size="0.06M", val_fraction=0.0)
+    assert len(AspectImages(config, "train", batch_size=1)) == 4
+    path.write_text('{"text": "no image"}\n')
+    with pytest.raises(ValueError, match="no line of its lists is a JSON object with an image_path"):
+        AspectImages(config, "train", batch_size=1)
+
+
 def test_lines_that_cannot_be_read_are_left_out_like_images(lists: Path, tmp_path: Path) -> None:
     (square,) = lists.glob("1.000*.jsonl")
     rows = square.read_text().replace('"1.000', f'"{lists}/1.000').splitlines(keepends=True)

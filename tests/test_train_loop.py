@@ -651,8 +651,8 @@ def cache(tokenizer_run, tmp_path_factory):
 def test_cached_tokens_are_the_tokenizers(cache, tokenizer_run):
     from tokenizer.model import MultiScaleVQ
     from train.data import DataConfig, build_dataset
+    from train.prepare import as_floats
     from train.token_cache import TokenCache
-    from train.train_tokenizer import to_images
 
     vqvae = MultiScaleVQ.from_pretrained(tokenizer_run / "latest" / "vqvae").eval()
     cached = TokenCache(cache, "train", vqvae)
@@ -660,7 +660,7 @@ def test_cached_tokens_are_the_tokenizers(cache, tokenizer_run):
     assert len(cached) == len(data) == 40 and cached.num_classes == 6
     for index in (0, 17, 39):
         item, image = cached[index], data[index]
-        ids = torch.cat(vqvae.image_to_tokens(to_images({"image": image["image"][None]})["image"]), dim=1)
+        ids = torch.cat(vqvae.image_to_tokens(as_floats({"image": image["image"][None]})["image"]), dim=1)
         assert torch.equal(item["ids"], ids[0])
         assert (item["label"], item["caption"]) == (image["label"], image["caption"])
     assert np.load(cache / "train" / "00000.npy").dtype == np.uint16
@@ -820,3 +820,13 @@ def test_compiling_is_left_out_where_it_cannot_work(device, compiler, told, monk
     assert can_compile(SimpleNamespace(device=torch.device(device), print=print)) == (told is None)
     said = capsys.readouterr().err
     assert said == (f"run.compile is left out: {told}\n" if told else "")
+
+
+@pytest.mark.parametrize(
+    "image", [torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 1, 8, 8).byte()]
+)
+def test_images_of_another_kind_are_not_trained_on(image):
+    from train.prepare import as_floats
+
+    with pytest.raises(ValueError, match=r"images to train on must be uint8 \(3, h, w\) each, got a batch of "):
+        as_floats({"image": image})

@@ -13,6 +13,8 @@ import json
 import mmap
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -155,14 +157,7 @@ class AspectImages(Dataset):
         return (short or long, long or short)
 
     def _row(self, ratio: float, number: int) -> dict:
-        line = self.lists[ratio][number]
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorruptImage(f"a line is no JSON ({error}): {line.strip()[:60]}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("image_path"), str):
-            raise CorruptImage(f"a line has no image_path: {line.strip()[:60]}")
-        return row
+        return _read_row(self.lists[ratio][number])
 
     def _place(self, index: int) -> tuple[float, int]:
         """The shape of an image, and its number among those of that shape."""
@@ -187,7 +182,11 @@ class AspectImages(Dataset):
         lists = {ratio: lines for ratio, lines in found.items() if len(lines)}
         if not lists:
             raise FileNotFoundError(f"aspects.folder {str(folder)!r} has no list like 1.500_000002500.jsonl in it")
-        example = json.loads(next(iter(lists.values()))[0])["image_path"]
+        example = _first_path(lists.values())
+        if example is None:
+            raise ValueError(
+                f"aspects.folder {str(folder)!r}: no line of its lists is a JSON object with an image_path"
+            )
         roots = [root for root in (folder, *folder.resolve().parents) if (root / example).is_file()]
         if not roots:
             raise FileNotFoundError(
@@ -195,6 +194,26 @@ class AspectImages(Dataset):
             )
         self.root = roots[0]
         return lists
+
+
+def _read_row(line: str) -> dict:
+    """What a line says. Raises CorruptImage if it names no image."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CorruptImage(f"a line is no JSON ({error}): {line.strip()[:60]}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("image_path"), str):
+        raise CorruptImage(f"a line has no image_path: {line.strip()[:60]}")
+    return row
+
+
+def _first_path(lists: Iterable[Lines]) -> str | None:
+    """The path of the first image that a line names."""
+    for lines in lists:
+        for number in range(len(lines)):
+            with suppress(CorruptImage):
+                return _read_row(lines[number])["image_path"]
+    return None
 
 
 def _texts(row: dict) -> tuple[str, str]:

@@ -26,8 +26,8 @@ from tokenizer.model import MultiScaleVQ, check_latents
 from tokenizer.precision import cast
 from train.config import base_parser, exit_code, yaml_word
 from train.data import DataConfig, build_dataset
+from train.prepare import as_floats
 from train.token_cache import has_shard, token_dtype, tokenizer_hash, write_shard
-from train.train_tokenizer import to_images
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ def encode(
     """
     tokens, rows, latents = [], [], []
     for batch in DataLoader(items, batch_size=config.batch_size, num_workers=config.workers):
-        image = to_images({"image": batch["image"].to(accelerator.device)})["image"]
+        image = as_floats({"image": batch["image"].to(accelerator.device)})["image"]
         f_BCHW = check_latents(vqvae.encode(image.to(vqvae.dtype)))
         ids = torch.cat(vqvae.quantizer.encode(f_BCHW, vqvae.schedule), dim=1)
         tokens.append(ids.cpu().numpy().astype(token_dtype(vqvae.config.vocab_size)))

@@ -30,12 +30,13 @@ class ExportConfig:
         overwrite: replace the pipeline that is in `out`.
         vqvae: folder of another tokenizer with the same tokens (a decoder that was trained on).
         dtype: float32, bfloat16 or float16.
-        guidance_scale: the model's own guidance; 0 is none. One number, or one a scale.
-        top_k: the model's own; 0 is all. One number, or one a scale.
-        top_p: the model's own, in (0, 1]. One number, or one a scale.
-        temperature: the model's own. One number, or one a scale.
-        guidance_ramp: the model's own, linear or constant.
-        mask_schedule: the model's own passes over its scales, like 1/1,3/1,1,2,5, or off; the published ones if null.
+        guidance_scale: the model's own guidance from now on; 0 is none. One number, or one a scale. This setting, as
+            those below, stays what it is where `model` has one and none is given here.
+        top_k: its own; 0 is all. One number, or one a scale.
+        top_p: its own, in (0, 1]. One number, or one a scale.
+        temperature: its own. One number, or one a scale.
+        guidance_ramp: its own, linear or constant.
+        mask_schedule: its own passes over its scales, like 1/1,3/1,1,2,5, or off; the published ones where it has none.
     """
 
     model: str
@@ -43,11 +44,11 @@ class ExportConfig:
     overwrite: bool = False
     vqvae: str | None = None
     dtype: str = "bfloat16"
-    guidance_scale: float | list[float] = 1.5
-    top_k: int | list[int] = 0
-    top_p: float | list[float] = 1.0
-    temperature: float | list[float] = 1.0
-    guidance_ramp: str = "linear"
+    guidance_scale: float | list[float] | None = None
+    top_k: int | list[int] | None = None
+    top_p: float | list[float] | None = None
+    temperature: float | list[float] | None = None
+    guidance_ramp: str | None = None
     mask_schedule: str | None = None
 
 
@@ -71,9 +72,9 @@ def export(config: ExportConfig) -> float:
     if config.vqvae is not None:
         pipeline.register_modules(vqvae=same_tokens(pipeline.vqvae, config.vqvae))
     names = ("guidance_scale", "top_k", "top_p", "temperature", "guidance_ramp", "mask_schedule")
-    sampling = {name: value for name in names if (value := getattr(config, name)) is not None}
-    pipeline.make_plan(**sampling)  # raises, as sampling would
-    pipeline.register_to_config(sampling=sampling)
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    pipeline.make_plan(**given)  # raises, as sampling would
+    pipeline.register_to_config(sampling={**(pipeline.config.sampling or {}), **given})
     for part in (pipeline.transformer, pipeline.refiner, pipeline.vqvae, pipeline.text_encoder):
         if part is not None:
             torch.nn.Module.to(part, DTYPES[config.dtype])  # loading casts back what needs float32
@@ -109,14 +110,25 @@ def same_tokens(own: torch.nn.Module, folder: str) -> torch.nn.Module:
 
 
 def replace_parts(source: Path, out: Path) -> None:
-    """Move the pipeline's files from `source` into `out`, each by a rename, model_index.json last."""
+    """Move the pipeline's files from `source` into `out`, each by a rename, model_index.json last.
+
+    If one cannot be moved, those that were there are put back.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for name in PARTS:
-        if (out / name).exists():
-            shutil.rmtree(out / name)
-        if (source / name).exists():
-            (source / name).rename(out / name)
-    (source / "model_index.json").replace(out / "model_index.json")
+    aside = source / "before"
+    aside.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in PARTS:
+            for begin, end in ((out / name, aside / name), (source / name, out / name)):
+                if begin.exists():
+                    begin.rename(end)
+                    moved.append((begin, end))
+        (source / "model_index.json").replace(out / "model_index.json")
+    except OSError:
+        for begin, end in reversed(moved):
+            end.rename(begin)
+        raise
     shutil.rmtree(source)
 
 

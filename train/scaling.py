@@ -159,6 +159,8 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
     config = MultiScaleVQ.load_config(part_folder("tokens.tokenizer", given["tokens.tokenizer"], "vqvae"))
     sizes = {name.removeprefix("transformer."): v for name, v in given.items() if name.startswith("transformer.")}
     sizes |= {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}
+    if sizes["bitwise"]:
+        sizes["latent_channels"] *= config["token_patch"] ** 2  # bits of a token
     if sizes.get("conditioning") == "text":
         sizes["text_width"] = given.get("text.d_model", TextConfig.d_model)
     elif given.get("tokens.cache") is not None:

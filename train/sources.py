@@ -395,12 +395,12 @@ def load_tables(
 
     split_names: what counts as the name of a split in a folder of parquet or tar files.
     source: "parquet", "webdataset" or "datasets" (a Hub name, a folder `load_dataset` knows or one of `save_to_disk`).
-    Raises FileNotFoundError or ValueError in one line for what cannot be found or read, ImportError without `datasets`.
+    Raises FileNotFoundError or ValueError in one line for what cannot be found or read, ValueError without `datasets`.
     """
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"source={source!r} needs the datasets package: pip install 'nextscale[data]'") from None
+        raise ValueError(f"source={source!r} needs the datasets package: pip install 'nextscale[data]'") from None
     options = {"streaming": streaming, "cache_dir": cache_dir}
     if source == "datasets":
         saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))

@@ -19,7 +19,8 @@ from train.data import DataConfig, build_dataset
 from train.loop import run
 from train.optimizers import OptimizerConfig
 from train.order import spread_index
-from train.session import Batch, Task
+from train.prepare import as_floats, image_format
+from train.session import Task
 from train.state import settings_of
 from train.token_cache import unusual
 from train.tokenizer_objective import TokenizerLossConfig, TokenizerObjective
@@ -36,16 +37,6 @@ def parser():
     made.add_class_arguments(OptimizerConfig, "optimizer")
     made.add_class_arguments(OptimizerConfig, "adversary")
     return made
-
-
-def image_format() -> torch.memory_format:
-    """Channels last on a GPU. On a CPU its group norm's backward costs more than its convolutions save."""
-    return torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
-
-
-def to_images(batch: Batch) -> Batch:
-    """uint8 (B, 3, h, w) to float in [-1, 1]."""
-    return {**batch, "image": batch["image"].float().div(127.5).sub(1).contiguous(memory_format=image_format())}
 
 
 def export_weights(folder: Path, objective: TokenizerObjective, weights: dict | None) -> None:
@@ -92,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = made.instantiate(config)
     run_config: RunConfig = built.run
     run_config.check_named()
-    vqvae = built.tokenizer.to(memory_format=image_format())
+    device = torch.device("cpu" if run_config.cpu or not torch.cuda.is_available() else "cuda")
+    vqvae = built.tokenizer.to(memory_format=image_format(device))
     data: DataConfig = built.data
     if tuple(data.hw) != vqvae.image_hw:
         raise ValueError(
@@ -110,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = torch.stack([val_data[i]["image"] for i in chosen])
 
     def preview(trained: TokenizerObjective) -> dict[str, torch.Tensor]:
-        image = to_images({"image": shown.to(trained.vqvae.device)})["image"]
+        image = as_floats({"image": shown.to(trained.vqvae.device)})["image"]
         rebuilt = trained.vqvae(image).reconstruction
         rows = zip(image.split(8), rebuilt.float().split(8))
         return {"reconstructions": torch.cat([half for pair in rows for half in pair])}
@@ -119,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective=objective,
         train_data=build_dataset(data, "train", seed=run_config.seed, corrupt_log=unreadable),
         val_data=val_data,
-        prepare=to_images,
+        prepare=as_floats,
         export=export_weights,
         preview=preview if run_config.previews else None,
         record=partial(save_config, made, config, run_config.run_dir),

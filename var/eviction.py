@@ -8,7 +8,7 @@ Shapes: B rows, H heads, S tokens of history and current scale, l new tokens, d 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -132,8 +132,9 @@ class EvictingCache(KVCache):
         self._note_peak(*joined)
         return joined
 
-    def free_layers(self, layers: Sequence[int]) -> None:
+    def free_layers(self, layers: Iterable[int]) -> None:
         """Give back the memory of layers that will not run again."""
+        layers = list(layers)
         super().free_layers(layers)
         for layer in layers:
             self.given[layer] = 0

@@ -9,6 +9,7 @@ Shapes: B rows, H heads, l new tokens, S tokens of history and current scale, d 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -166,11 +167,18 @@ class ScaleKVCache(EvictingCache):
     ) -> torch.Tensor:
         """The window's tokens, and those it attends to most; another choice for every head."""
         length = self.schedule.lengths[k]
-        cells = torch.tensor(observation_window(*self.schedule.sides[k], self.window), device=keys_BHSd.device)
+        cells = _cells(*self.schedule.sides[k], self.window, keys_BHSd.device)
         window = cells + keys_BHSd.shape[2] - length
         observed = q_BHld[:, :, q_BHld.shape[2] - length + cells]
         scores = window_scores(observed, keys_BHSd, window, scale=scale, kernel=self.kernel)
         return best_and_window(scores, window, budget)
+
+
+@cache  # made once: a copy to a GPU would wait, in every layer, for all that it has been given to do
+@torch.inference_mode(False)
+def _cells(h: int, w: int, side: int, device: torch.device) -> torch.Tensor:
+    """`observation_window`, int64."""
+    return torch.tensor(observation_window(h, w, side), device=device)
 
 
 def observation_window(h: int, w: int, side: int) -> list[int]:
