@@ -4,8 +4,6 @@ Images are uint8 RGB, (h, w, 3).
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from evaluation.distributions import Measure
 from evaluation.evaluate_options import SUITES, defaults
 from evaluation.geneval import read_results, read_suite, result_cautions, suite, summarize
 from evaluation.reconstruction import report_reconstructions
-from evaluation.report import command_line, portable, result, table, write_result
+from evaluation.report import command_line, portable, result, short_digest, table, write_result
 from evaluation.reward_scores import load_rewards, published, reward_figures
 from evaluation.scenes import SHAPES, TAGS, prompt_suite
 from evaluation.sheet import verdict_sheet
@@ -277,5 +275,4 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
 
 def default_folder(settings: dict) -> Path:
     """The folder of a job's images when none is named: one per model and settings, so that nothing is mixed."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("cache/evaluate") / f"{settings['suite']}-{settings['model_digest']}-{digest}"
+    return Path("cache/evaluate") / f"{settings['suite']}-{settings['model_digest']}-{short_digest(settings)}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.report import cells_of, metric_rows, portable
+from evaluation.report import cells_of, flat, is_result, metric_rows, portable
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def sections_of(source: str | Path) -> list[Section]:
         raise FileNotFoundError(f"{source} does not exist: give a training run's folder or a results file")
     if path.is_file():
         return [result_section(path)]
-    results = [file for file in sorted(path.glob("*.json")) if _is_result(file)]
+    results = [file for file in sorted(path.glob("*.json")) if is_result(file)]
     if (path / "metrics.jsonl").is_file():
         return [run_section(path), *map(result_section, results)]
     if not results:
@@ -78,20 +78,12 @@ def sections_of(source: str | Path) -> list[Section]:
     return [result_section(file) for file in results]
 
 
-def _is_result(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("rows"), list) and {"versions", "command"} <= {*content}
-
-
 def result_section(path: Path) -> Section:
     """A results file: its figures with intervals, picture, cautions, settings, hardware, command.
 
     Raises ValueError if it is no results file.
     """
-    if not _is_result(path):
+    if not is_result(path):
         raise ValueError(f"{path} is no results file: it must hold a JSON object with rows, versions and command")
     content = json.loads(path.read_text(encoding="utf-8"))
     blocks: list[Block] = [Table(*cells_of(content["rows"]))]
@@ -136,14 +128,6 @@ def newest_pictures(folder: Path) -> list[Path]:
     """The last picture of every kind in a run's images/ (KIND_IMAGES.png)."""
     last = {path.stem.rpartition("_")[0]: path for path in sorted(folder.glob("*.png"))}
     return list(last.values())
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """A nested object as one with dotted names."""
-    found: dict[str, object] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def curves(kinds: Mapping[str, Sequence[Mapping]]) -> Picture:

@@ -65,7 +65,21 @@ def is_result(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"rows", "command", "versions"} <= {*content}
+    said = {"command", "versions"}
+    return isinstance(content, dict) and isinstance(content.get("rows"), list) and said <= {*content}
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """A nested object as one with dotted names, as the command line has them: transformer.depth."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def short_digest(settings: Mapping) -> str:
+    """Eight hexadecimal digits that change with the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def file_digest(path: str | os.PathLike) -> str:

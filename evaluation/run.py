@@ -7,7 +7,6 @@ go nowhere unless `--npz` keeps them.
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections import Counter
@@ -358,8 +357,9 @@ def check_model(args: argparse.Namespace, suite: Suite, pipeline: "NextScalePipe
 
 def default_work(settings: dict) -> Path:
     """The folder of a job's shards when none is named."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("cache/run") / f"{settings['suite']}-{settings['model_digest']}-{digest}"
+    from evaluation.report import short_digest
+
+    return Path("cache/run") / f"{settings['suite']}-{settings['model_digest']}-{short_digest(settings)}"
 
 
 def departures(published: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:

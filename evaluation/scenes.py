@@ -18,23 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
-COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (247, 140, 30),
-    "yellow": (245, 215, 50),
-    "green": (44, 160, 60),
-    "blue": (40, 90, 215),
-    "purple": (140, 60, 190),
-    "pink": (245, 140, 190),
-    "brown": (125, 75, 40),
-    "black": (20, 20, 20),
-    "white": (245, 245, 245),
-}
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y), sign
+from sample.scene_words import COLOURS, COUNTS, RELATION_THRESHOLD, RELATIONS, SHAPES
 
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COUNT_WORDS = {count: word for word, count in COUNTS.items()}
 OPPOSITE = {a: b for a, (axis, sign) in RELATIONS.items() for b, way in RELATIONS.items() if way == (axis, -sign)}
 
 CANVAS = 64.0  # side of the canvas, in units; one unit is one pixel at size 64
@@ -45,7 +32,6 @@ LEVELS = (105.0, 165.0)  # grey levels of the background gradient
 NOISE = 3.0  # standard deviation of the background noise, in grey levels
 JITTER = 8  # half range of the per-object, per-channel colour jitter, in levels
 SHADING = 0.06  # half range of the brightness gradient across an object
-RELATION_THRESHOLD = 0.5  # GenEval's
 RELATION_MARGIN = 0.05  # drawn scenes clear the threshold by this much
 _UNIT = 1024  # samples along the side of a unit shape's area table
 

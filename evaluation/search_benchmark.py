@@ -7,7 +7,6 @@ and what searching does as the reward gets worse. The same command again goes on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
-from evaluation.report import command_of, result, table, write_result
+from evaluation.report import command_of, file_digest, result, short_digest, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
 from sample.plan_options import add_place_options
 
@@ -83,10 +82,10 @@ def measure(options: argparse.Namespace) -> dict:
     settings = {"model_digest": model_digest(options.model), "reward": options.reward, "per_tag": options.per_tag}
     settings |= {"images_per_prompt": options.n, "seed": options.seed, "dtype": str(pipeline.transformer.dtype)}
     if options.reward == "scenes":
-        settings["reward_digest"] = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
+        settings["reward_digest"] = file_digest(SHIPPED)
     if options.fast != "auto":
         settings["fast"] = options.fast
-    folder = options.work or Path("cache/search") / digest(settings)
+    folder = options.work or Path("cache/search") / short_digest(settings)
     same_as_before(folder / "settings.json", settings | {"noises": list(NOISES)})
     found, sizes = [], {"folder": folder, "batch_size": options.batch_size}
     for row, search in zip(rows, searches):
@@ -108,11 +107,6 @@ def measure(options: argparse.Namespace) -> dict:
     content = result(found, command=command, n=len(requests), seeds=options.seed, settings=settings)
     by_scales = json.loads(scales.read_text("utf-8"))
     return {**content, "prompts": len(prompts), "reward_by_scale": by_scales, "paper": PAPER}
-
-
-def digest(settings: dict) -> str:
-    """Eight digits that change with the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,19 +40,6 @@ def worth_keeping(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None or tuple(names) == synsets() else list(names)
 
 
-def class_name(label: int) -> str:
-    """The usual name of a class in [0, 1000]; class 1000 is the null class, which stands for no class at all.
-
-    Raises:
-        ValueError: on another number.
-    """
-    if label == CLASSES:
-        return "null class"
-    if not 0 <= label < CLASSES:
-        raise ValueError(f"ImageNet's classes are 0..{CLASSES - 1} and the null class {CLASSES}, got {label}")
-    return class_names()[label][0]
-
-
 def find_class(name: str, names: Names | None = None) -> int:
     """The class that a name means: "golden retriever" is 207, "null" is 1000; case, hyphens and articles do not matter.
 

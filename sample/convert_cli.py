@@ -121,7 +121,9 @@ def _need(args: argparse.Namespace, option: str, *names: str) -> None:
 
 
 def _described(config: dict) -> str:
+    from tokenizer.schedule import ScaleSchedule
+
     sizes = ("depth", "width", "heads", "num_classes", "qk_norm", "shared_ada", "channels", "num_phis", "phi_ratio")
     sizes += ("vocab_size", "latent_channels", "masked_layers")
-    sides = ",".join(str(h) if h == w else f"{h}x{w}" for h, w in config["schedule"])
+    sides = ScaleSchedule.of(config["schedule"]).text
     return ", ".join(f"{name} {config[name]}" for name in sizes if name in config) + f", scales {sides}"

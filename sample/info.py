@@ -54,7 +54,7 @@ def describe(pipeline: NextScalePipeline) -> Iterator[tuple[str, str]]:
     yield "prompts", prompts(pipeline)
     yield "defaults", sampling(pipeline)
     tokens = f"of {vqvae.quantizer.channels} bits" if config.bitwise else f"of {config.vocab_size:,} codes"
-    sides = ", ".join(str(h) if h == w else f"{h}x{w}" for h, w in schedule.sides)
+    sides = schedule.text.replace(",", ", ")
     yield "scales", f"sides {sides}: {schedule.total:,} tokens {tokens}, a cell of {vqvae.stride} pixels"
     shape = f"{len(model.blocks)} layers of width {config.width}, {config.heads} heads, {config.positions} positions"
     yield "transformer", f"{millions(model)}; {shape}"

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sample.rewards import Prompts, eval_without_gradients, texts
+from sample.scene_words import COLOURS, COUNTS, RELATION_THRESHOLD, RELATIONS, SHAPES
 from tokenizer.resize import average
 
 SHIPPED = Path(__file__).parent / "scene_reward.safetensors"
@@ -29,13 +30,9 @@ SIDE = 64  # pixels along the side of the images it reads
 CELLS = 8  # along a side
 CHANNELS = (24, 40, 80, 128)  # at 64, 32, 16 and 8 cells a side
 DEPTHS = (0, 1, 1, 1)  # residual blocks there
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-COUNTS = ("two", "three", "four")
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y), sign
 SAYS = (1, 1, len(SHAPES), len(COLOURS), 3)  # of a cell: object there, whole, shape, colour; x, y from its centre, size
 MOST = 8  # objects looked at, the likeliest
-CLEAR, BLUR = 0.5, 0.05  # a relation holds from here on (GenEval's threshold), give or take
+BLUR = 0.05  # a relation holds from GenEval's threshold on, give or take
 
 _THING = rf"an? (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
@@ -59,7 +56,7 @@ class Caption:
         """
         words = " ".join(text.lower().split())
         if match := _COUNTED.fullmatch(words):
-            return cls(((match[2], match[3]),), COUNTS.index(match[1]) + 2)
+            return cls(((match[2], match[3]),), COUNTS[match[1]])
         if match := _CAPTION.fullmatch(words):
             things = ((match[1], match[2]), (match[4], match[5]))[: 1 + (match[3] is not None)]
             return cls(things, relation=match[3] if match[3] in RELATIONS else None)
@@ -88,7 +85,7 @@ class Objects:
         """Probabilities that the objects of an image are whole ones of this colour (or any) and shape: (N,)."""
         colour, shape = thing
         found = self.there_BN[row] * self.whole_BN[row] * self.shape_BNS[row, :, SHAPES.index(shape)]
-        return found if colour is None else found * self.colour_BNC[row, :, COLOURS.index(colour)]
+        return found if colour is None else found * self.colour_BNC[row, :, list(COLOURS).index(colour)]
 
     def related(self, relation: str, row: int) -> torch.Tensor:
         """How surely each object stands in a relation to each other one, by GenEval's rule: (N, N) in [0, 1]."""
@@ -97,7 +94,7 @@ class Objects:
         shrunk = offset.sign() * (offset.abs() - 0.1 * (size[:, None] + size[None, :])[..., None]).clamp(min=0)
         axis, sign = RELATIONS[relation]
         vector = sign * shrunk[..., axis] / offset.norm(dim=-1).clamp(min=1e-6)
-        return ((vector - CLEAR) / BLUR).sigmoid()
+        return ((vector - RELATION_THRESHOLD) / BLUR).sigmoid()
 
     def likelihood(self, caption: Caption, row: int) -> torch.Tensor:
         """Probability that an image shows a caption, objects taken as independent: a scalar."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from evaluation.report import flat
 from sample.files import check_place
 from sample.processes import line_about, process_name, speaks
 
@@ -152,14 +153,6 @@ def save_config(parser: ArgumentParser, config: Namespace, run_dir: str) -> None
             if before.get(name) != now.get(name):
                 print(f"{run_dir}: {name} was {before.get(name)}, is {now.get(name)}", file=sys.stderr)
     write_text(path, text, durable=True)
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    """A nested dict as one with dotted names."""
-    found = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def exit_code(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from evaluation.report import flat
 from train.ladder import Ladder, Rung
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
     from train.text import TextConfig
     from var.transformer import NextScaleTransformer
 
-    given = _flat(yaml.safe_load(ladder.base.read_text(encoding="utf-8"))) | ladder.flags | rung.flags
+    given = flat(yaml.safe_load(ladder.base.read_text(encoding="utf-8"))) | ladder.flags | rung.flags
     config = MultiScaleVQ.load_config(part_folder("tokens.tokenizer", given["tokens.tokenizer"], "vqvae"))
     sizes = {name.removeprefix("transformer."): v for name, v in given.items() if name.startswith("transformer.")}
     sizes |= {name: config[name] for name in ("vocab_size", "latent_channels", "schedule", "bitwise")}
@@ -170,14 +171,6 @@ def rung_size(ladder: Ladder, rung: Rung) -> int:
         sizes["num_classes"] = given["data.num_classes"]
     with torch.device("meta"):
         return sum(p.numel() for p in NextScaleTransformer(**sizes).parameters())
-
-
-def _flat(options: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Options of options by their names on the command line: transformer.depth."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return found
 
 
 def climb(ladder: Ladder, rung: Rung) -> int:
