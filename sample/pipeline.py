@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sample.checkpoints import readable
 from sample.draw import check_seeds, seeds_from
-from sample.edit import Canvas, EditHook, Picture, edit_hook, read_canvases
+from sample.edit import RULES, Canvas, EditHook, Picture, edit_hook, read_canvases
 from sample.generate import generate
 from sample.graphs import GraphedSampler, replays
 from sample.guidance import Guidance
@@ -272,6 +272,8 @@ class NextScalePipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if search is not None and not isinstance(search, Search):
             raise TypeError(f"search must be a sample.search.Search, got {type(search).__name__}: {search!r}")
+        if mask_rule not in RULES:
+            raise ValueError(f"mask_rule must be one of {', '.join(RULES)}, got {mask_rule!r}")
         if not isinstance(hooks, Sequence) or not all(isinstance(hook, Hook) for hook in hooks):
             raise TypeError(f"hooks must be a list of sample.state.Hook, got {hooks!r}")
         settings = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
@@ -541,10 +543,13 @@ def image_seeds(
     """The seeds that name `count` images: seed + i, the given ones, drawn from the generator(s), or fresh ones.
 
     Raises:
+        TypeError: if a seed is no number, or a generator none of torch.
         ValueError: if both are given, or a list is not one per image, or a seed is out of [0, 2**63).
     """
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
+    if isinstance(seed, str):
+        raise TypeError(f"seed must be a whole number, or one an image, got {seed!r}")
     given = seed if seed is not None else generator
     if isinstance(given, Sequence) and len(given) != count:
         name = "seed" if seed is not None else "generator"
@@ -586,6 +591,10 @@ def check_classes(class_labels: int | Sequence[int], num_classes: int) -> list[i
     """
     if isinstance(class_labels, torch.Tensor | np.ndarray):
         class_labels = class_labels.tolist()
+    if isinstance(class_labels, str):
+        raise TypeError(
+            f"class_labels must be integers (sample.classes.parse_classes reads names), got {class_labels!r}"
+        )
     labels = list(class_labels) if isinstance(class_labels, Sequence) else [class_labels]
     if not labels:
         raise ValueError("class_labels is empty: give at least one")

@@ -262,7 +262,7 @@ def scale_filters(
         ValueError: if a setting has another number of values than there are scales.
     """
     given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
-    lists = {name: value for name, value in given.items() if isinstance(value, Sequence)}
+    lists = {name: value for name, value in given.items() if isinstance(value, Sequence) and not isinstance(value, str)}
     if not lists:
         return Filter(**given, temperature_last=temperature_last)
     for name, values in lists.items():

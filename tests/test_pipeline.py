@@ -400,6 +400,7 @@ def test_what_is_of_a_wrong_type_is_named(class_pipeline, options, message):
         ({"class_labels": 1, "guidance_scale": float("inf")}, "guidance must be in .*, got inf"),
         ({"class_labels": 1, "guidance_blocks": []}, "guidance_blocks must be a list of one block or more"),
         ({"class_labels": 1, "seed": -1}, "seed must be in"),
+        ({"class_labels": 1, "mask_rule": "x"}, "mask_rule must be one of corrected, official, whole, got 'x'"),
         ({"class_labels": 1, "seed": [1, 2]}, "seed must be one or one an image, got 2 for 1 images"),
         ({"class_labels": 1, "seed": 1, "generator": torch.Generator()}, "give seed or generator, not both"),
         ({"class_labels": 1, "negative_prompt": "a"}, "negative_prompt is for text models"),
@@ -458,11 +459,14 @@ def test_smooth_pictures_keep_the_tokens_of_hooks(class_pipeline):
         ({"search": "best"}, "search must be a sample.search.Search, got str: 'best'"),
         ({"hooks": Hook()}, "hooks must be a list"),
         ({"top_k": [1, None, 3]}, "top_k must be a number, or one for each scale, got None"),
+        ({"top_k": "5"}, "top_k must be a number, or one for each scale, got '5'"),
+        ({"seed": "a"}, "seed must be a whole number, or one an image, got 'a'"),
+        ({"class_labels": "cat"}, "class_labels must be integers .*, got 'cat'"),
     ],
 )
 def test_what_is_no_setting_is_named(class_pipeline, options, message):
     with pytest.raises(TypeError, match=message):
-        class_pipeline(class_labels=1, **options)
+        class_pipeline(**{"class_labels": 1, **options})
 
 
 def test_all_models_of_a_plan_know_the_same_classes(class_pipeline, text_pipeline, tiny_class_model):

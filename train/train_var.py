@@ -257,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"tokens.noise is for codes, and the tokens of {built.tokens.tokenizer!r} are bitwise")
     train_data, val_data = datasets(built, vqvae)
     classes = train_data.classes if built.transformer.conditioning == "class" else None
-    if built.new_classes and (built.start_from is None or built.transformer.conditioning != "class"):
+    if built.new_classes and built.transformer.conditioning != "class":
+        raise ValueError("new_classes=true is for class models, and transformer.conditioning is text")
+    if built.new_classes and built.start_from is None:
         raise ValueError("new_classes=true is for a class model to fine-tune: give start_from")
     if built.start_from is not None:
         built.start_from = str(part_folder("start_from", built.start_from, "transformer"))

@@ -221,9 +221,11 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             after: for some blocks, what their hidden states (B, l, D) become before the next block.
 
         Raises:
-            ValueError: on a bridge that is none, or as `check_schedule`.
+            ValueError: on a bridge that is none, layers that there are not, or as `check_schedule`.
         """
         schedule = self.check_schedule(schedule)
+        if layers is not None and not set(layers) <= set(range(len(self.blocks))):
+            raise ValueError(f"layers must be some of 0..{len(self.blocks) - 1}, got {sorted(layers)}")
         scales, cache = scales if scales is not None else range(len(schedule)), cache if self.reads_earlier else None
         h = self._embed(x_BlC, cond, scales, schedule)
         mask = attention_mask(
