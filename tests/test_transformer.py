@@ -189,6 +189,9 @@ def test_skipped_layers_pass_their_input_on():
     nothing = model(x, cond, layers=[])
     assert torch.equal(nothing, model._embed(x, cond, range(3), model.schedule))
     assert torch.equal(model(x, cond, layers=[0, 1, 2]), model(x, cond))
+    for missing in ([3], [-1], [0, 7]):
+        with pytest.raises(ValueError, match=r"layers must be some of 0\.\.2, got"):
+            model(x, cond, layers=missing)
 
 
 def test_round_trip_and_parameter_counts(tmp_path):
