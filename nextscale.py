@@ -48,7 +48,7 @@ NAMES = {
 
 # command -> (module with configure(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
-    "sample": ("sample.cli", "draw images of texts or classes"),
+    "sample": ("sample.sample_cli", "draw images of texts or classes"),
     "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
     "info": ("sample.info", "what a model is, and what it can be asked for"),
     "demo": ("sample.demo_cli", "a page in your browser to draw and edit on"),

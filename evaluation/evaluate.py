@@ -23,20 +23,13 @@ from evaluation.sources import Images, geneval_tree, open_images, progress, tree
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.files import write_png, write_text
-from sample.images import (
-    GenEvalTree,
-    Job,
-    grid,
-    image_stream,
-    make_requests,
-    metadata_digest,
-    process_share,
-    requests_digest,
-)
+from sample.images import image_stream, make_requests, process_share
+from sample.job import Job, metadata_digest, requests_digest
 from sample.load import load_pipeline, made_by, model_folder, resolve_device
 from sample.plan import untrained
 from sample.plan_options import call_settings, how_options
 from sample.processes import process_group
+from sample.sinks import GenEvalTree, grid
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`
 PICTURES = 48  # in the picture beside a result

@@ -27,8 +27,9 @@ from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
     from evaluation.distributions import Measure
-    from sample.images import NpzFile, Request
+    from sample.images import Request
     from sample.pipeline import NextScalePipeline
+    from sample.sinks import NpzFile
 
 EXAMPLES = """examples:
   accelerate launch -m evaluation.run --model models/var-d16 --suite imagenet256 \\
@@ -152,8 +153,10 @@ class Generation:
         """Load everything a command line names, check it, and check the work folder for other settings."""
         from evaluation.distributions import Measure, chosen_metrics
         from evaluation.scenes import prompt_suite
-        from sample.images import Job, NpzFile, make_requests, npz_job, requests_digest
+        from sample.images import make_requests
+        from sample.job import Job, npz_job, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
+        from sample.sinks import NpzFile
 
         suite = SUITES[args.suite]
         model = model_folder(args.model)
@@ -223,7 +226,7 @@ class Generation:
     @cached_property
     def sink(self) -> "NpzFile | None":
         """Where images are kept, or None."""
-        from sample.images import NpzFile
+        from sample.sinks import NpzFile
 
         return NpzFile(self.args.npz, self.requests, block=self.args.shard) if self.args.npz is not None else None
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_prompts, texts_or_classes
 from sample.plan_options import add_place_options
+from sample.prompts import read_prompts, texts_or_classes
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline

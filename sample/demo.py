@@ -18,10 +18,12 @@ from numbers import Real
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from sample import cli, edit_cli
+from sample import edit_cli, sample_cli
 from sample.parser import Parser
 from sample.plan import untrained
 from sample.plan_text import read_plan
+from sample.prompts import read_prompts, texts_or_classes, unread
+from sample.sampling_options import call_options, check_sampling, plan_of_call
 from sample.search_options import images_of_each, make_search, search_settings
 from sample.state import GenerationState, Hook
 
@@ -151,9 +153,9 @@ class Painter:
         Raises:
             ValueError: as the command; if more than `most` are asked for.
         """
-        args = _parsed(cli, words)
-        texts, _ = cli.read_prompts(args)
-        prompts = cli.texts_or_classes(texts, args.classes, self.pipeline)
+        args = _parsed(sample_cli, words)
+        texts, _ = read_prompts(args)
+        prompts = texts_or_classes(texts, args.classes, self.pipeline)
         yield from self._drawn(args, prompts, {}, previews)
 
     def edit(self, words: Sequence[str], picture: Image.Image, mask: Image.Image) -> Iterator[Drawn]:
@@ -172,10 +174,10 @@ class Painter:
     def _drawn(
         self, args: argparse.Namespace, prompts: list[str] | list[int], where: dict[str, Any], previews: bool
     ) -> Iterator[Drawn]:
-        cli.check_sampling(args)
+        check_sampling(args)
         search_settings(args)
-        call, copies = cli.call_options(args), images_of_each(args)
-        plan = cli.plan_of_call(args, self.pipeline, call)
+        call, copies = call_options(args), images_of_each(args)
+        plan = plan_of_call(args, self.pipeline, call)
         search = make_search(args, self.pipeline, prompts, plan)
         asked = len(prompts) * copies * (search.candidates if search is not None else 1)
         if asked > self.most:
@@ -183,7 +185,7 @@ class Painter:
             raise ValueError(f"at most {self.most} {said} are drawn at once here, and these are {asked}")
         named = {"class_labels" if self.pipeline.by_class else "prompt": prompts}
         how = {"num_images_per_prompt": copies, "seed": args.seed, "search": search}
-        cautions = (cli.unread(prompts) if self.model == "scenes" else None, untrained(plan))
+        cautions = (unread(prompts) if self.model == "scenes" else None, untrained(plan))
         drawn = partial(Drawn, scales=len(plan.schedule), cautions=tuple(filter(None, cautions)))
 
         def work(tell: Callable[[Drawn], None]) -> Drawn:

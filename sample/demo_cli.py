@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from sample.cli import add_model_options, open_model
+from sample.sampling_options import add_model_options, open_model
 
 EXAMPLES = """examples:
   nextscale demo                                           the bundled model

@@ -10,29 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import (
-    add_sampling,
-    call_options,
-    check_out,
-    check_sampling,
-    check_text,
-    of_all_processes,
-    open_model,
-    plan_of_call,
-    read_classes,
-    settle,
-    tell,
-    write_all,
-    write_trees,
-)
+from sample.job import check_out, of_all_processes, settle, write_all, write_trees
 from sample.plan_options import how_options
+from sample.processes import tell
+from sample.prompts import check_text, read_classes
+from sample.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
 from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sample.images import PngFolder, Request
+    from sample.images import Request
     from sample.pipeline import NextScalePipeline
+    from sample.sinks import PngFolder
 
 EXAMPLES = """examples:
   nextscale edit scene.png "a red star and a blue heart" --box 4,20,34,50 --n 4 --out edits/
@@ -100,10 +90,12 @@ def run(args: argparse.Namespace) -> int:
         check_text("prompt", args.prompt)
 
     from sample.files import check_place
-    from sample.images import Job, PngFolder, image_stream, make_requests, process_share
+    from sample.images import image_stream, make_requests, process_share
+    from sample.job import Job
     from sample.ledger import Ledger
     from sample.load import made_by
     from sample.plan import untrained
+    from sample.sinks import PngFolder
 
     if args.out is not None:
         check_place("--out", args.out, folder=True)
@@ -285,7 +277,7 @@ def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: I
     from PIL import Image
 
     from sample.files import write_png
-    from sample.images import file_stem, grid
+    from sample.sinks import file_stem, grid
 
     state = PartialState()
     state.wait_for_everyone()

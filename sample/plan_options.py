@@ -166,3 +166,15 @@ def read_setting(path: Path, name: str, value: Any) -> Any:
         return KINDS.get(name, str)(text)
     except ValueError:
         raise ValueError(f"--plan {path}: {name} cannot be {value!r}, see nextscale sample --help") from None
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of "1,4".
+
+    Raises:
+        ValueError: if one is not a whole number above 0.
+    """
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be whole numbers above 0 with commas between them, got {text!r}")
+    return [int(part) for part in parts]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import read_prompts, tell, texts_or_classes, whole_numbers
-from sample.plan_options import add_place_options
+from sample.plan_options import add_place_options, whole_numbers
+from sample.processes import tell
+from sample.prompts import read_prompts, texts_or_classes
 
 if TYPE_CHECKING:
     from sample.measure import Run

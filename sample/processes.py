@@ -95,3 +95,11 @@ def line_about(error: Exception, less_memory: str = LESS_MEMORY) -> str | None:
     if ours or os.environ.get("NEXTSCALE_TRACEBACK"):
         return None
     return " ".join((f"{lacking}: {less_memory}" if lacking else str(error)).split())
+
+
+def tell(caution: str | None) -> None:
+    """A caution on stderr, if there is one, by one process; the work is done anyway."""
+    from accelerate import PartialState
+
+    if caution is not None and PartialState().is_main_process:
+        print(f"nextscale: caution: {caution}", file=sys.stderr)

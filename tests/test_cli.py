@@ -18,12 +18,15 @@ from PIL import Image
 from training_toys import in_processes
 
 import nextscale
-from sample import images
-from sample.cli import tell, unread
-from sample.files import atomically, write_png
-from sample.images import Job, NpzFile, file_stem, grid, make_requests
+from sample import sinks
+from sample.files import atomically, read_png_text, write_png
+from sample.images import make_requests
+from sample.job import Job
 from sample.plan import untrained
 from sample.plan_text import PlanConfig
+from sample.processes import tell
+from sample.prompts import unread
+from sample.sinks import NpzFile, file_stem, grid
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red star", "a blue heart above a cross", "two rings"]
@@ -234,7 +237,7 @@ def test_interrupted(sample, tmp_path, monkeypatch):
         written.append(path)
         write_png(path, *rest)
 
-    monkeypatch.setattr(images, "write_png", write_then_stop)
+    monkeypatch.setattr(sinks, "write_png", write_then_stop)
     code, _, err = sample("a red star", "--n", 5, "--out", tmp_path)
     assert code == 130
     assert err.splitlines()[-1] == "nextscale: stopped with 2 of 5 images done; the same command continues"
@@ -440,7 +443,7 @@ def test_grid_places_pictures_in_reading_order():
 
 def test_text_of_any_language_survives(tmp_path):
     write_png(tmp_path / "x.png", np.zeros((2, 2, 3), np.uint8), {"prompt": "ein grüner Stern ★"})
-    assert images.read_png_text(tmp_path / "x.png") == {"prompt": "ein grüner Stern ★"}
+    assert read_png_text(tmp_path / "x.png") == {"prompt": "ein grüner Stern ★"}
     assert names(tmp_path) == ["x.png"]
 
 
@@ -503,10 +506,10 @@ def test_several_processes_count_what_all_of_them_found(text_folder, tmp_path, c
 @pytest.mark.parametrize(("command", "words"), [("sample", ["x"]), ("edit", ["x"]), ("evaluate", [])])
 def test_lists_that_begin_with_a_minus_are_values(command, words):
     from evaluation import evaluate_options as options
-    from sample import cli, edit_cli
+    from sample import edit_cli, sample_cli
 
     parser = argparse.ArgumentParser()
-    {"sample": cli, "edit": edit_cli, "evaluate": options}[command].configure(parser)
+    {"sample": sample_cli, "edit": edit_cli, "evaluate": options}[command].configure(parser)
     assert parser.parse_args([*words, "--guidance-blocks", "-5,-1"]).guidance_blocks == [-5, -1]
     assert parser.parse_args([*words, "--guidance-blocks", "-2", "--out", "x"]).guidance_blocks == [-2]
 

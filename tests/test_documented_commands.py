@@ -11,7 +11,7 @@ import pytest
 
 import nextscale
 from evaluation import evaluate_options, run
-from sample import cli, search_options
+from sample import job, sample_cli, sampling_options, search_options
 from sample.scene_reward import Caption
 
 ROOT = Path(nextscale.__file__).parent
@@ -87,15 +87,16 @@ def check(words: list[str]) -> None:
     if words[0] == "evaluate":
         evaluate_options.check(args)
     if words[0] in ("sample", "edit"):
-        cli.check_sampling(args)
-        cli.check_out(args.out, npz=words[0] == "sample")
+        sampling_options.check_sampling(args)
+        job.check_out(args.out, npz=words[0] == "sample")
         search_options.search_settings(args)
         search_options.images_of_each(args)
 
 
 def bundled_prompts() -> list[str]:
     """What pages and helps draw with the bundled model."""
-    text = "\n".join([*(page.read_text(encoding="utf-8") for page in PAGES), cli.EXAMPLES, search_options.__doc__])
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    text = "\n".join([*pages, sample_cli.EXAMPLES, search_options.__doc__])
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     asked = [line for line in lines if "--model" not in line or "--model scenes" in line]
     return sorted({prompt for line in asked for prompt in re.findall(r'nextscale sample "([^"]+)"', line)})

@@ -26,7 +26,7 @@ def commands():
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_commands_parse(argv):
-    from sample.cli import configure
+    from sample.sample_cli import configure
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     configure(parser)
@@ -36,10 +36,10 @@ def test_commands_parse(argv):
 
 
 def test_options_exist():
-    from sample import cli, demo_cli
+    from sample import demo_cli, sample_cli
 
     parser = argparse.ArgumentParser(conflict_handler="resolve")
-    for command in (cli, demo_cli):
+    for command in (sample_cli, demo_cli):
         command.configure(parser)
     for option in re.findall(r"--[a-z][a-z-]+", TEXT):
         assert option in {*parser._option_string_actions, "--help"}, option
