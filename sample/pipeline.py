@@ -60,7 +60,7 @@ class NextScaleOutput(BaseOutput):
         images: B PIL images; or float32 in [0, 1], (B, h, w, 3) numpy for "np", (B, 3, h, w) for "pt"; or the latents
             (B, C, H, W) for "latent".
         seeds: the name of each image: the same seed and prompt make it again, alone or in any batch.
-        tokens: one int64 (B, l) tensor per scale; -1 in scales that were not drawn (prune).
+        tokens: one int64 tensor per scale, (B, l) or, bitwise, (B, l, n); -1 in scales that were not drawn (prune).
         search: what a search found on the way and what it cost, where there was one.
     """
 

@@ -30,7 +30,7 @@ class GenerationState:
         seeds: the name of each image.
         uniforms_BLn: float32 in [0, 1), one row of draws per token; those of a second pass after those of the first.
         f_hat_BCHW: the running reconstruction, float32.
-        tokens: int64 (B, l) of every finished scale.
+        tokens: int64 (B, l) or, bitwise, (B, l, n) of every finished scale.
         inputs: float32 (B, l, C), the transformer input of scales 1.. made so far (one more than finished scales - 1).
         stage, cond, cache: what is running; cond and cache have 2B rows [conditional; unconditional] when doubled.
         doubled: whether the transformer runs an unconditional half.

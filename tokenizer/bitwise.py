@@ -46,7 +46,7 @@ class BinarySphericalQuantizer(PyramidQuantizer):
         self.channels = channels * patch**2
         self.draws_per_token = self.channels
 
-    # --- the four verbs -----------------------------------------------------------------------------------------
+    # --- the verbs ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, f_BCHW: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:

@@ -53,7 +53,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
     """Multi-scale residual VQ autoencoder (VAR, section 3.2; the "vq-f16" convolutional shape of VQGAN).
 
     Args:
-        channels: width of each resolution level, fine to coarse; n levels give stride patch * 2**(n-1).
+        channels: width of each resolution level, fine to coarse; n levels make latent cells of patch * 2**(n-1) pixels.
         layers_per_block: residual blocks a level in the encoder (the decoder has one more).
         attention: single-head self-attention at the coarsest level and in the middle.
         latent_channels: C, also the width of a code.
@@ -200,7 +200,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def image_to_tokens(self, image: torch.Tensor, schedule: ScaleSchedule | None = None) -> list[torch.Tensor]:
-        """Images (B, 3, h, w) in [-1, 1] to one (B, l) int64 tensor of tokens per scale.
+        """Images (B, 3, h, w) in [-1, 1] to the tokens of each scale: int64 (B, l) or, bitwise, (B, l, n).
 
         Raises:
             ValueError: if the images' size is not that of the schedule's latent grid, or latents are not finite.

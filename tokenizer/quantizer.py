@@ -34,7 +34,7 @@ class QuantizerOutput:
     Attributes:
         f_hat_BCHW: the sum of all scales, with a straight-through gradient to the encoder.
         loss: scalar VQ loss, the mean over scales of codebook and commitment terms (VAR, equation 5).
-        ids: one (B, l) int64 tensor per scale.
+        ids: one int64 tensor per scale, (B, l) or, of n bits a token, (B, l, n).
         residuals_NC: per scale, the vectors the codebook was searched for, detached (for restarting dead codes).
         sums_BCHW: the sum after each scale with its gradient, where the quantiser can give one (bitwise).
     """
@@ -189,7 +189,7 @@ class MultiScaleQuantizer(PyramidQuantizer):
         count = (num_phis or num_scales) if abs(phi_ratio) > 1e-6 else 0
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(count))
 
-    # --- the four verbs -----------------------------------------------------------------------------------------
+    # --- the verbs ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, f_BCHW: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:
