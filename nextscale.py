@@ -122,7 +122,7 @@ def run_command(argv: list[str]) -> int:
     for word, value in zip(argv[1:], [*argv[2:], None]):  # an empty path would be the current folder
         if (value == "" and word in PLACES) or word in [f"{place}=" for place in PLACES]:
             raise ValueError(f"{word.rstrip('=')} must not be empty")
-    return module.run(options.parse_intermixed_args(argv[1:]))
+    return module.run(options.parse_words(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the bundled model is calibrated already: name --out for another calibration of it")
     if args.out is None and not Path(args.model).exists():
         raise ValueError(f"--model {args.model} lies in the Hub's cache, which is not ours to change: name --out")
+    if args.out is not None and args.out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {args.out} lies in the model that is copied: name another folder")
     places = {"device": args.device, "text_device": args.text_device, "offload": args.offload}
     pipeline = load_pipeline(folder, dtype=args.dtype, **places)
     pipeline.set_progress_bar_config(disable=True)

@@ -177,7 +177,10 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
             if old.exists():
                 os.replace(old, out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            gone = out.with_name(f".{out.name}.gone-{os.getpid()}")  # half of it may be left, and is not put back
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -185,7 +188,7 @@ def finished_folder(out: str | Path, *, overwrite: bool, reads: Sequence[str | P
 def sweep(out: Path) -> None:
     """Remove what processes that were killed left beside `out`, and put back what they had moved out of its way."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
-        found = re.fullmatch(r"(partial|old)-(\d+)", left.name.removeprefix(f".{out.name}."))
+        found = re.fullmatch(r"(partial|gone|old)-(\d+)", left.name.removeprefix(f".{out.name}."))
         if not found or psutil.pid_exists(int(found[2])):
             continue
         if found[1] == "old" and not out.exists():

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DRAW = ("guidance", "top_k", "top_p", "temperature", "negative", "plan", "depth", "cache", "prune", "guidance_until")
 DRAW += ("aspect", "size", "search", "images")
 EDIT = (*DRAW, "feather", "mask_rule")
+LONGEST = 4000  # characters of a visitor's text
+MOST_PIXELS = 32 * 2**20  # of a visitor's edits, all together
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Painter:
     Args:
         pipeline: of the model.
         model, refiner: how the command line names them.
+        places: the command line's words for its dtype, device, ...
         reward: of searches, as `--reward` names it; None for the bundled model's own, or none.
         most: images (with a search, candidates) that a visitor may ask for at once.
     """
@@ -98,11 +101,12 @@ class Painter:
         *,
         model: str = "scenes",
         refiner: str | None = None,
+        places: Sequence[str] = (),
         reward: str | None = None,
         most: int = 32,
     ):
         self.pipeline, self.most = pipeline, most
-        self.model, self.refiner, self.reward = model, refiner, reward
+        self.model, self.refiner, self.reward, self.places = model, refiner, reward, list(places)
 
     @cached_property
     def own(self) -> dict[str, float]:
@@ -129,11 +133,14 @@ class Painter:
         unknown = sorted(set(settings) - set(EDIT if command == "edit" else DRAW))
         if unknown:
             raise ValueError(f"settings must be of {', '.join(EDIT if command == 'edit' else DRAW)}, got {unknown[0]}")
+        if len(what) > LONGEST:
+            raise ValueError(f"at most {LONGEST} characters are read here, and these are {len(what)}")
         given = {name: str(value).strip() for name, value in settings.items() if value is not None}
         given = {name: text for name, text in given.items() if text}
         read_plan(given.get("plan", "var"))
         options = [f"--{name.replace('_', '-')}={text}" for name, text in given.items()]
         options += [f"--n={n}"] if n else []
+        options += self.places
         options += [f"--seed={seed}", *([] if self.model == "scenes" else [f"--model={self.model}"])]
         options += [f"--refiner={self.refiner}"] if self.refiner and given.get("plan", "").startswith("code") else []
         options += [f"--reward={self.reward}"] if self.reward and "search" in given else []
@@ -167,6 +174,9 @@ class Painter:
         args = _parsed(edit_cli, words)
         if not mask.getbbox():
             raise ValueError("paint over what is to be drawn again: nothing of the picture is covered")
+        if picture.width * picture.height * args.n > MOST_PIXELS:
+            said = f"{args.n} of {picture.width} x {picture.height}"
+            raise ValueError(f"at most {MOST_PIXELS // 2**20} million pixels are edited at once here, not {said}")
         mask = edit_cli.feathered(mask, args.feather)
         where = {"image": picture, "mask_image": mask, "mask_rule": args.mask_rule}
         yield from self._drawn(args, [edit_cli.read_prompt(args, self.pipeline)], where, previews=False)
@@ -200,7 +210,7 @@ def _parsed(module: Any, words: Sequence[str]) -> argparse.Namespace:
     """The options of a command's words, which begin with its name."""
     parser = Parser(prog=f"nextscale {words[0]}", allow_abbrev=False)
     module.configure(parser)
-    return parser.parse_intermixed_args(list(words[1:]))
+    return parser.parse_words(words[1:])
 
 
 def streamed(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:

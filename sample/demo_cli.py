@@ -15,6 +15,8 @@ EXAMPLES = """examples:
 
 The page shows each picture from coarse to fine, and the command that makes it again."""
 
+PLACES = {"dtype": "auto", "fast": "auto", "device": "auto", "offload": "none", "text_device": None}  # unless given
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nextscale demo`."""
@@ -53,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from sample.demo_page import build, serve
 
     _, pipeline = open_model(args)
-    painter = Painter(pipeline, model=args.model, refiner=args.refiner, reward=args.reward, most=args.most)
+    given = {name: getattr(args, name) for name, usual in PLACES.items() if getattr(args, name) != usual}
+    places = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    named = {"model": args.model, "refiner": args.refiner, "places": places, "reward": args.reward}
+    painter = Painter(pipeline, **named, most=args.most)
     serve(build(painter), host=args.host, port=args.port, share=args.share, browser=not args.no_browser)
     return 0

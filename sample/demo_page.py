@@ -23,6 +23,8 @@ CANVAS = 512  # pixels, about, that a small picture is enlarged to before it is 
 FONTS = ("system-ui", "sans-serif")  # none that a browser would have to fetch
 CSS = ".crisp img {image-rendering: pixelated} footer {display: none !important}"
 SCENES = ("a red star left of a blue heart", "two green rings", "a purple heart above a green ring", "four circles")
+KEPT = 3600  # seconds that pictures and what is known of a visitor are kept
+LIMITS = {"max_file_size": "20mb", "state_session_capacity": 100}
 DRAWING = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}  # one at a time
 
 # name -> (label, what it says about itself); the names and their words are those of `nextscale sample`
@@ -56,7 +58,7 @@ SLIDERS = {"guidance": (0, 10, 0.1), "temperature": (0.1, 2, 0.05), "top_p": (0.
 def build(painter: Painter) -> gr.Blocks:
     """The page: a tab to draw, one to edit, and one that says what the model is."""
     facts = dict(describe(painter.pipeline))
-    with gr.Blocks(title="nextscale", analytics_enabled=False) as page:
+    with gr.Blocks(title="nextscale", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.Markdown(f"## nextscale\n`{painter.model}` draws {facts['draws']}.")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
@@ -75,7 +77,7 @@ def serve(page: gr.Blocks, *, host: str, port: int | None, share: bool, browser:
     theme = gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
     page.queue(max_size=64)
     try:
-        page.launch(server_name=host, server_port=port, share=share, inbrowser=browser, theme=theme, css=CSS)
+        page.launch(server_name=host, server_port=port, share=share, inbrowser=browser, theme=theme, css=CSS, **LIMITS)
     except OSError as error:
         asked = "a free --port from 7860 on" if port is None else f"--port {port}"
         raise OSError(f"{asked} at --host {host} could not be had: choose another") from error
@@ -83,7 +85,7 @@ def serve(page: gr.Blocks, *, host: str, port: int | None, share: bool, browser:
 
 def draw_tab(painter: Painter) -> tuple[gr.Textbox, gr.State, gr.State, gr.Button]:
     """The tab to draw on: what to draw, what was drawn, which picture was chosen, the button that takes it away."""
-    history, chosen = gr.State([]), gr.State(0)
+    history, chosen = gr.State([], time_to_live=KEPT), gr.State(0)
     with gr.Row():
         with gr.Column(scale=2):
             go, stop = gr.Button("Draw", variant="primary", render=False), gr.Button("Stop", render=False)
@@ -118,7 +120,7 @@ def draw_tab(painter: Painter) -> tuple[gr.Textbox, gr.State, gr.State, gr.Butto
 
 def edit_tab(painter: Painter) -> tuple[gr.Textbox, gr.State, gr.ImageEditor]:
     """The tab to edit on: what to draw, the picture as it was before it was enlarged, and what is painted on."""
-    original = gr.State()
+    original = gr.State(time_to_live=KEPT)
     with gr.Row():
         with gr.Column(scale=2):
             brush = gr.Brush(colors=["#ff00ff"], color_mode="fixed", default_size=40)

@@ -282,7 +282,7 @@ def check_count(name: str, got: int, wanted: int) -> None:
 def _check_kinds(stage: Stage) -> None:
     filters = stage.filters if isinstance(stage.filters, Sequence) else [stage.filters]
     fits = {
-        "model": isinstance(stage.model, NextScaleTransformer),
+        "model": all(hasattr(stage.model, name) for name in ("blocks", "schedule", "condition")),  # compiled ones, too
         "scales": isinstance(stage.scales, range),
         "layers": stage.layers is None or isinstance(stage.layers, Collection),
         "guidance": isinstance(stage.guidance, Guidance),

@@ -288,7 +288,8 @@ class SearchHook(Hook):
         self.search, self.prompts, self.decode, self.ledger, self.show = search, prompts, decode, ledger, show
         self.choices: list[list[Choice]] = [[] for _ in prompts]
         self.decoded_BCHW: torch.Tensor | None = None
-        self.history: list[torch.Tensor] = []  # scores (rows,) of each scored scale
+        self._names: list[str] = []  # of the scores of each scored scale, which follow their rows in `state.extras`
+        self.history: list[torch.Tensor] = []  # those scores, (rows,) each, when the last scale had ended
         self._scored = False  # the scale that ended last
 
     @property
@@ -313,7 +314,8 @@ class SearchHook(Hook):
             decoded = self.ledger.call("decoder", self._decode, state.f_hat_BCHW)
             images = to_images(decoded if self.show is None else self.show(decoded, state.origins))
         if scored:
-            self.history.append(self._score(state, images))
+            self._names.append(f"score{k}")
+            state.extras[self._names[-1]] = self._score(state, images).to(state.f_hat_BCHW.device)
         if final and contested and all_alike(state):
             warnings.warn(
                 "search had nothing to choose from: the candidates of every image are the same to the last bit. Draw "
@@ -325,6 +327,7 @@ class SearchHook(Hook):
             rows = self._choose(state, step, features, images if pictured else None, scored)
             decoded = decoded[rows] if decoded is not None else None
         self.decoded_BCHW = decoded
+        self.history = [state.extras[name].cpu() for name in self._names]
 
     def _decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.decode(part) for part in f_hat_BCHW.split(self.search.decode_batch)])
@@ -348,18 +351,18 @@ class SearchHook(Hook):
         scored: bool,
     ) -> list[int]:
         rows: list[int] = []
+        scored_before = [state.extras[name].cpu() for name in self._names]
         for origin in dict.fromkeys(state.origins):
             own = [row for row, of in enumerate(state.origins) if of == origin]
             generator = choices_of(state.seeds[own[0]], step.scale)
             features = features_BTD[own] if features_BTD is not None else None
-            history = [scores[own] for scores in self.history]
+            history = [scores[own] for scores in scored_before]
             kept, clusters = pick(self.search, step, len(own), history, features, generator)
             rows += [own[place] for place in kept]
-            scores = self.history[-1][own].tolist() if scored else None
+            scores = scored_before[-1][own].tolist() if scored else None
             pictures = images_BCHW[own].cpu() if images_BCHW is not None else None
             self.choices[origin].append(Choice(step.scale, step.how, kept, scores, clusters, pictures))
         state.select(rows)
-        self.history = [scores[rows] for scores in self.history]
         return rows
 
 

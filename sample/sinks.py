@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from sample.images import Request
 
 
+LARGEST = 256  # images in a shard of an npz
+
+
 class Sink(Protocol):
     """Where images end up.
 
@@ -147,8 +150,10 @@ class NpzFile:
 
     def __init__(self, path: Path, requests: Sequence[Request], *, block: int | None = None):
         self.path, self.requests = Path(path), list(requests)
-        self.block = block or min(256, max(1, len(self.requests) // 64))
         self.parts = self.parts_of(self.path)
+        usual = block or (LARGEST if any(self.parts.glob("[0-9]" * 6 + ".npy")) else None)  # shards of earlier releases
+        self.block = usual or min(LARGEST, max(1, len(self.requests) // 64))
+        self._ending = ".npy" if usual else f"-of-{self.block}.npy"
         self._index = {(request.group, request.place): i for i, request in enumerate(self.requests)}
         self._waiting: dict[int, dict[int, np.ndarray]] = {}
 
@@ -186,11 +191,14 @@ class NpzFile:
         return self._index[request.group, request.place]
 
     def _shard(self, number: int) -> Path:
-        return self.parts / f"{number:06d}.npy"
+        return self.parts / f"{number:06d}{self._ending}"
 
     def _join(self, partial: Path) -> None:
         shards = [self._shard(number) for number in range(ceil(len(self.requests) / self.block))]
-        shape = (len(self.requests), *np.load(shards[0], mmap_mode="r").shape[1:])
+        found = [np.load(shard, mmap_mode="r").shape for shard in shards]
+        if sum(shape[0] for shape in found) != len(self.requests):
+            raise ValueError(f"{self.parts} holds other images than {self.path} is to have: remove it and draw again")
+        shape = (len(self.requests), *found[0][1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         labels = [request.prompt for request in self.requests if isinstance(request.prompt, int)]
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:

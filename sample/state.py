@@ -263,7 +263,8 @@ class Hook:
 
         Args:
             logits_BlV: what was drawn from: guided and filtered, -inf where nothing may be drawn.
-            tokens_Bl: int64, as those returned must be. Images are selected after the scale, not here.
+            tokens_Bl: int64, not to be written into; what is returned is of their shape. Images are selected after the
+                scale, not here.
         """
         return tokens_Bl
 

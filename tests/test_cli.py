@@ -156,6 +156,34 @@ def test_shards_are_small_where_the_job_is(tmp_path, images, block):
     assert NpzFile(tmp_path / "x.npz", make_requests([0], per_prompt=images)).block == block
 
 
+@pytest.mark.parametrize("text", ["--seed=3", "--prompts=/etc/passwd", "-x", "--"])
+def test_what_stands_behind_two_dashes_is_a_text(sample, tmp_path, text):
+    code, out, _ = sample("--seed", 1, "--out", tmp_path, "--", text)
+    assert code == 0 and out.startswith(f"{tmp_path}: 1 images")
+    (made,) = tmp_path.glob("*_seed1.png")
+    assert read_png_text(made)["prompt"] == text
+
+
+def test_shards_of_an_earlier_release_go_on_as_they_were(tmp_path):
+    requests = make_requests([0], per_prompt=300)
+    made = np.random.default_rng(0).integers(0, 256, (300, 2, 2, 3), dtype=np.uint8)
+    before = NpzFile(tmp_path / "x.npz", requests, block=256)
+    for request, image in zip(requests[:270], made):
+        before.write(request, image)
+    again = NpzFile(tmp_path / "x.npz", requests)
+    assert again.missing(requests) == requests[256:]
+    for request, image in zip(requests[256:], made[256:]):
+        again.write(request, image)
+    again.finish()
+    assert np.array_equal(np.load(tmp_path / "x.npz")["arr_0"], made)
+    torn = NpzFile(tmp_path / "y.npz", requests)
+    for request, image in zip(requests, made):
+        torn.write(request, image)
+    np.save(torn.parts / "000003-of-4.npy", made[:3])
+    with pytest.raises(ValueError, match="holds other images than"):
+        torn.finish()
+
+
 def test_captions_that_the_bundled_model_cannot_read_are_told(capsys):
     tell(unread(["a red star", "three circles", "a ring and a blue square", "a cross above a heart"]))
     assert capsys.readouterr().err == ""

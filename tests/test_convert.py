@@ -632,6 +632,12 @@ def test_what_a_killed_process_had_moved_away_comes_back(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="exists already"), finished_folder(out, overwrite=False):
         pass
     assert (out / "model_index.json").read_text() == "old"
+    half = tmp_path / f".out.gone-{dead}"
+    half.mkdir()  # of one that was killed as it removed the old one
+    out.rename(tmp_path / "elsewhere")
+    with finished_folder(out, overwrite=False) as folder:
+        (folder / "model_index.json").write_text("old")
+    assert not half.exists()
     old.mkdir()  # of one that was killed after it had put the new one in place
     with finished_folder(out, overwrite=True) as folder:
         (folder / "model_index.json").write_text("new")

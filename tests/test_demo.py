@@ -39,7 +39,7 @@ def half(side=8):
 
 def by_command(words, folder):
     """The pictures that `nextscale` makes of these words, by name."""
-    assert nextscale.main([*words, "--out", str(folder), "--device", "cpu", "--fast", "off"]) == 0
+    assert nextscale.main([words[0], "--out", str(folder), "--device", "cpu", "--fast", "off", *words[1:]]) == 0
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*_seed*.png"))]
 
 
@@ -58,7 +58,7 @@ def same(images, arrays):
     ],
     ids=lambda settings: ",".join(settings) or "plain",
 )
-@pytest.mark.parametrize("text", ["a red star", "-a 'red' star; echo é"])
+@pytest.mark.parametrize("text", ["a red star", "-a 'red' star; echo é", "--prompts=/etc/passwd", "--", "--x"])
 def test_it_draws_what_the_shown_command_draws(text_painter, settings, text, tmp_path):
     words = text_painter.words("sample", text, n=2, seed=SEED, settings=settings)
     *before, last = text_painter.draw(words)
@@ -120,6 +120,36 @@ def test_a_class_model_edits_without_a_class(class_painter):
                 picture().convert("1").point(lambda _: 0),
             )
         )
+
+
+@pytest.mark.parametrize("text", ["--prompts=SECRET", "--prompts", "--plan=SECRET.yaml", "--reward=os:system", "--n=9"])
+def test_a_text_is_never_an_option(text_painter, text, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    text = text.replace("SECRET", str(secret))
+    words = text_painter.words("sample", text, n=1, seed=SEED, settings={})
+    (made,) = text_painter.draw(words, previews=False)
+    plainly = text_painter.pipeline(text, seed=SEED).images[0]
+    assert made.seeds == [SEED] and np.array_equal(np.asarray(made.images[0]), np.asarray(plainly))
+    (edited,) = text_painter.edit(text_painter.words("edit", text, n=1, seed=0, settings={}), picture(), half())
+    assert len(edited.images) == 1
+
+
+def test_what_strangers_may_ask_for_has_an_end(text_painter):
+    with pytest.raises(ValueError, match="at most 4000 characters are read here, and these are 4001"):
+        text_painter.words("sample", "a" * 4001, n=1, seed=0, settings={})
+    words = text_painter.words("edit", "a red star", n=8, seed=0, settings={})
+    large = Image.new("RGB", (2400, 2400))
+    with pytest.raises(ValueError, match="at most 32 million pixels are edited at once here, not 8 of 2400 x 2400"):
+        next(text_painter.edit(words, large, Image.new("L", large.size, 255)))
+
+
+def test_the_command_says_where_it_was_drawn(text_pipeline, text_folder):
+    painter = Painter(text_pipeline, model=str(text_folder), places=["--dtype=bfloat16", "--fast=off"])
+    words = painter.words("sample", "a red star", n=1, seed=0, settings={})
+    assert {"--dtype=bfloat16", "--fast=off"} <= {*words}
+    (made,) = painter.draw(words, previews=False)
+    assert made.seeds == [0]
 
 
 @pytest.mark.parametrize("plan", ["settings.yaml", "/etc/passwd.yml", "code", "supernet:1\nx", "supernet:1 ../x.yaml"])

@@ -213,6 +213,20 @@ def test_a_search_goes_by_image_whatever_hooks_do_with_its_rows(class_pipeline):
         assert np.array_equal(np.asarray(left), np.asarray(right))
 
 
+def test_earlier_scores_follow_their_candidates_when_hooks_move_them(class_pipeline):
+    steps = (Step(1, 3, "resample"), Step(2, 1, "best"))
+    how = {"candidates": 5, "steps": steps, "reward": Red(), "potential": "max", "also_score": (0,), "sharpness": 1e4}
+    what = {"class_labels": [0, 1], "seed": [5, 6], "search": Search(**how)}
+    wanted = class_pipeline(**what)
+
+    made = class_pipeline(**what, hooks=[Reorder([*range(9, -1, -1)], 1)])
+    best = [max(choices[0].scores) for choices in wanted.search.choices]
+    assert [max(choices[0].scores) for choices in made.search.choices] == best
+    for left, right in zip(made.search.choices, wanted.search.choices):
+        scores = [[choices[0].scores[row] for row in choices[0].kept] for choices in (left, right)]
+        assert scores[0] == scores[1]  # at this sharpness always the one that was best so far
+
+
 def test_a_search_without_candidates_of_an_image_says_so(class_pipeline):
     search = Search(candidates=2, steps=(Step(2, 1, "best"),), reward=Red(), rounds=2, enough=1e5)
     for rows in ([2, 3], [0]):

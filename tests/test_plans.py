@@ -378,6 +378,11 @@ def test_stages_of_other_kinds_are_named(model, changes, said):
         Plan(Stage(model, range(4)))
 
 
+def test_a_compiled_model_is_one(model, quantizer):
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(tokens(plain(compiled), quantizer), tokens(plain(model), quantizer))
+
+
 def test_what_a_stage_could_not_use_is_refused(model):
     with pytest.raises(ValueError, match="attention_backend must be one of sdpa, flex, grouped, got 'nope'"):
         Plan((Stage(model, range(4), attention_backend="nope"),))

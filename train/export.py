@@ -125,7 +125,7 @@ def replace_parts(source: Path, out: Path) -> None:
                     begin.rename(end)
                     moved.append((begin, end))
         (source / "model_index.json").replace(out / "model_index.json")
-    except OSError:
+    except BaseException:
         for begin, end in reversed(moved):
             end.rename(begin)
         raise
