@@ -174,8 +174,8 @@ class Painter:
         args = _parsed(edit_cli, words)
         if not mask.getbbox():
             raise ValueError("paint over what is to be drawn again: nothing of the picture is covered")
-        if picture.width * picture.height * args.n > MOST_PIXELS:
-            said = f"{args.n} of {picture.width} x {picture.height}"
+        if picture.width * picture.height * (count := images_of_each(args)) > MOST_PIXELS:
+            said = f"{count} of {picture.width} x {picture.height}"
             raise ValueError(f"at most {MOST_PIXELS // 2**20} million pixels are edited at once here, not {said}")
         mask = edit_cli.feathered(mask, args.feather)
         where = {"image": picture, "mask_image": mask, "mask_rule": args.mask_rule}
