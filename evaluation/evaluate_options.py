@@ -6,7 +6,7 @@ from pathlib import Path
 from evaluation.command import check_least
 from evaluation.report import is_result
 from sample.files import check_place
-from sample.plan_options import add_place_options, add_plan_options, by_scale
+from sample.plan_options import add_place_options, add_plan_options
 from sample.sampling_options import take_negative_lists
 
 EXAMPLES = """examples:
@@ -85,10 +85,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--bootstrap", type=int, help="resamples behind intervals (200; 20 on Inception's; 0: none)")
 
     sampling = parser.add_argument_group("sampling (the model's own settings unless given)")
-    sampling.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
-    sampling.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
-    sampling.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
-    sampling.add_argument("--temperature", type=by_scale(float), help="below 1 draws likelier tokens")
     add_plan_options(sampling)
 
     where = parser.add_argument_group("with what, to where")

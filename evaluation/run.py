@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
 from sample.files import check_place
-from sample.plan_options import add_place_options, add_plan_options, by_scale, call_settings, how_options
+from sample.plan_options import add_place_options, add_plan_options, call_settings, how_options
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-class", type=int, help="images a class, or prompts a tag (the suite's)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i of them all is seed + i (0)")
     how = parser.add_argument_group("how the images are made (the suite's, or else the model's own, unless given)")
-    for name, kind in (("guidance", float), ("temperature", float), ("top-p", float), ("top-k", int)):
-        how.add_argument(f"--{name}", type=by_scale(kind), help="one number, or one a scale")
     add_plan_options(how)
     parser.add_argument("--metrics", metavar="LIST", help="instead of the suite's, as in nextscale evaluate")
     parser.add_argument("--reference", type=Path, metavar="PATH", help="ADM's reference npz, or real images")

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 
 from sample.classes import names_of
 from sample.demo import DRAW, EDIT, Drawn, Painter
+from sample.edit import RULES
 from sample.info import describe
 from sample.processes import line_about
 from sample.search_steps import METHODS
@@ -51,7 +52,7 @@ EDGE = {
     "feather": ("Feather", "pixels to blend into the kept part"),
     "mask_rule": ("Rule", "which tokens are kept"),
 }
-CHOICES = {"search": METHODS, "size": SIZES, "mask_rule": ("corrected", "official", "whole")}
+CHOICES = {"search": METHODS, "size": SIZES, "mask_rule": RULES}
 SLIDERS = {"guidance": (0, 10, 0.1), "temperature": (0.1, 2, 0.05), "top_p": (0.05, 1, 0.05)}
 
 

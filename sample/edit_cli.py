@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.job import check_out, of_all_processes, settle, write_all, write_trees
+from sample.job import carry_out, check_out, write_trees
 from sample.plan_options import how_options
 from sample.processes import tell
 from sample.prompts import check_text, read_classes
@@ -18,6 +17,7 @@ from sample.sampling_options import add_sampling, call_options, check_sampling, 
 from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from sample.images import Request
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         check_text("prompt", args.prompt)
 
     from sample.files import check_place
-    from sample.images import image_stream, make_requests, process_share
+    from sample.images import image_stream, make_requests
     from sample.job import Job
     from sample.ledger import Ledger
     from sample.load import made_by
@@ -113,27 +113,21 @@ def run(args: argparse.Namespace) -> int:
         sink = PngFolder(args.out, settings, informal=informal, trees=args.show_search)
         return sink, Job(args.out / "settings.json", settings, informal)
 
-    sink, job = settle(args, make_sink)
-    mine = process_share(requests)
-    todo = sink.missing(mine)
-    there = len(requests) - of_all_processes(len(todo))
     search, ledger = make_search(args, pipeline, [prompt], plan), Ledger()
     call |= {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search}
-    call |= {"hooks": () if search is None else (ledger,), "on_output": lambda *made: write_trees(args, sink, *made)}
-    stream = image_stream(pipeline, todo, batch_size=args.batch_size, **call)
-    try:
-        write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
-    except KeyboardInterrupt:
-        done = len(requests) - len(sink.missing(requests))
-        print(
-            f"\nnextscale: stopped with {done} of {len(requests)} edits done; the same command continues",
-            file=sys.stderr,
-        )
+    call |= {"hooks": () if search is None else (ledger,)}
+
+    def draw(sink: PngFolder, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
+        how = call | {"on_output": lambda *made: write_trees(args, sink, *made)}
+        return image_stream(pipeline, todo, batch_size=args.batch_size, **how)
+
+    made = carry_out(args, requests, make_sink, draw, noun="edits")
+    if made is None:
         return 130
-    code = finish(sink, requests, image, mask, done=there)
+    finish(made.sink, requests, image, mask, done=made.there)
     if ledger.images:
         print(f"{search}: {ledger}")
-    return code
+    return 0
 
 
 def read_prompt(args: argparse.Namespace, pipeline: NextScalePipeline) -> str | int:
@@ -271,20 +265,17 @@ def digest(picture: Image.Image) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
 
 
-def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> int:
-    """Write the overview (the picture, what is repainted, the edits) and say what there is, in one process; 0."""
+def finish(sink: PngFolder, requests: list[Request], image: Image.Image, mask: Image.Image, *, done: int) -> None:
+    """Write the overview (the picture, what is repainted, the edits) and say what there is, in one process."""
     from accelerate import PartialState
     from PIL import Image
 
     from sample.files import write_png
     from sample.sinks import file_stem, grid
 
-    state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if PartialState().is_main_process:
         hidden = Image.composite(Image.new("RGB", image.size, (255, 0, 255)), image, mask)
         edits = [Image.open(sink.path(request)).convert("RGB") for request in requests[:30]]
         overview = sink.folder / f"{file_stem(requests[0].prompt)}_grid.png"
         write_png(overview, grid([image, hidden, *edits], columns=min(len(edits) + 2, 8)))
         print(f"{sink.folder} (see {overview.name}): {len(requests)} edits ({done} were there already)")
-    return 0

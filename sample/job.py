@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -146,6 +148,59 @@ def write_all(stream: Iterator[tuple[Request, np.ndarray]], sink: Sink, job: Job
                 job.save()
             sink.write(request, image)
             bar.update()
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a job has made.
+
+    Attributes:
+        sink: where it is.
+        there: images that were there already, of all processes.
+        new: images that this process made.
+        seconds: that it took for them.
+    """
+
+    sink: Sink
+    there: int
+    new: int
+    seconds: float
+
+
+def carry_out(
+    args: argparse.Namespace,
+    requests: list[Request],
+    make: Callable[[], tuple[Sink, Job]],
+    draw: Callable[[Sink, list[Request]], Iterator[tuple[Request, np.ndarray]]],
+    *,
+    noun: str = "images",
+) -> Made | None:
+    """Make what is missing of a job and wait for the other processes; None when interrupted, which is told.
+
+    Args:
+        make: the sink and the job, as `settle` asks for them.
+        draw: the stream of some requests.
+        noun: what the user calls them.
+    """
+    from accelerate import PartialState
+
+    from sample.images import process_share
+
+    sink, job = settle(args, make)
+    mine = process_share(requests, sink.block)
+    todo = sink.missing(mine)
+    there = len(requests) - of_all_processes(len(todo))
+    stream, started = draw(sink, todo), time.perf_counter()
+    try:
+        write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
+        seconds = time.perf_counter() - started
+        PartialState().wait_for_everyone()
+    except KeyboardInterrupt:
+        done = len(requests) - len(sink.missing(requests))
+        said = f"stopped with {done} of {len(requests)} {noun} done; the same command continues"
+        print(f"\nnextscale: {said}", file=sys.stderr)
+        return None
+    return Made(sink, there, len(todo), seconds)
 
 
 def write_trees(args: argparse.Namespace, sink: Sink, batch: list[Request], output: NextScaleOutput) -> None:

@@ -20,7 +20,11 @@ def add_place_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
-    """Declare --plan and what else `SETTINGS` name, but for guidance and what may be drawn."""
+    """Declare what `SETTINGS` name."""
+    parser.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
+    parser.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
+    parser.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
+    parser.add_argument("--temperature", type=by_scale(float), help="below 1 draws likelier tokens; 1.1,1,1: by scale")
     parser.add_argument(
         "--plan",
         metavar="WORDS",

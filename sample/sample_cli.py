@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.job import check_out, of_all_processes, settle, write_all, write_trees
+from sample.job import carry_out, check_out, write_trees
 from sample.plan_options import how_options
 from sample.processes import tell
 from sample.prompts import read_prompts, texts_or_classes, unread
@@ -16,6 +14,10 @@ from sample.sampling_options import add_sampling, call_options, check_sampling, 
 from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
     from sample.images import Request
     from sample.job import Job
     from sample.sinks import PngFolder, Sink
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     per_prompt = images_of_each(args)
 
     from sample.files import check_place
-    from sample.images import image_stream, make_requests, process_share
+    from sample.images import image_stream, make_requests
     from sample.ledger import Ledger
     from sample.load import made_by
     from sample.plan import untrained
@@ -98,30 +100,20 @@ def run(args: argparse.Namespace) -> int:
     tell(untrained(plan))
     settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
     settings |= search_settings(args)
-    sink, job = settle(args, lambda: make_sink(args, settings, requests))
-    mine = process_share(requests, sink.block)
-    todo = sink.missing(mine)
-    there = len(requests) - of_all_processes(len(todo))
     search = make_search(args, pipeline, prompts, plan)
-    if search is not None:
-        call |= {"search": search, "hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
-    stream = image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **call)
-    started = time.perf_counter()
-    try:
-        write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
-        seconds = time.perf_counter() - started
-        written = finish(args, sink, requests)
-    except KeyboardInterrupt:
-        left = len(sink.missing(requests))
-        print(
-            f"\nnextscale: stopped with {len(requests) - left} of {len(requests)} images done; "
-            "the same command continues",
-            file=sys.stderr,
-        )
+
+    def draw(sink: Sink, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
+        trees = {"hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
+        how = call if search is None else call | trees | {"search": search}
+        return image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **how)
+
+    made = carry_out(args, requests, lambda: make_sink(args, settings, requests), draw)
+    if made is None:
         return 130
+    written = finish(args, made.sink, requests)
     if written is not None:
-        rate = f", {len(todo) / seconds:.1f} images/s" if todo else ""
-        print(f"{written}: {len(requests)} images ({there} were there already){rate}")
+        rate = f", {made.new / made.seconds:.1f} images/s" if made.new else ""
+        print(f"{written}: {len(requests)} images ({made.there} were there already){rate}")
         if ledger.images:
             print(f"{search}: {ledger}")
     return 0
@@ -147,12 +139,10 @@ def make_sink(args: argparse.Namespace, settings: dict[str, Any], requests: list
 
 
 def finish(args: argparse.Namespace, sink: Sink, requests: list[Request]) -> str | None:
-    """Wait for the other processes, complete the output; what was written, in words (None in all but one process)."""
+    """Complete the output; what was written, in words (None in all but one process)."""
     from accelerate import PartialState
 
-    state = PartialState()
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if not PartialState().is_main_process:
         return None
     sink.finish()
     if args.out.suffix == ".npz":

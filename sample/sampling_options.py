@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.plan_options import add_plan_options, by_scale, call_settings, how_options
+from sample.plan_options import add_plan_options, call_settings, how_options
 from sample.prompts import check_text
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, out: str) -> argparse._Argu
     """Declare how to draw, with which model and to where (the group that is returned); `out` describes --out."""
     take_negative_lists(parser)
     how = parser.add_argument_group("how (the model's own settings unless given)")
-    how.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
-    how.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
-    how.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
-    how.add_argument("--temperature", type=by_scale(float), help="below 1 draws likelier tokens; 1.1,1,1 is by scale")
     add_plan_options(how)
     how.add_argument("--smooth", action="store_true", help="blend codes: smoother pictures, not for measurements")
 

@@ -289,7 +289,7 @@ class SearchHook(Hook):
         self.choices: list[list[Choice]] = [[] for _ in prompts]
         self.decoded_BCHW: torch.Tensor | None = None
         self._names: list[str] = []  # of the scores of each scored scale, which follow their rows in `state.extras`
-        self.history: list[torch.Tensor] = []  # those scores, (rows,) each, when the last scale had ended
+        self.history: list[torch.Tensor] = []  # those scores, (rows,) each, of the finished images
         self._scored = False  # the scale that ended last
 
     @property
@@ -327,7 +327,8 @@ class SearchHook(Hook):
             rows = self._choose(state, step, features, images if pictured else None, scored)
             decoded = decoded[rows] if decoded is not None else None
         self.decoded_BCHW = decoded
-        self.history = [state.extras[name].cpu() for name in self._names]
+        if final:
+            self.history = [state.extras[name].cpu() for name in self._names]
 
     def _decode(self, f_hat_BCHW: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.decode(part) for part in f_hat_BCHW.split(self.search.decode_batch)])
