@@ -109,24 +109,25 @@ def make_scale(state: GenerationState, k: int, hooks: Sequence[Hook], *, smooth:
     logits, drawn = draw_in_turn(state, k) if state.stage.in_turn(k) else draw_at_once(state, k)
     if len(state.stage.settled(k)) > 1:
         logits, drawn = redraw(state, k, logits, drawn)
-    tokens = drawn
+    tokens, rows = drawn, state.origins
     for hook in hooks:
-        tokens = check_tokens(hook, hook.on_tokens(state, k, logits, tokens), tokens, state)
+        made = hook.on_tokens(state, k, logits, tokens)
+        if state.origins is not rows:
+            raise ValueError(f"{type(hook).__name__}.on_tokens selected images: their tokens are drawn already")
+        tokens = check_tokens(hook, made, tokens, state.quantizer.vocab_size)
     given = state.given(k)
     if given is not None:
         tokens = torch.where(given >= 0, given, tokens)
     state.advance(k, tokens, smooth_code(state, k, logits, tokens, drawn) if smooth else None)
 
 
-def check_tokens(hook: Hook, tokens: object, before: torch.Tensor, state: GenerationState) -> torch.Tensor:
+def check_tokens(hook: Hook, tokens: object, before: torch.Tensor, vocab: int) -> torch.Tensor:
     """What a hook's `on_tokens` made of the tokens `before`, int64.
 
     Raises:
         TypeError, ValueError: naming the hook, unless it is like them and (on a CPU) in range.
     """
-    where, vocab = f"{type(hook).__name__}.on_tokens", state.quantizer.vocab_size
-    if len(state) != len(before):
-        raise ValueError(f"{where} selected images, whose tokens are drawn already: select them in on_scale_end")
+    where = f"{type(hook).__name__}.on_tokens"
     if tokens is before:
         return before
     if not isinstance(tokens, torch.Tensor) or tokens.dtype not in INTEGERS:

@@ -218,10 +218,11 @@ def test_tokens_of_hooks_are_int64_whatever_they_were(model, quantizer, dtype):
     assert torch.equal(tokens_of(made), tokens_of(plainly))
 
 
-def test_a_hook_may_select_images_after_a_scale_only(model, quantizer):
+@pytest.mark.parametrize("rows", [[1, 0], [1, 0, 2, 3], [0, 0, 0, 0]])
+def test_a_hook_may_select_images_after_a_scale_only(model, quantizer, rows):
     class Early(Hook):
         def on_tokens(self, state, k, logits, tokens):
-            state.select([1, 0])
+            state.select(rows)
             return tokens
 
     with pytest.raises(ValueError, match=r"Early\.on_tokens selected images"):
