@@ -23,12 +23,14 @@ from evaluation.sources import Images, geneval_tree, open_images, progress, tree
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.files import write_png, write_text
-from sample.images import image_stream, make_requests, process_share
+from sample.images import each_once, image_stream, make_requests, process_share
 from sample.job import Job, metadata_digest, requests_digest
 from sample.load import load_pipeline, made_by, model_folder, resolve_device
 from sample.plan import untrained
 from sample.plan_options import call_settings, how_options
+from sample.plugins import plugged, plugin_settings
 from sample.processes import process_group
+from sample.sampling_options import plan_of_call
 from sample.sinks import GenEvalTree, grid
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`
@@ -236,8 +238,10 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
             f"--suite {args.suite} needs a text model, and {args.model} knows classes: those are measured by "
             "python -m evaluation.run --suite classes"
         )
-    call = call_settings(args)
-    settings = made_by(pipeline, model, refiner, **call) | ({"fast": args.fast} if args.fast == "off" else {})
+    given, plugins = call_settings(args), how_options(args).get("plugin", [])
+    call = plugged(pipeline, given, plugins)
+    settings = made_by(pipeline, model, refiner, **given) | ({"fast": args.fast} if args.fast == "off" else {})
+    settings |= plugin_settings(plugins)
     metadatas = suite_prompts(args)
     per_prompt = args.n or (4 if args.suite == "geneval" or is_folder(args.suite) else 1)
     prompts = [metadata["prompt"] for metadata in metadatas]
@@ -249,14 +253,15 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
     if args.suite not in SCENES:
         of_job["metadata"] = metadata_digest(requests)  # not in the folder's name: those of before have none
     job = Job(folder / "settings.json", of_job, later=("metadata",), option="--work")
-    said = untrained(pipeline.make_plan(**call))  # what cannot be is raised before anything is written
+    said = untrained(plan_of_call(args, pipeline, call))  # what cannot be is raised before anything is written
     job.check()
     tree = GenEvalTree(folder, settings)
     todo = tree.missing(process_share(requests))
     job.save()
     try:
         stream = image_stream(pipeline, todo, batch_size=args.batch_size, **call)
-        for request, image in tqdm(stream, desc="drawing", total=len(todo), unit="image", disable=None):
+        shown = tqdm(stream, desc="drawing", total=len(todo), unit="image", disable=None)
+        for request, image in each_once(todo, shown):
             tree.write(request, image)
     except KeyboardInterrupt:
         done = len(requests) - len(tree.missing(requests))

@@ -40,6 +40,9 @@ def command_line(program: str, options: Mapping, defaults: Mapping) -> str:
         if value == defaults.get(name):
             continue
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):  # given several times
+            words += [word for text in value for word in (flag, shlex.quote(text))]
+            continue
         is_path = isinstance(value, Path) or str(value).startswith(("/", "~", ".."))
         text = portable(value) if is_path else _word(value)
         if value is True:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from evaluation.command import Parser, check_least, in_one_line
 from sample.files import check_place
 from sample.plan_options import add_place_options, add_plan_options, call_settings, how_options
+from sample.plugins import plugged, plugin_settings
+from sample.sampling_options import plan_of_call
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -173,7 +175,8 @@ class Generation:
         else:
             in_order = make_requests(range(classes), per_prompt=per_class, seed=args.seed)
         requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
-        call = {**suite.sampling, **call_settings(args)}
+        given, plugins = {**suite.sampling, **call_settings(args)}, how_options(args).get("plugin", [])
+        call = plugged(pipeline, given, plugins)
         settings = {
             "suite": args.suite,
             "model_digest": model_digest(model),
@@ -184,7 +187,8 @@ class Generation:
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             **({"fast": args.fast} if args.fast == "off" else {}),
             **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
-            "sampling": {**(pipeline.config.sampling or {}), **call},
+            "sampling": {**(pipeline.config.sampling or {}), **given},
+            **plugin_settings(plugins),
             "extractors": {name: network.digest for name, network in measure.networks.items()},
             "spatial": "sfid" in measure.metrics,
         }
@@ -195,7 +199,7 @@ class Generation:
             of_images = {name: value for name, value in settings.items() if name not in ("extractors", "spatial")}
             outputs = (args.npz, NpzFile.parts_of(args.npz))
             jobs.append(Job(npz_job(args.npz), of_images, outputs=outputs, option="--npz"))
-        pipeline.make_plan(**call)  # what cannot be is said before anything is written
+        plan_of_call(args, pipeline, call)  # what cannot be is said before anything is written
         for job in jobs:
             job.check()
         for job in jobs:
@@ -243,10 +247,11 @@ class Generation:
         from evaluation.features import describe_all
         from evaluation.judge import judge
         from evaluation.shards import shard_path, write_shard
-        from sample.images import image_stream
+        from sample.images import each_once, image_stream
 
         requests, images = self.shard(number), []
-        for request, image in image_stream(self.pipeline, requests, batch_size=self.args.batch_size, **self.call):
+        stream = image_stream(self.pipeline, requests, batch_size=self.args.batch_size, **self.call)
+        for request, image in each_once(requests, stream):
             images.append(image)
             if self.sink is not None:
                 self.sink.write(request, image)
@@ -278,8 +283,9 @@ class Generation:
         from sample.plan import untrained
 
         suite = SUITES[self.args.suite]
-        said = untrained(self.pipeline.make_plan(**self.call))
+        said = untrained(plan_of_call(self.args, self.pipeline, self.call))
         lines = ([said] if said is not None else []) + departures(suite.sampling, self.settings["sampling"])
+        lines += [f"plugin {text} is none of the suite's" for text in self.settings.get("plugin", ())]
         own = {name: value for name, value in (self.pipeline.config.sampling or {}).items() if value is not None}
         for name in suite.sampling.keys() & own.keys() - call_settings(self.args).keys():
             if own[name] != suite.sampling[name]:

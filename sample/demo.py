@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from sample import edit_cli, sample_cli
 from sample.parser import Parser
 from sample.plan import untrained
+from sample.plan_options import how_options
 from sample.plan_text import read_plan
+from sample.plugins import plugged
 from sample.prompts import read_prompts, texts_or_classes, unread
 from sample.sampling_options import call_options, check_sampling, plan_of_call
 from sample.search_options import images_of_each, make_search, search_settings
@@ -90,7 +92,7 @@ class Painter:
     Args:
         pipeline: of the model.
         model, refiner: how the command line names them.
-        places: the command line's words for its dtype, device, ...
+        places: the command line's words for its dtype, device, plugins, ...
         reward: of searches, as `--reward` names it; None for the bundled model's own, or none.
         most: images (with a search, candidates) that a visitor may ask for at once.
     """
@@ -186,7 +188,8 @@ class Painter:
     ) -> Iterator[Drawn]:
         check_sampling(args)
         search_settings(args)
-        call, copies = call_options(args), images_of_each(args)
+        call = plugged(self.pipeline, call_options(args), how_options(args).get("plugin", []))
+        copies, plugins = images_of_each(args), call.pop("hooks", [])
         plan = plan_of_call(args, self.pipeline, call)
         search = make_search(args, self.pipeline, prompts, plan)
         asked = len(prompts) * copies * (search.candidates if search is not None else 1)
@@ -200,7 +203,7 @@ class Painter:
 
         def work(tell: Callable[[Drawn], None]) -> Drawn:
             look = Preview(self.pipeline.decode, lambda images, scale: tell(drawn(images, scale)))
-            made = self.pipeline(**named, **call, **where, **how, hooks=[look] if previews else [])
+            made = self.pipeline(**named, **call, **where, **how, hooks=[*plugins, *([look] if previews else [])])
             return drawn(made.images, len(plan.schedule), seeds=made.seeds)
 
         yield from streamed(work)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
+from sample.plan_options import add_plugin_option
+from sample.plugins import plugged
 from sample.sampling_options import add_model_options, open_model
 
 EXAMPLES = """examples:
@@ -27,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model_options(model)
     model.add_argument("--refiner", metavar="MODEL", help="for --plan code:N; it shares the tokenizer")
     model.add_argument("--reward", help="of searches, as of nextscale sample (scenes: scenes)")
+    add_plugin_option(model)
     model.add_argument("--most", type=int, default=32, metavar="N", help="images, or candidates, at once (32)")
     where = parser.add_argument_group("for whom")
     where.add_argument("--host", default="127.0.0.1", help="the address to serve (127.0.0.1: this machine only)")
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     _, pipeline = open_model(args)
     given = {name: getattr(args, name) for name, usual in PLACES.items() if getattr(args, name) != usual}
     places = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    places += [f"--plugin={text}" for text in args.plugin or []]
+    plugged(pipeline, {}, args.plugin or [])  # what cannot be is said now
     named = {"model": args.model, "refiner": args.refiner, "places": places, "reward": args.reward}
     painter = Painter(pipeline, **named, most=args.most)
     serve(build(painter), host=args.host, port=args.port, share=args.share, browser=not args.no_browser)

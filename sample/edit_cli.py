@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sample.job import carry_out, check_out, write_trees
 from sample.plan_options import how_options
+from sample.plugins import plugged, plugin_settings
 from sample.processes import tell
 from sample.prompts import check_text, read_classes
 from sample.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
@@ -101,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
         check_place("--out", args.out, folder=True)
     folder, pipeline = open_model(args)
     prompt = read_prompt(args, pipeline)
-    call = call_options(args)
+    given, plugins = call_options(args), how_options(args).get("plugin", [])
+    call = plugged(pipeline, given, plugins)
     plan = plan_of_call(args, pipeline, call)
     tell(untrained(plan))
     settings = {"image": digest(image), "mask": digest(mask), "mask_rule": args.mask_rule, **search_settings(args)}
-    settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
+    settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **given)}
+    settings |= plugin_settings(plugins)
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     informal = ("model",)  # a folder may have moved
 
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
     search, ledger = make_search(args, pipeline, [prompt], plan), Ledger()
     call |= {"image": image, "mask_image": mask, "mask_rule": args.mask_rule, "search": search}
-    call |= {"hooks": () if search is None else (ledger,)}
+    call["hooks"] = (*call.get("hooks", ()), *([] if search is None else [ledger]))
 
     def draw(sink: PngFolder, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
         how = call | {"on_output": lambda *made: write_trees(args, sink, *made)}

@@ -8,8 +8,9 @@ Shapes: K scales, h w pixels. Images are uint8 RGB, (h, w, 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +116,16 @@ def image_stream(
             check_finite(batch, images)
         pictures = np.stack([to_uint8(images) for images in scales], axis=1)
         yield from zip(batch, pictures if every_scale else pictures[:, 0], strict=True)
+
+
+def each_once(
+    requests: Sequence[Request], stream: Iterable[tuple[Request, np.ndarray]]
+) -> Iterator[tuple[Request, np.ndarray]]:
+    """The stream. Raises ValueError if it has not every request once and in order: a hook dropped or copied some."""
+    for wanted, (request, image) in zip_longest(requests, stream, fillvalue=(None, None)):
+        if request != wanted:
+            raise ValueError("a plugin drops, copies or moves images: a job has each of them once, in order")
+        yield request, image
 
 
 def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -142,6 +142,10 @@ class Plan:
     def schedule(self) -> ScaleSchedule:
         """The token schedule of all stages."""
         return self.stages[0].pyramid
+
+    def replace(self, **settings: Any) -> Plan:
+        """The plan with these attributes in all of its stages: `plan.replace(guidance=Guidance(2.0))`."""
+        return Plan(tuple(replace(stage, **settings) for stage in self.stages))
 
     def reserved(self, stage: Stage, scales: int | None = None) -> list[int]:
         """Tokens each layer of a stage's model must hold while it runs: those that it, or one going on, reads again.

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sample.plugins import read_plugin
+
 SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
 SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "guidance_until", "aspect", "size", "sequential")
-SETTINGS += ("mask_schedule",)
+SETTINGS += ("mask_schedule", "plugin")
 
 
 def add_place_options(parser: argparse._ActionsContainer) -> None:
@@ -60,6 +62,18 @@ def add_plan_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--guidance-blocks", type=block_list, metavar="LIST", help="guide hidden states after these blocks: -2 or -5,-1"
     )
+    add_plugin_option(parser)
+
+
+def add_plugin_option(parser: argparse._ActionsContainer) -> None:
+    """Declare --plugin; see `sample.plugins`."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        type=plugin_text,
+        metavar="MODULE:NAME",
+        help='a hook or a function of the plan of your own; "mine:Fade(0.3, k=2)" with arguments; several are allowed',
+    )
 
 
 def by_scale(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -79,6 +93,15 @@ def block_list(text: str) -> list[int]:
 
 
 block_list.__name__ = "list of blocks, as -2 or -5,-1,"  # argparse says: invalid ... value
+
+
+def plugin_text(text: str) -> str:
+    """An argument type: MODULE:NAME, with arguments or without, as `sample.plugins.read_plugin` reads them."""
+    try:
+        read_plugin(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def number_or_text(text: str) -> float | str:
@@ -126,9 +149,12 @@ def how_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def call_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """`how_options` as the pipeline's call names them; without the refiner, which is loaded with the model."""
+    """`how_options` as the pipeline's call names them; without the refiner, which is loaded with the model, and without
+    plugins, which `sample.plugins.plugged` puts into the call.
+    """
     how = how_options(args)
-    how.pop("refiner", None)
+    for name in ("refiner", "plugin"):
+        how.pop(name, None)
     if isinstance(how.get("guidance"), list) and getattr(args, "guidance_ramp", None) is not None:
         raise ValueError(f"--guidance-ramp {args.guidance_ramp} is for one --guidance, which here is given by scale")
     if "guidance" in how:
@@ -163,12 +189,15 @@ def mask_schedule_text(value: Any) -> Any:
 def read_setting(path: Path, name: str, value: Any) -> Any:
     """One setting of a YAML file: a text, or a list of texts for all scales."""
     value = mask_schedule_text(value) if name == "mask_schedule" else value
-    text = ",".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
+    texts = value if isinstance(value, list) else [value]
     try:
-        if not isinstance(text, str):
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError
+        if name == "plugin":
+            return [plugin_text(text) for text in texts]
+        text = ",".join(texts)
         return KINDS.get(name, str)(text)
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise ValueError(f"--plan {path}: {name} cannot be {value!r}, see nextscale sample --help") from None
 
 

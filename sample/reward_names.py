@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from sample.plugins import find_named
 from sample.rewards import (
     Aesthetic,
     Callback,
     ClipScore,
     Features,
+    FunctionFeatures,
     PixelFeatures,
     Reward,
     VisionFeatures,
@@ -25,7 +24,7 @@ CLIP = "openai/clip-vit-large-patch14"
 PICKSCORE = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 DINO = "facebook/dinov2-large"
 REWARDS = "scenes, clip[:MODEL], pickscore, aesthetic:FILE, imagereward, hps, or MODULE:FUNCTION"
-FEATURES = "pixels, latent, scenes, dinov2, clip[:MODEL], or vision:MODEL"
+FEATURES = "pixels, latent, scenes, dinov2, clip[:MODEL], vision:MODEL, or MODULE:FUNCTION"
 
 
 def load_reward(text: str, *, device: Any = "cpu") -> Reward:
@@ -47,12 +46,12 @@ def load_reward(text: str, *, device: Any = "cpu") -> Reward:
     if text in ("imagereward", "hps"):
         return (image_reward if text == "imagereward" else hps)(device=device)
     if place and kind not in ("pickscore", "imagereward", "hps"):
-        return Callback(find_function(kind, place), text)
+        return Callback(find_function("reward", text), text)
     raise ValueError(f"reward must be {REWARDS}; got {text!r}")
 
 
 def load_features(text: str, *, device: Any = "cpu") -> Features | None:
-    """The features of a name: pixels, scenes, dinov2, clip, clip:MODEL, vision:MODEL; None for latent.
+    """The features of a name: pixels, scenes, dinov2, clip, clip:MODEL, vision:MODEL, MODULE:FUNCTION; None for latent.
 
     "latent" is the running reconstruction itself: nothing needs to be decoded for it.
 
@@ -73,21 +72,15 @@ def load_features(text: str, *, device: Any = "cpu") -> Features | None:
         return VisionFeatures(place or CLIP, name=text, device=device)
     if text == "dinov2":
         return VisionFeatures(DINO, name=text, device=device)
+    if place and kind not in ("vision", "pixels", "latent", "dinov2"):
+        return FunctionFeatures(find_function("features", text), text)
     raise ValueError(f"features must be {FEATURES}; got {text!r}")
 
 
-def find_function(module: str, function: str) -> Callable:
-    """A function of an importable module.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if os.getcwd() not in sys.path:  # where a user's module is, for a command that is installed
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {module}:{function} cannot be imported: {error}") from None
+def find_function(option: str, text: str) -> Callable:
+    """The function of MODULE:FUNCTION. Raises ValueError if it is none."""
+    module, _, name = text.partition(":")
+    found = find_named(option, module, name)
     if not callable(found):
-        raise ValueError(f"reward {module}:{function} is no function")
+        raise ValueError(f"{option} {text} is no function")
     return found

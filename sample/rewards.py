@@ -37,7 +37,7 @@ class Reward(Protocol):
 
 
 class Features(Protocol):
-    """Describes the patches of images, so that like images can be grouped.
+    """Describes images or their patches, so that like images can be grouped.
 
     Attributes:
         name: as it was asked for.
@@ -46,7 +46,7 @@ class Features(Protocol):
     name: str
 
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, h, w) to float32 (B, T, D)."""
+        """uint8 (B, 3, h, w) to float32 (B, T, D), which are pooled; or (B, D), compared as they are."""
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -186,6 +186,32 @@ class PixelFeatures:
         """uint8 (B, 3, h, w) to (B, side * side, 3)."""
         small = average(images_BCHW.float() / 255, (self.side, self.side))
         return rearrange(small, "b c h w -> b (h w) c").cpu()
+
+
+class FunctionFeatures:
+    """A Python function as features: function(images) to B rows of numbers (B, D), or a row a patch, (B, T, D).
+
+    Images are uint8 numpy (B, h, w, 3).
+    """
+
+    def __init__(self, function: Callable[[np.ndarray], Any], name: str | None = None):
+        self.function, self.name = function, name or getattr(function, "__name__", "function")
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, h, w) to float32 (B, D) or (B, T, D)."""
+        images = rearrange(images_BCHW.cpu(), "b c h w -> b h w c").numpy()
+        try:
+            given = self.function(images)
+        except Exception as error:
+            raise ValueError(f"features {self.name} raised {type(error).__name__}: {error}") from error
+        try:
+            found = torch.as_tensor(np.asarray(given), dtype=torch.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"features {self.name} must give numbers, got {given!r:.80}") from None
+        if found.ndim not in (2, 3) or len(found) != len(images) or not found.isfinite().all():
+            shape = tuple(found.shape)
+            raise ValueError(f"features {self.name} must give {len(images)} finite rows (or rows of rows), got {shape}")
+        return found
 
 
 class VisionFeatures:

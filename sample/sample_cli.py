@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sample.job import carry_out, check_out, write_trees
 from sample.plan_options import how_options
+from sample.plugins import plugged, plugin_settings
 from sample.processes import tell
 from sample.prompts import read_prompts, texts_or_classes, unread
 from sample.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
@@ -94,16 +95,17 @@ def run(args: argparse.Namespace) -> int:
     folder, pipeline = open_model(args)
     prompts = texts_or_classes(prompts, args.classes, pipeline)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
-    call, ledger = call_options(args), Ledger()
+    given, plugins, ledger = call_options(args), how_options(args).get("plugin", []), Ledger()
+    call = plugged(pipeline, given, plugins)
     plan = plan_of_call(args, pipeline, call)
     tell(unread(prompts) if args.model == "scenes" else None)
     tell(untrained(plan))
-    settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **call)}
-    settings |= search_settings(args)
+    settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **given)}
+    settings |= plugin_settings(plugins) | search_settings(args)
     search = make_search(args, pipeline, prompts, plan)
 
     def draw(sink: Sink, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
-        trees = {"hooks": [ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
+        trees = {"hooks": [*call.get("hooks", ()), ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
         how = call if search is None else call | trees | {"search": search}
         return image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **how)
 

@@ -99,12 +99,13 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan_of_call(args: argparse.Namespace, pipeline: NextScalePipeline, call: dict[str, Any]) -> Plan:
     """The plan of the settings in `call`. Raises ValueError if they make none, or an option could do nothing in it."""
-    plan = pipeline.make_plan(**{name: v for name, v in call.items() if name not in ("negative_prompt", "smooth")})
-    if call.get("guidance_until") and not plan.guided:
-        raise ValueError(f"--guidance-until {call['guidance_until']}: none of these scales is guided, see --guidance")
+    beside = ("negative_prompt", "smooth", "hooks")
+    plan, how = pipeline.make_plan(**{name: v for name, v in call.items() if name not in beside}), how_options(args)
+    if how.get("guidance_until") and not plan.guided:
+        raise ValueError(f"--guidance-until {how['guidance_until']}: none of these scales is guided, see --guidance")
     if call.get("negative_prompt") is not None and not plan.guided:
         raise ValueError("--negative acts through guidance, and no scale is guided: see --guidance")
-    refiner = how_options(args).get("refiner")
+    refiner = how.get("refiner")
     if refiner is not None and all(stage.model is not pipeline.refiner for stage in plan.stages):
         raise ValueError(f"--refiner {refiner} makes the scales after code:N: give --plan code:N")
     return plan

@@ -22,7 +22,7 @@ from sample.draw import derive_seed
 from sample.generate import generate
 from sample.ledger import Ledger
 from sample.plan import Plan
-from sample.rewards import Callback, Features, Prompts, Reward, check_scores, to_images
+from sample.rewards import Callback, Features, FunctionFeatures, Prompts, Reward, check_scores, to_images
 from sample.search_steps import Step, check_steps
 from sample.state import GenerationState, Hook
 from tokenizer.quantizer import PyramidQuantizer
@@ -131,6 +131,8 @@ class Search:
                 raise TypeError(f"{name} must be a function of images, got {getattr(self, name)!r}")
         if self.reward is not None and not hasattr(self.reward, "name"):  # of arrays, as a command's MODULE:FUNCTION
             object.__setattr__(self, "reward", Callback(self.reward))
+        if self.features is not None and not hasattr(self.features, "name"):
+            object.__setattr__(self, "features", FunctionFeatures(self.features))
         check_steps(self.candidates, self.steps)
         for name, known in (("pooling", POOLINGS), ("potential", POTENTIALS), ("draw", DRAWS)):
             if getattr(self, name) not in known:
@@ -231,14 +233,15 @@ def pick(
     Args:
         count: candidates there are, B.
         history: their scores (B,) at every scored scale so far.
-        features_BTD: for step "cluster".
+        features_BTD: for step "cluster"; or (B, D).
     """
     if count == 1 or (count <= step.keep and step.how != "resample"):
         return list(range(count)), None
     if step.how == "random":
         return sorted(torch.randperm(count, generator=generator)[: step.keep].tolist()), None
     if step.how == "cluster":
-        return representatives(POOLINGS[search.pooling](features_BTD), step.keep, generator)
+        pooled_BF = features_BTD if features_BTD.ndim == 2 else POOLINGS[search.pooling](features_BTD)
+        return representatives(pooled_BF, step.keep, generator)
     if step.how == "best":
         return sorted(history[-1].argsort(descending=True, stable=True)[: step.keep].tolist()), None
     if step.how != "resample":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sample.plugins import module_digest
 from sample.processes import speaks
 from sample.search_steps import METHODS, Step
 
@@ -37,7 +38,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--reward",
         help="scenes, clip[:MODEL], pickscore, aesthetic:FILE, imagereward, hps, MODULE:FUNCTION (scenes: scenes)",
     )
-    group.add_argument("--features", help="latent, pixels, scenes, dinov2, clip[:MODEL], vision:MODEL (latent)")
+    group.add_argument(
+        "--features", help="latent, pixels, scenes, dinov2, clip[:MODEL], vision:MODEL, MODULE:FUNCTION (latent)"
+    )
     group.add_argument("--pooling", help="of features before clustering: pca, pool, pca_all (pca)")
     group.add_argument("--also-score", type=scale_list, metavar="LIST", help="scales whose scores count as well: 3,4")
     group.add_argument("--potential", help="value, max, sum or difference of the scores so far (value)")
@@ -88,6 +91,9 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.reward is not None and (digest := reward_digest(args.reward)) is not None:
         given["reward_digest"] = digest
+    module, _, function = (args.features or "").partition(":")
+    if function and (digest := module_digest(module)) is not None:
+        given["features_digest"] = digest
     return given | ({} if args.budget is not None else {"search_n": args.n or DEFAULT_N})
 
 
@@ -99,7 +105,7 @@ def reward_digest(text: str) -> str | None:
     if not place:
         return None
     if kind not in ("scenes", "clip", "aesthetic"):  # MODULE:FUNCTION
-        place = Path.cwd().joinpath(*kind.split(".")).with_suffix(".py")
+        return module_digest(kind)
     files = sorted(Path(place).glob("*")) if Path(place).is_dir() else [Path(place)]
     files = [path for path in files if path.is_file()]
     if not files:
