@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sample.parser import Parser
+from sample.commands.parser import Parser
 
 __version__ = "0.1.0"
 
@@ -48,17 +48,17 @@ NAMES = {
 
 # command -> (module with configure(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
-    "sample": ("sample.sample_cli", "draw images of texts or classes"),
-    "edit": ("sample.edit_cli", "repaint a part of a picture, or draw more around it"),
-    "info": ("sample.info", "what a model is, and what it can be asked for"),
-    "demo": ("sample.demo_cli", "a page in your browser to draw and edit on"),
+    "sample": ("sample.commands.sample_cli", "draw images of texts or classes"),
+    "edit": ("sample.commands.edit_cli", "repaint a part of a picture, or draw more around it"),
+    "info": ("sample.commands.info", "what a model is, and what it can be asked for"),
+    "demo": ("sample.commands.demo_cli", "a page in your browser to draw and edit on"),
     "evaluate": ("evaluation.evaluate_cli", "measure images or a model"),
     "compare": ("evaluation.compare_cli", "two measured models under common seeds"),
     "scaling": ("train.scaling", "train a ladder of sizes, fit scaling laws"),
     "report": ("evaluation.report_cli", "one page about runs and results"),
-    "plan": ("sample.planner_cli", "choose plan, guidance, cache and batch for this machine"),
-    "calibrate": ("sample.calibrate", "measure a model's layers once, for --cache"),
-    "convert": ("sample.convert_cli", "official checkpoints to a model folder, and back"),
+    "plan": ("sample.commands.planner_cli", "choose plan, guidance, cache and batch for this machine"),
+    "calibrate": ("sample.commands.calibrate", "measure a model's layers once, for --cache"),
+    "convert": ("sample.commands.convert_cli", "official checkpoints to a model folder, and back"),
 }
 PLACES = ("--out", "--model", "--work", "--prompts", "--config", "--reference")  # options that name a file or folder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_of, figure, result, write_result
-from sample.plan_options import add_place_options
+from sample.commands.plan_options import add_place_options
 
 MODELS = ("full", "supernet", "refiner", "drafter", "specialised")
 QUALITY = ("score", "fd_scenes", "fd", "correct_minus_full")

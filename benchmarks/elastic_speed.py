@@ -25,13 +25,13 @@ from benchmarks.tables import measured
 from benchmarks.timing import spread
 from evaluation.command import Parser, check_least
 from evaluation.report import command_of, result
+from sample.commands.plan_options import whole_numbers
 from sample.costs import plan_work
 from sample.fast import accelerate, supported
 from sample.load import resolve_device, resolve_dtype
 from sample.measure import measure_once, now
 from sample.pipeline import NextScalePipeline
 from sample.plan import Plan
-from sample.plan_options import whole_numbers
 from tokenizer.model import MultiScaleVQ
 from var.presets import VAR_SAMPLING
 

@@ -163,7 +163,7 @@ def published_crossover(size: str, cache: str) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Points of side, batch and depth, a row of each curve, published sizes; then processes: points and their row."""
-    from sample.plan_options import whole_numbers
+    from sample.commands.plan_options import whole_numbers
 
     sides = options.sides.split(",")
     batches, depths = whole_numbers("--batches", options.batches), whole_numbers("--depths", options.depths)

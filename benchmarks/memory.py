@@ -203,7 +203,7 @@ def published_on(device: torch.device, write: Callable[[list[dict[str, Any]]], N
 def measure(options: argparse.Namespace) -> None:
     """Compute, measure, write the result and its table; on a GPU after every variant."""
     from benchmarks.gpu import device_name
-    from sample.plan_options import whole_numbers
+    from sample.commands.plan_options import whole_numbers
 
     batches, device = whole_numbers("--batches", options.batches), resolve_device(options.device)
     on_cpu = device.type == "cpu"

@@ -20,6 +20,7 @@ from benchmarks.tables import measured
 from benchmarks.timing import spread
 from evaluation.command import Parser, add_out, check_least
 from evaluation.report import command_of, result
+from sample.commands.plan_options import add_place_options
 from sample.costs import cache_peak, plan_work
 from sample.draw import Filter
 from sample.fast import accelerate_transformer, supported
@@ -28,7 +29,6 @@ from sample.guidance import Guidance
 from sample.load import resolve_device, resolve_dtype
 from sample.measure import now
 from sample.plan import Plan
-from sample.plan_options import add_place_options
 from sample.plan_text import PlanConfig
 from tokenizer.aspects import SIZES, aspect_schedule
 from tokenizer.bitwise import BinarySphericalQuantizer

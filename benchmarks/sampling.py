@@ -36,7 +36,7 @@ from benchmarks.timing import (
     undisturbed,
 )
 from evaluation.command import Parser, add_out
-from sample.plan_options import whole_numbers
+from sample.commands.plan_options import whole_numbers
 
 OURS = {  # variant -> (dtype, fast)
     "plain_float32": ("float32", "off"),

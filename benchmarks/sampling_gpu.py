@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, compare tokens, time; the result as `report.result` makes it."""
     from benchmarks.models import check_size, image_flops
     from evaluation.report import command_of, result
-    from sample.plan_options import whole_numbers
+    from sample.commands.plan_options import whole_numbers
 
     check_size(options.size)
     current_device(options.device)

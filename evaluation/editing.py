@@ -24,11 +24,11 @@ from evaluation.intervals import wilson
 from evaluation.judge import Detection, apply_rules, detect
 from evaluation.report import command_of, result, table, write_result
 from evaluation.scenes import CANVAS, COLOURS, SHAPES, Scene, SceneObject, render, sample_scene, scene_metadata
+from sample.commands.plan_options import add_place_options
 from sample.edit import RULES
 from sample.files import write_png
 from sample.load import load_pipeline
 from sample.pipeline import NextScalePipeline
-from sample.plan_options import add_place_options
 from sample.reward_names import load_reward
 from sample.search import Search
 from sample.search_steps import Step

@@ -22,15 +22,15 @@ from evaluation.sheet import verdict_sheet
 from evaluation.sources import Images, geneval_tree, open_images, progress, tree_prompts
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
+from sample.commands.job import Job, metadata_digest, requests_digest
+from sample.commands.plan_options import call_settings, how_options
+from sample.commands.sampling_options import plan_of_call
 from sample.files import write_png, write_text
 from sample.images import each_once, image_stream, make_requests, process_share
-from sample.job import Job, metadata_digest, requests_digest
 from sample.load import load_pipeline, made_by, model_folder, resolve_device
 from sample.plan import untrained
-from sample.plan_options import call_settings, how_options
 from sample.plugins import plugged, plugin_settings
 from sample.processes import process_group
-from sample.sampling_options import plan_of_call
 from sample.sinks import GenEvalTree, grid
 
 SCENES = ("scenes", "scenes-unseen")  # suites of `evaluation.scenes`

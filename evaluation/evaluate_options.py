@@ -5,9 +5,9 @@ from pathlib import Path
 
 from evaluation.command import check_least
 from evaluation.report import is_result
+from sample.commands.plan_options import add_place_options, add_plan_options
+from sample.commands.sampling_options import take_negative_lists
 from sample.files import check_place
-from sample.plan_options import add_place_options, add_plan_options
-from sample.sampling_options import take_negative_lists
 
 EXAMPLES = """examples:
   nextscale evaluate --model scenes --suite scenes --per-tag 100 --out results/scenes_model.json

@@ -21,10 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
+from sample.commands.plan_options import add_place_options, add_plan_options, call_settings, how_options
+from sample.commands.sampling_options import plan_of_call
 from sample.files import check_place
-from sample.plan_options import add_place_options, add_plan_options, call_settings, how_options
 from sample.plugins import plugged, plugin_settings
-from sample.sampling_options import plan_of_call
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ class Generation:
         """Load everything a command line names, check it, and check the work folder for other settings."""
         from evaluation.distributions import Measure, chosen_metrics
         from evaluation.scenes import prompt_suite
+        from sample.commands.job import Job, npz_job, requests_digest
         from sample.images import make_requests
-        from sample.job import Job, npz_job, requests_digest
         from sample.load import load_pipeline, model_digest, model_folder
         from sample.sinks import NpzFile
 

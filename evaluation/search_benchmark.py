@@ -16,7 +16,7 @@ from pathlib import Path
 from evaluation.command import Parser, add_out, check_least, in_one_line
 from evaluation.report import command_of, file_digest, result, short_digest, table, write_result
 from evaluation.scenes import TAGS, prompt_suite
-from sample.plan_options import add_place_options
+from sample.commands.plan_options import add_place_options
 
 BUDGETS = (1, 2, 4, 8)
 COMPARED = ("best", "importance", "tts", "halving", "resample", "cluster", "random")

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sample import adapters
-from sample.calibrate import measure_selectivity
 from sample.convert import convert, convert_back
 from sample.costs import cache_peak, plan_work
 from sample.generate import generate, smooth_code, start
@@ -32,6 +31,7 @@ from sample.official import Flags, load_official
 from sample.plan import plain
 from sample.search import Search
 from sample.search_steps import Step
+from sample.selectivity import measure_selectivity
 from sample.state import Hook
 from tokenizer.aspects import SIZES, TEMPLATES, aspect_schedule, nearest_template, read_aspect, schedule_of
 from tokenizer.bitwise import BinarySphericalQuantizer, entropy_penalty

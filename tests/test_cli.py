@@ -19,13 +19,13 @@ from training_toys import in_processes
 
 import nextscale
 from sample import sinks
+from sample.commands.job import Job
+from sample.commands.prompts import unread
 from sample.files import atomically, read_png_text, write_png
 from sample.images import make_requests
-from sample.job import Job
 from sample.plan import untrained
 from sample.plan_text import PlanConfig
 from sample.processes import tell
-from sample.prompts import unread
 from sample.sinks import NpzFile, file_stem, grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -534,7 +534,7 @@ def test_several_processes_count_what_all_of_them_found(text_folder, tmp_path, c
 @pytest.mark.parametrize(("command", "words"), [("sample", ["x"]), ("edit", ["x"]), ("evaluate", [])])
 def test_lists_that_begin_with_a_minus_are_values(command, words):
     from evaluation import evaluate_options as options
-    from sample import edit_cli, sample_cli
+    from sample.commands import edit_cli, sample_cli
 
     parser = argparse.ArgumentParser()
     {"sample": sample_cli, "edit": edit_cli, "evaluate": options}[command].configure(parser)

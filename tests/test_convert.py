@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import nextscale
-from sample import adapters, convert_cli
+from sample import adapters
 from sample.checkpoints import read_state, stream, write_pth, write_safetensors
+from sample.commands import convert_cli
 from sample.convert import convert, convert_back, finished_folder
 from sample.load import load_pipeline
 from sample.official import Flags, fetch, load_official

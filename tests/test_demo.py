@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import nextscale
-from sample import demo_cli
-from sample.demo import DRAW, Painter, streamed
+from sample.commands import demo_cli
+from sample.commands.demo import DRAW, Painter, streamed
 
 SEED = 7
 
@@ -255,7 +255,9 @@ def test_a_stream_that_nobody_follows_ends_its_work():
 )
 def test_options_that_make_no_sense(words, said, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(__import__("sys").modules, "sample.demo_page", type("Page", (), {"build": None, "serve": None}))
+    monkeypatch.setitem(
+        __import__("sys").modules, "sample.commands.demo_page", type("Page", (), {"build": None, "serve": None})
+    )
     assert nextscale.main(["demo", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
@@ -273,7 +275,7 @@ def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
 @pytest.fixture
 def page():
     pytest.importorskip("gradio")
-    from sample import demo_page
+    from sample.commands import demo_page
 
     return demo_page
 

@@ -11,7 +11,7 @@ import pytest
 
 import nextscale
 from evaluation import evaluate_options, run
-from sample import job, sample_cli, sampling_options, search_options
+from sample.commands import job, sample_cli, sampling_options, search_options
 from sample.scene_reward import Caption
 
 ROOT = Path(nextscale.__file__).parent

@@ -586,7 +586,7 @@ def test_masks_are_of_the_picture_as_it_lies(class_pipeline):
 
 
 def test_feathering_reaches_into_the_kept_part():
-    from sample.edit_cli import feathered
+    from sample.commands.edit_cli import feathered
 
     hard = box_mask(2, 2, 6, 6)
     soft = np.asarray(feathered(hard, 2))

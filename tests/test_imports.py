@@ -61,6 +61,12 @@ def test_imports_run_to_the_left(module):
             assert other in KNOWN_TO_VAR, f"{module} imports {other}: var may know schedules and sizes, not tokenizers"
 
 
+def test_methods_know_nothing_of_commands():
+    for module in MODULES:
+        if room(module) == "sample" and not module.startswith("sample.commands"):
+            assert not any(other.startswith("sample.commands") for other in IMPORTS[module]), module
+
+
 def test_no_cycles():
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which shows the cycle
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import nextscale
-from sample.info import describe
+from sample.commands.info import describe
 from sample.pipeline import NextScalePipeline
 
 

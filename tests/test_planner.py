@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import nextscale
+from sample.commands.planner_cli import tell_over
 from sample.costs import Work, cache_peak, plan_work
 from sample.generate import generate
 from sample.guidance import Guidance
@@ -32,7 +33,6 @@ from sample.planner import (
     read_size,
     read_time,
 )
-from sample.planner_cli import tell_over
 from tokenizer.quantizer import MultiScaleQuantizer
 from tokenizer.schedule import ScaleSchedule
 from var.conditioning import ClassPrompt
@@ -334,6 +334,6 @@ def test_a_model_of_one_scale_has_a_plan_too(tmp_path, tiny_vqvae, capsys):
 
 
 def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sample.planner_cli.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sample.commands.planner_cli.importlib.util.find_spec", lambda name: None)
     assert nextscale.main(["plan", "a red star", "--out", str(tmp_path / "plan.png")]) == 2
     assert "--out draws a picture and needs matplotlib" in capsys.readouterr().err

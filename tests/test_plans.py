@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import nextscale
+from sample.commands.plan_options import read_settings
 from sample.draw import Filter
 from sample.generate import generate
 from sample.guidance import Guidance
 from sample.plan import Plan, Stage, plain, scale_filters
-from sample.plan_options import read_settings
 from sample.plan_text import BASELINES, PlanConfig, read_cache, read_depth, read_plan
 from sample.state import Hook
 from tokenizer.quantizer import MultiScaleQuantizer
@@ -516,7 +516,7 @@ def test_an_interrupted_calibration_leaves_no_copy(class_folder, tmp_path, monke
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sample.calibrate.measure_selectivity", interrupted)
+    monkeypatch.setattr("sample.selectivity.measure_selectivity", interrupted)
     argv = ["calibrate", "--model", str(class_folder), "--class", "0", "--out", str(tmp_path / "copy")]
     assert nextscale.main(argv) == 130 and not list(tmp_path.iterdir())
 

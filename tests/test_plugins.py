@@ -12,11 +12,11 @@ from PIL import Image
 
 import nextscale
 from evaluation.report import command_line
-from sample.demo import Painter
+from sample.commands.demo import Painter
+from sample.commands.parser import Parser
+from sample.commands.plan_options import add_plan_options, how_options
 from sample.guidance import Guidance
-from sample.parser import Parser
 from sample.pipeline import check_sampling
-from sample.plan_options import add_plan_options, how_options
 from sample.plugins import Named, load_plugin, plugged, read_plugin
 from sample.rewards import FunctionFeatures, PixelFeatures
 from sample.search import Search

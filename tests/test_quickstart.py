@@ -26,7 +26,7 @@ def commands():
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_commands_parse(argv):
-    from sample.sample_cli import configure
+    from sample.commands.sample_cli import configure
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     configure(parser)
@@ -36,7 +36,7 @@ def test_commands_parse(argv):
 
 
 def test_options_exist():
-    from sample import demo_cli, sample_cli
+    from sample.commands import demo_cli, sample_cli
 
     parser = argparse.ArgumentParser(conflict_handler="resolve")
     for command in (sample_cli, demo_cli):

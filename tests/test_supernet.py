@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_toys import in_processes
 
-from sample.info import describe
+from sample.commands.info import describe
 from sample.load import load_pipeline
 from sample.plan import untrained
 from tokenizer.schedule import ScaleSchedule

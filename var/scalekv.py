@@ -1,6 +1,6 @@
 """ScaleKV (section 3): layers that look around (drafters) keep much of their cache, the others (refiners) little.
 
-Which layer is which is measured once on a few prompts (`sample.calibrate`), by the attention selectivity index; one
+Which layer is which is measured once on a few prompts (`sample.selectivity`), by the attention selectivity index; one
 number, the share of the whole history, then gives every layer's budget at every scale.
 
 Shapes: B rows, H heads, l new tokens, S tokens of history and current scale, d head width, L layers, K scales.

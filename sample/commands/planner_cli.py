@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.plan_options import add_place_options, whole_numbers
+from sample.commands.plan_options import add_place_options, whole_numbers
+from sample.commands.prompts import read_prompts, texts_or_classes
 from sample.processes import tell
-from sample.prompts import read_prompts, texts_or_classes
 
 if TYPE_CHECKING:
     from sample.measure import Run

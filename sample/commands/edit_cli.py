@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.job import carry_out, check_out, write_trees
-from sample.plan_options import how_options
+from sample.commands.job import carry_out, check_out, write_trees
+from sample.commands.plan_options import how_options
+from sample.commands.prompts import check_text, read_classes
+from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
+from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
 from sample.plugins import plugged, plugin_settings
 from sample.processes import tell
-from sample.prompts import check_text, read_classes
-from sample.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
-from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         check_text("prompt", args.prompt)
 
+    from sample.commands.job import Job
     from sample.files import check_place
     from sample.images import image_stream, make_requests
-    from sample.job import Job
     from sample.ledger import Ledger
     from sample.load import made_by
     from sample.plan import untrained

@@ -1,4 +1,4 @@
-"""The page of `nextscale demo`, in Gradio: what may be asked for, and the pictures. What is drawn: `sample.demo`."""
+"""The page of `nextscale demo`, in Gradio: what may be asked for, and the pictures. What is drawn: `demo.py`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import gradio as gr
 from PIL import Image, ImageChops
 
 from sample.classes import names_of
-from sample.demo import DRAW, EDIT, Drawn, Painter
+from sample.commands.demo import DRAW, EDIT, Drawn, Painter
+from sample.commands.info import describe
 from sample.edit import RULES
-from sample.info import describe
 from sample.processes import line_about
 from sample.search_steps import METHODS
 from tokenizer.aspects import SIZES

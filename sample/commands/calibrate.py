@@ -9,16 +9,10 @@ import argparse
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sample.plan_options import add_place_options
-from sample.prompts import read_prompts, texts_or_classes
-
-if TYPE_CHECKING:
-    from sample.pipeline import NextScalePipeline
-    from var.transformer import NextScaleTransformer
+from sample.commands.plan_options import add_place_options
+from sample.commands.prompts import read_prompts, texts_or_classes
 
 EXAMPLES = """examples:
   nextscale calibrate --out calibrated "a red star" "two rings" "a blue cross above a heart" ...   ten are enough
@@ -57,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sample.convert import finished_folder
     from sample.load import BUNDLED, load_pipeline, model_folder
+    from sample.selectivity import measure_selectivity
 
     folder = model_folder(args.model)
     if args.out is None and args.model == BUNDLED:
@@ -91,53 +86,6 @@ def copy_model(folder: Path, made: Path) -> None:
         return
     with silent_loading():
         load_pipeline(folder, dtype="float32", device="cpu").save_pretrained(made)
-
-
-def measure_selectivity(
-    pipeline: NextScalePipeline,
-    prompts: list[str] | list[int],
-    *,
-    model: NextScaleTransformer | None = None,
-    per_prompt: int = 1,
-    seed: int = 0,
-    top: float = 0.1,
-) -> list[list[float]]:
-    """The attention selectivity index of each layer at each scale, [layer][scale], averaged over images.
-
-    Args:
-        prompts: texts, or classes of a class model; `per_prompt` images of each, with the model's own settings.
-        model: measured instead of the pipeline's transformer (its refiner).
-        top: share of the history whose weight counts as narrow, in (0, 1].
-
-    Raises:
-        ValueError: of a model that keeps nothing of earlier scales (block_diagonal).
-    """
-    from sample.plan import Plan
-    from var.scalekv import SelectivityCache
-
-    model = model or pipeline.transformer
-    if not model.reads_earlier:
-        raise ValueError("this model's attention stays within each scale: there is no cache to calibrate")
-    caches: list[SelectivityCache] = []
-
-    first = replace(pipeline.make_plan("var").stages[0], model=model, mask_schedule=None)
-
-    def recorder() -> SelectivityCache:
-        caches.append(SelectivityCache(len(model.blocks), first.pyramid, top=top))
-        return caches[-1]
-
-    stage = replace(first, new_cache=recorder)
-    name = "class_labels" if pipeline.by_class else "prompt"
-    for place, prompt in enumerate(prompts):
-        pipeline(
-            **{name: [prompt]},
-            num_images_per_prompt=per_prompt,
-            seed=seed + place * per_prompt,
-            plan=Plan((stage,)),
-            output_type="latent",
-        )
-    mean_LK = sum(cache.index_LK for cache in caches) / len(caches)
-    return [[round(value, 6) for value in row] for row in mean_LK.tolist()]
 
 
 def write_selectivity(folder: Path, index: list[list[float]]) -> None:

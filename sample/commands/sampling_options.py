@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.plan_options import add_plan_options, call_settings, how_options
-from sample.prompts import check_text
+from sample.commands.plan_options import add_plan_options, call_settings, how_options
+from sample.commands.prompts import check_text
 
 if TYPE_CHECKING:
     from sample.pipeline import NextScalePipeline

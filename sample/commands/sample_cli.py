@@ -6,21 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.job import carry_out, check_out, write_trees
-from sample.plan_options import how_options
+from sample.commands.job import carry_out, check_out, write_trees
+from sample.commands.plan_options import how_options
+from sample.commands.prompts import read_prompts, texts_or_classes, unread
+from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
+from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
 from sample.plugins import plugged, plugin_settings
 from sample.processes import tell
-from sample.prompts import read_prompts, texts_or_classes, unread
-from sample.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
-from sample.search_options import add_search_options, images_of_each, make_search, search_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
 
+    from sample.commands.job import Job
     from sample.images import Request
-    from sample.job import Job
     from sample.sinks import PngFolder, Sink
 
 EXAMPLES = """examples:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 def make_sink(args: argparse.Namespace, settings: dict[str, Any], requests: list[Request]) -> tuple[Sink, Job]:
     """Where the images go, and what must not change between the runs of one job: `settings`, and what is asked for."""
-    from sample.job import Job, metadata_digest, npz_job, requests_digest
+    from sample.commands.job import Job, metadata_digest, npz_job, requests_digest
     from sample.sinks import GenEvalTree, NpzFile, PngFolder
 
     informal = ("model",)  # a folder may have moved

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from sample.plan_options import add_plugin_option
+from sample.commands.plan_options import add_plugin_option
+from sample.commands.sampling_options import add_model_options, open_model
 from sample.plugins import plugged
-from sample.sampling_options import add_model_options, open_model
 
 EXAMPLES = """examples:
   nextscale demo                                           the bundled model
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs Gradio: pip install 'nextscale[demo]', or pip install gradio")
 
-    from sample.demo import Painter
-    from sample.demo_page import build, serve
+    from sample.commands.demo import Painter
+    from sample.commands.demo_page import build, serve
 
     _, pipeline = open_model(args)
     given = {name: getattr(args, name) for name, usual in PLACES.items() if getattr(args, name) != usual}

@@ -18,15 +18,15 @@ from numbers import Real
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from sample import edit_cli, sample_cli
-from sample.parser import Parser
+from sample.commands import edit_cli, sample_cli
+from sample.commands.parser import Parser
+from sample.commands.plan_options import how_options
+from sample.commands.prompts import read_prompts, texts_or_classes, unread
+from sample.commands.sampling_options import call_options, check_sampling, plan_of_call
+from sample.commands.search_options import images_of_each, make_search, search_settings
 from sample.plan import untrained
-from sample.plan_options import how_options
 from sample.plan_text import read_plan
 from sample.plugins import plugged
-from sample.prompts import read_prompts, texts_or_classes, unread
-from sample.sampling_options import call_options, check_sampling, plan_of_call
-from sample.search_options import images_of_each, make_search, search_settings
 from sample.state import GenerationState, Hook
 
 if TYPE_CHECKING:
