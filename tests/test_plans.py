@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import nextscale
-from sample.commands.plan_options import read_settings
+from sample.commands.plan_options import read_settings, settings
 from sample.draw import Filter
 from sample.generate import generate
 from sample.guidance import Guidance
+from sample.pipeline import SAMPLING
 from sample.plan import Plan, Stage, plain, scale_filters
 from sample.plan_text import BASELINES, PlanConfig, read_cache, read_depth, read_plan
 from sample.state import Hook
@@ -446,6 +447,11 @@ def test_the_same_plan_by_flags_by_file_and_in_the_pipeline(calibrated, tmp_path
     assert over.shape == by_file.shape and not np.array_equal(over, by_file)
 
 
+def test_the_options_are_what_a_model_may_have_of_its_own_and_what_it_may_not():
+    named = {"guidance_scale" if name == "guidance" else name for name in settings()}
+    assert named - set(SAMPLING) == {"refiner", "plugin"} and set(SAMPLING) <= named
+
+
 @pytest.mark.parametrize(
     ("text", "held"),
     [
@@ -468,7 +474,7 @@ def test_files_of_settings_are_read_as_the_command_line(tmp_path, text, held):
         ("depth: {a: 1}", "depth cannot be {'a': '1'}"),
         ("temperature_last: perhaps", "temperature_last cannot be 'perhaps'"),
         ("guidance: [1,2", r"a\.yaml is not YAML: while parsing .* line 1"),
-        ("plam: var", "may hold plan, .* and has plam"),
+        ("plam: var", "may hold .*plan, .* and has plam"),
         ("- var", "and has list"),
     ],
 )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sample.plugins import read_plugin
-
-SETTINGS = ("plan", "depth", "cache", "refiner", "guidance", "top_k", "top_p", "temperature", "temperature_last")
-SETTINGS += ("prune", "guidance_ramp", "guidance_blocks", "guidance_until", "aspect", "size", "sequential")
-SETTINGS += ("mask_schedule", "plugin")
 
 
 def add_place_options(parser: argparse._ActionsContainer) -> None:
@@ -22,7 +19,7 @@ def add_place_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_plan_options(parser: argparse._ActionsContainer) -> None:
-    """Declare what `SETTINGS` name."""
+    """Declare the settings: what decides how images are drawn, and may be in a file of --plan."""
     parser.add_argument("--guidance", type=by_scale(float), help="strength of guidance; 0 is none")
     parser.add_argument("--top-k", type=by_scale(int), help="draw from the k likeliest tokens; 0 is all")
     parser.add_argument("--top-p", type=by_scale(float), help="then from the likeliest that make up this probability")
@@ -74,6 +71,14 @@ def add_plugin_option(parser: argparse._ActionsContainer) -> None:
         metavar="MODULE:NAME",
         help='a hook or a function of the plan of your own; "mine:Fade(0.3, k=2)" with arguments; several are allowed',
     )
+
+
+@cache
+def settings() -> tuple[str, ...]:
+    """The names of what `add_plan_options` declares."""
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser)
+    return tuple(vars(parser.parse_args([])))
 
 
 def by_scale(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -136,13 +141,13 @@ KINDS: dict[str, Callable[[str], Any]] = {  # what settings of a file are read a
 
 
 def how_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line, and under it the YAML file of --plan, say of `SETTINGS`; only what is given.
+    """What the command line, and under it the YAML file of --plan, say of `settings`; only what is given.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if it holds something else.
     """
-    given = {name: getattr(args, name, None) for name in SETTINGS}
+    given = {name: getattr(args, name, None) for name in settings()}
     if given["plan"] is not None and given["plan"].endswith((".yaml", ".yml")):
         given = read_settings(Path(given.pop("plan"))) | {k: v for k, v in given.items() if v is not None}
     return {name: value for name, value in given.items() if value is not None}
@@ -172,9 +177,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         held = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # texts, and lists of texts
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--plan {path} is not YAML: {' '.join(str(error).split())}") from None
-    unknown = sorted(set(held) - set(SETTINGS)) if isinstance(held, dict) else [type(held).__name__]
+    unknown = sorted(set(held) - set(settings())) if isinstance(held, dict) else [type(held).__name__]
     if unknown:
-        raise ValueError(f"--plan {path} may hold {', '.join(SETTINGS)}, and has {', '.join(map(str, unknown))}")
+        raise ValueError(f"--plan {path} may hold {', '.join(settings())}, and has {', '.join(map(str, unknown))}")
     return {name: read_setting(path, name, value) for name, value in held.items() if value not in NOTHING}
 
 
