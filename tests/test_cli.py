@@ -462,6 +462,15 @@ def test_file_names():
     assert file_stem("日本") == f"{file_stem('日本')}" and file_stem("日本")
 
 
+@pytest.mark.parametrize(("prompts", "n", "columns"), [(2, 3, 3), (5, 2, 4), (3, 1, 2)])
+def test_the_overview_has_the_pictures_of_a_prompt_in_one_row(text_folder, tmp_path, prompts, n, columns):
+    words = [f"{number} stars" for number in range(prompts)]
+    assert nextscale.main(["sample", *words, "--n", str(n), "--model", str(text_folder), "--out", str(tmp_path)]) == 0
+    one, sheet = Image.open(tmp_path / f"{sinks.file_stem('0 stars')}_seed0.png"), Image.open(tmp_path / "all_grid.png")
+    side = one.width * round(192 / one.height)
+    assert sheet.width == columns * (side + 2) - 2
+
+
 def test_grid_places_pictures_in_reading_order():
     sheet = np.asarray(grid([Image.new("RGB", (2, 2), (i, i, i)) for i in range(5)], gap=1, least=2))
     assert sheet.shape == (5, 8, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def finish(args: argparse.Namespace, sink: Sink, requests: list[Request]) -> str
 
 
 def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Request]) -> list[Path]:
-    """A grid of several images, and with --show-scales the rows of scales under each other; their paths."""
+    """A grid of several images, those of a prompt in one row; with --show-scales the rows of scales; their paths."""
     from PIL import Image
 
     from sample.files import write_png
@@ -167,7 +168,9 @@ def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Re
     sheets = []
     if len(shown) > 1:
         images = [Image.open(sink.path(request)).convert("RGB") for request in shown]
-        sheets.append((sink.folder / f"{stem}_grid.png", grid(images)))
+        each = images_of_each(args)
+        columns = each * max(1, round(sqrt(len(shown)) / each)) if stem == "all" and each > 1 else None
+        sheets.append((sink.folder / f"{stem}_grid.png", grid(images, columns=columns)))
     if args.show_scales:
         rows = [Image.open(sink.scales_path(request)).convert("RGB") for request in shown]
         sheets.append((sink.folder / f"{stem}_scales.png", grid(rows, columns=1)))
