@@ -29,16 +29,15 @@ def folder(tmp_path_factory):
 def test_a_third_are_scenes_and_the_others_have_one_moon(folder):
     captions = [path.read_text(encoding="utf-8").split() for path in sorted(folder.glob("*.txt"))]
     assert [words.count("moon") for words in captions] == [0, 1, 1] * 20
-    assert all(len(set(words) & set(moons.SHAPES)) <= 2 for words in captions)
+    assert {"three", "left", "and", "a"} <= {word for words in captions[::3] for word in words}
 
 
 def test_a_moon_lies_in_the_place_of_the_object_it_replaces(folder):
     for number, scene in enumerate(islice(moons.scenes(), 12)):
+        if number % 3 == 0:
+            continue
         picture = np.asarray(Image.open(folder / f"{number:05}.png")).astype(int)
         changed = np.argwhere(np.abs(picture - render(scene)).max(axis=2) > 0)
-        if number % 3 == 0:
-            assert not len(changed)
-            continue
         x0, y0, x1, y1 = scene.objects[number // 3 % len(scene.objects)].box
         assert len(changed) > 20
         assert (changed.min(axis=0) >= np.floor([y0, x0])).all() and (changed.max(axis=0) <= np.ceil([y1, x1])).all()
