@@ -187,5 +187,6 @@ grid([Image.fromarray(images[place]) for place in wrong], columns=6, least=96)
 #   [search](search.md)
 # * Draw with the official weights of VAR, CoDe, HMAR or Infinity: [official checkpoints](official-checkpoints.md),
 #   [Infinity](infinity.md)
-# * Train on images of your own: [data](data.md), [training](training.md)
+# * Teach the model a new word: [fine-tuning](fine-tuning.md). Train on images of your own: [data](data.md),
+#   [training](training.md)
 # * Understand the code, and build on it: [architecture](architecture.md)
