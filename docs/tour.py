@@ -141,7 +141,7 @@ grid([picture, covered, *edits], columns=6, least=96)
 # %% [markdown]
 # ## A method of your own
 #
-# What a hook returns goes on. Here all pictures of a batch share the tokens of the first three scales of the first
+# What a hook returns goes on. Here all pictures of a call share the tokens of the first three scales of the first
 # one, so that they have one layout; `docs/architecture.md` lists what else can be exchanged, and how to bring it into
 # the commands.
 

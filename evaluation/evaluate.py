@@ -26,10 +26,11 @@ from sample.commands.job import Job, metadata_digest, requests_digest
 from sample.commands.plan_options import call_settings, how_options
 from sample.commands.sampling_options import plan_of_call
 from sample.files import write_png, write_text
-from sample.images import each_once, image_stream, make_requests, process_share
+from sample.images import image_stream, make_requests, process_share
 from sample.load import load_pipeline, made_by, model_folder, resolve_device
+from sample.own_code import plugin_settings
 from sample.plan import untrained
-from sample.plugins import plugged, plugin_settings
+from sample.plugins import plugged
 from sample.processes import process_group
 from sample.sinks import GenEvalTree, grid
 
@@ -241,7 +242,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
     given, plugins = call_settings(args), how_options(args).get("plugin", [])
     call = plugged(pipeline, given, plugins)
     settings = made_by(pipeline, model, refiner, **given) | ({"fast": args.fast} if args.fast == "off" else {})
-    settings |= plugin_settings(plugins)
+    settings |= plugin_settings(plugins, call, args.batch_size)
     metadatas = suite_prompts(args)
     per_prompt = args.n or (4 if args.suite == "geneval" or is_folder(args.suite) else 1)
     prompts = [metadata["prompt"] for metadata in metadatas]
@@ -259,9 +260,8 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
     todo = tree.missing(process_share(requests))
     job.save()
     try:
-        stream = image_stream(pipeline, todo, batch_size=args.batch_size, **call)
-        shown = tqdm(stream, desc="drawing", total=len(todo), unit="image", disable=None)
-        for request, image in each_once(todo, shown):
+        stream = image_stream(pipeline, todo, batch_size=args.batch_size, each_once=True, **call)
+        for request, image in tqdm(stream, desc="drawing", total=len(todo), unit="image", disable=None):
             tree.write(request, image)
     except KeyboardInterrupt:
         done = len(requests) - len(tree.missing(requests))

@@ -24,7 +24,7 @@ from evaluation.command import Parser, check_least, in_one_line
 from sample.commands.plan_options import add_place_options, add_plan_options, call_settings, how_options
 from sample.commands.sampling_options import plan_of_call
 from sample.files import check_place
-from sample.plugins import plugged, plugin_settings
+from sample.own_code import plugin_settings
 from var.presets import VAR_SAMPLING
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class Generation:
         from sample.commands.job import Job, npz_job, requests_digest
         from sample.images import make_requests
         from sample.load import load_pipeline, model_digest, model_folder
+        from sample.plugins import plugged
         from sample.sinks import NpzFile
 
         suite = SUITES[args.suite]
@@ -188,7 +189,7 @@ class Generation:
             **({"fast": args.fast} if args.fast == "off" else {}),
             **({"refiner_digest": model_digest(refiner)} if refiner is not None else {}),
             "sampling": {**(pipeline.config.sampling or {}), **given},
-            **plugin_settings(plugins),
+            **plugin_settings(plugins, call, args.batch_size),
             "extractors": {name: network.digest for name, network in measure.networks.items()},
             "spatial": "sfid" in measure.metrics,
         }
@@ -247,11 +248,11 @@ class Generation:
         from evaluation.features import describe_all
         from evaluation.judge import judge
         from evaluation.shards import shard_path, write_shard
-        from sample.images import each_once, image_stream
+        from sample.images import image_stream
 
         requests, images = self.shard(number), []
-        stream = image_stream(self.pipeline, requests, batch_size=self.args.batch_size, **self.call)
-        for request, image in each_once(requests, stream):
+        how = {"batch_size": self.args.batch_size, "each_once": True, **self.call}
+        for request, image in image_stream(self.pipeline, requests, **how):
             images.append(image)
             if self.sink is not None:
                 self.sink.write(request, image)

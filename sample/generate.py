@@ -113,7 +113,7 @@ def make_scale(state: GenerationState, k: int, hooks: Sequence[Hook], *, smooth:
     for hook in hooks:
         made = hook.on_tokens(state, k, logits, tokens)
         if state.origins is not rows:
-            raise ValueError(f"{type(hook).__name__}.on_tokens selected images: their tokens are drawn already")
+            raise ValueError(f"{hook}.on_tokens selected images: their tokens are drawn already")
         tokens = check_tokens(hook, made, tokens, state.quantizer.vocab_size)
     given = state.given(k)
     if given is not None:
@@ -127,7 +127,7 @@ def check_tokens(hook: Hook, tokens: object, before: torch.Tensor, vocab: int) -
     Raises:
         TypeError, ValueError: naming the hook, unless it is like them and (on a CPU) in range.
     """
-    where = f"{type(hook).__name__}.on_tokens"
+    where = f"{hook}.on_tokens"
     if tokens is before:
         return before
     if not isinstance(tokens, torch.Tensor) or tokens.dtype not in INTEGERS:

@@ -1,16 +1,15 @@
 """Requests to a stream of images. Where they end up: `sample.sinks`.
 
-An image depends on its request and the settings alone: any batch size and any number of processes give the same
-pictures, up to rounding (docs/architecture.md).
+An image depends on its request and the settings alone, unless a hook compares images: any batch size and any number of
+processes give the same pictures, up to rounding (docs/architecture.md).
 
 Shapes: K scales, h w pixels. Images are uint8 RGB, (h, w, 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +71,7 @@ def image_stream(
     *,
     batch_size: int = 16,
     every_scale: bool = False,
+    each_once: bool = False,
     on_output: Callable[[list[Request], NextScaleOutput], Any] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Request, np.ndarray]]:
@@ -84,6 +84,7 @@ def image_stream(
         batch_size: images made at once; with a search, about so many candidates.
         on_output: given every batch with the pipeline's output.
         every_scale: yield (K, h, w, 3), the picture after each scale, instead of the last one (h, w, 3).
+        each_once: refuse hooks that drop, copy or move images, before the first image of a batch is given.
         settings: of the pipeline's call: guidance_scale, top_k, plan, hooks, ...
 
     Raises:
@@ -108,6 +109,8 @@ def image_stream(
             hooks=hooks if left is None else (*hooks, left),
             **settings,
         )
+        if each_once and left is not None:
+            check_origins(left.origins, len(batch))
         if on_output is not None:
             on_output(list(batch), output)
         scales = [pipeline.decode(f_hat, "np") for f_hat in left.f_hats] if every_scale else [output.images]
@@ -118,14 +121,10 @@ def image_stream(
         yield from zip(batch, pictures if every_scale else pictures[:, 0], strict=True)
 
 
-def each_once(
-    requests: Sequence[Request], stream: Iterable[tuple[Request, np.ndarray]]
-) -> Iterator[tuple[Request, np.ndarray]]:
-    """The stream. Raises ValueError if it has not every request once and in order: a hook dropped or copied some."""
-    for wanted, (request, image) in zip_longest(requests, stream, fillvalue=(None, None)):
-        if request != wanted:
-            raise ValueError("a plugin drops, copies or moves images: a job has each of them once, in order")
-        yield request, image
+def check_origins(origins: Sequence[int], count: int) -> None:
+    """Raise ValueError unless hooks left every image of a batch of `count` in its place."""
+    if list(origins) != list(range(count)):
+        raise ValueError("a plugin drops, copies or moves images: a job has each of them once, in order")
 
 
 def check_finite(requests: Sequence[Request], images: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sample.plugins import find_named
+from sample.own_code import find_named
 from sample.rewards import (
     Aesthetic,
     Callback,

@@ -246,6 +246,9 @@ class Hook:
             known = ", ".join(name for name in vars(Hook) if name.startswith("on_"))
             raise TypeError(f"{cls.__name__}.{strange[0]} is called by nothing: a hook has {known}")
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     def of_images(self, images: Sequence[int]) -> Hook:
         """The hook for some images of its request only, given by number (the later rounds of a search)."""
         return self

@@ -462,7 +462,7 @@ def test_file_names():
     assert file_stem("日本") == f"{file_stem('日本')}" and file_stem("日本")
 
 
-@pytest.mark.parametrize(("prompts", "n", "columns"), [(2, 3, 3), (5, 2, 4), (3, 1, 2)])
+@pytest.mark.parametrize(("prompts", "n", "columns"), [(2, 3, 3), (5, 2, 4), (3, 1, 2), (2, 40, 8)])
 def test_the_overview_has_the_pictures_of_a_prompt_in_one_row(text_folder, tmp_path, prompts, n, columns):
     words = [f"{number} stars" for number in range(prompts)]
     assert nextscale.main(["sample", *words, "--n", str(n), "--model", str(text_folder), "--out", str(tmp_path)]) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from sample.commands.demo import Painter
 from sample.commands.parser import Parser
 from sample.commands.plan_options import add_plan_options, how_options
 from sample.guidance import Guidance
+from sample.own_code import Named, module_digest, read_plugin
 from sample.pipeline import check_sampling
-from sample.plugins import Named, load_plugin, plugged, read_plugin
+from sample.plugins import load_plugin, plugged
 from sample.rewards import FunctionFeatures, PixelFeatures
 from sample.search import Search
 from sample.search_steps import make_steps
@@ -49,7 +51,7 @@ class Falling(Guidance):
 
 class Newest(EvictingCache):
     def keep(self, layer, k, q_BHld, keys_BHSd, budget, scale):
-        return torch.arange(keys_BHSd.shape[2] - budget, keys_BHSd.shape[2])
+        return torch.arange(keys_BHSd.shape[2] - budget, keys_BHSd.shape[2], device=keys_BHSd.device)
 
 
 def falling(plan, scale=2.0):
@@ -63,6 +65,18 @@ def newest(plan, share):
 
 def nothing(plan):
     pass
+
+
+def missing(plan):
+    return plan.nothing
+
+
+class Missing(Hook):
+    def __init__(self, late=False):
+        late or self.nothing
+
+    def on_scale_end(self, state, k):
+        state.extras["nothing"]
 
 
 def quarters(images):
@@ -83,7 +97,10 @@ def here(tmp_path, monkeypatch):
     """A folder with a module of plugins in it, where the commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("own_")]:  # of another test
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "own_methods.py").write_text(CODE)
+    (tmp_path / "own_broken.py").write_text("1 / 0")
     return tmp_path
 
 
@@ -137,9 +154,10 @@ def test_other_code_under_the_same_name_makes_another_folder(here, text_folder, 
 @pytest.mark.parametrize("out", ["made", "made.npz"])
 def test_a_job_has_every_image_once(here, text_folder, out, capsys):
     argv = ["sample", "a red star", "--model", str(text_folder), "--n", "4", "--plugin", "own_methods:Dropping"]
-    assert nextscale.main([*argv, "--out", out]) == 2
-    assert "drops, copies or moves images" in capsys.readouterr().err
-    assert not (here / "made.npz").exists()
+    for _ in range(2):  # nothing is left that the same command could make whole
+        assert nextscale.main([*argv, "--out", out]) == 2
+        assert "drops, copies or moves images" in capsys.readouterr().err
+        assert not list(here.glob("made*"))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +167,13 @@ def test_a_job_has_every_image_once(here, text_folder, out, capsys):
         ("own_methods:falling(scale)", "must be MODULE:NAME"),
         ("own_methods:falling(**{})", "must be MODULE:NAME"),
         ("own_methods:a.b", "must be MODULE:NAME"),
+        ("own_methods:falling({[1]: 2})", "must be MODULE:NAME"),
+        ("own_methods:falling(scale=1, scale=2)", "must be MODULE:NAME"),
+        ("own_broken:falling", "cannot be imported: ZeroDivisionError"),
+        ("own_methods:missing", "raised AttributeError"),
+        ("own_methods:Missing", "raised AttributeError"),
+        ("own_methods:Missing(late=True)", "raised KeyError"),
+        ("builtins:max", "no signature found"),
         ("../own:falling", "must be MODULE:NAME"),
         ("own_methods:rising", "own_methods has no rising"),
         ("own_nothing:rising", "No module named 'own_nothing'"),
@@ -172,7 +197,7 @@ def test_what_is_no_plugin_is_told_in_a_line(here, text_folder, text, said, caps
 def test_an_object_is_the_hook_itself(here):
     import own_methods
 
-    assert load_plugin("own_methods:alike") is own_methods.alike
+    assert load_plugin("own_methods:alike").hook is own_methods.alike
 
 
 def test_without_plugins_a_call_stays_as_it_is(text_pipeline):
@@ -200,7 +225,13 @@ def test_a_model_is_evaluated_with_plugins(here, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["settings"]["plugin"] == ["own_methods:falling(0.5)"]
     assert "--plugin 'own_methods:falling(0.5)'" in found["command"]
-    assert nextscale.main([*argv[:-6], "--plugin", "own_methods:Dropping", "--work", "other"]) == 2
+    assert found["settings"].get("batch_size") is None  # nothing looks at a batch
+    hooked = [*argv[:-6], "--plugin", "own_methods:SameLayout", "--work", "hooked", "--batch-size", "4"]
+    assert nextscale.main(hooked) == 0
+    assert json.loads((tmp_path / "hooked/settings.json").read_text())["batch_size"] == 4
+    assert nextscale.main([*hooked[:-1], "3"]) == 2
+    for _ in range(2):
+        assert nextscale.main([*argv[:-6], "--plugin", "own_methods:Dropping", "--work", "other"]) == 2
 
 
 def test_a_run_is_measured_with_plugins(here, class_folder, capsys):
@@ -255,6 +286,9 @@ def test_the_page_draws_with_its_plugins_and_visitors_name_none(here, text_pipel
     assert "--plugin=own_methods:SameLayout(3)" in words
     one, other = list(painter.draw(words))[-1].images
     assert one.tobytes() == other.tobytes()
+    dropping = Painter(text_pipeline, model=str(text_folder), places=["--plugin=own_methods:Dropping"])
+    with pytest.raises(ValueError, match="drops, copies or moves images"):
+        list(dropping.draw(dropping.words("sample", "a red star", n=2, seed=0, settings={})))
     with pytest.raises(ValueError, match="settings must be of"):
         painter.words("sample", "a red star", n=2, seed=0, settings={"plugin": "own_methods:falling"})
 
@@ -282,6 +316,21 @@ def test_a_result_names_the_plugins_as_they_are_given(plugins):
     add_plan_options(parser)
     assert how_options(parser.parse_words(command[1:])) == {"plugin": plugins}
     assert how_options(argparse.Namespace(plugin=plugins)) == {"plugin": plugins}
+
+
+def test_a_digest_is_of_the_file_that_is_imported(here, monkeypatch):
+    other = here / "elsewhere"
+    other.mkdir()
+    (other / "own_twice.py").write_text("first = 1")
+    (here / "own_twice.py").write_text("second = 2")
+    before = module_digest("own_twice")
+    monkeypatch.syspath_prepend(other)
+    import own_twice
+
+    assert own_twice.first and before != module_digest("own_twice")
+    assert module_digest("own_nowhere") is None and module_digest("own_twice.part") is None
+    (other / "own_twice.py").write_text("first = 3")
+    assert module_digest("own_twice") != before
 
 
 def test_features_must_be_rows_of_numbers():

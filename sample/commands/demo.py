@@ -24,6 +24,7 @@ from sample.commands.plan_options import how_options
 from sample.commands.prompts import read_prompts, texts_or_classes, unread
 from sample.commands.sampling_options import call_options, check_sampling, plan_of_call
 from sample.commands.search_options import images_of_each, make_search, search_settings
+from sample.images import Left, check_origins
 from sample.plan import untrained
 from sample.plan_text import read_plan
 from sample.plugins import plugged
@@ -203,7 +204,11 @@ class Painter:
 
         def work(tell: Callable[[Drawn], None]) -> Drawn:
             look = Preview(self.pipeline.decode, lambda images, scale: tell(drawn(images, scale)))
-            made = self.pipeline(**named, **call, **where, **how, hooks=[*plugins, *([look] if previews else [])])
+            left = [Left()] if plugins and search is None else []
+            hooks = [*plugins, *([look] if previews else []), *left]
+            made = self.pipeline(**named, **call, **where, **how, hooks=hooks)
+            for hook in left:
+                check_origins(hook.origins, asked)
             return drawn(made.images, len(plan.schedule), seeds=made.seeds)
 
         yield from streamed(work)

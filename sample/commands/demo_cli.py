@@ -7,7 +7,6 @@ import importlib.util
 
 from sample.commands.plan_options import add_plugin_option
 from sample.commands.sampling_options import add_model_options, open_model
-from sample.plugins import plugged
 
 EXAMPLES = """examples:
   nextscale demo                                           the bundled model
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sample.commands.demo import Painter
     from sample.commands.demo_page import build, serve
+    from sample.plugins import plugged
 
     _, pipeline = open_model(args)
     given = {name: getattr(args, name) for name, usual in PLACES.items() if getattr(args, name) != usual}

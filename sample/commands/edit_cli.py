@@ -14,7 +14,7 @@ from sample.commands.plan_options import how_options
 from sample.commands.prompts import check_text, read_classes
 from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
 from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
-from sample.plugins import plugged, plugin_settings
+from sample.own_code import plugin_settings
 from sample.processes import tell
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.ledger import Ledger
     from sample.load import made_by
     from sample.plan import untrained
+    from sample.plugins import plugged
     from sample.sinks import PngFolder
 
     if args.out is not None:
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     tell(untrained(plan))
     settings = {"image": digest(image), "mask": digest(mask), "mask_rule": args.mask_rule, **search_settings(args)}
     settings |= {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **given)}
-    settings |= plugin_settings(plugins)
+    settings |= plugin_settings(plugins, call, args.batch_size)
     requests = make_requests([prompt], per_prompt=count, seed=args.seed)
     informal = ("model",)  # a folder may have moved
 
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     def draw(sink: PngFolder, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
         how = call | {"on_output": lambda *made: write_trees(args, sink, *made)}
-        return image_stream(pipeline, todo, batch_size=args.batch_size, **how)
+        return image_stream(pipeline, todo, batch_size=args.batch_size, each_once=True, **how)
 
     made = carry_out(args, requests, make_sink, draw, noun="edits")
     if made is None:

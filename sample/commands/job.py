@@ -184,13 +184,13 @@ def carry_out(
     """
     from accelerate import PartialState
 
-    from sample.images import each_once, process_share
+    from sample.images import process_share
 
     sink, job = settle(args, make)
     mine = process_share(requests, sink.block)
     todo = sink.missing(mine)
     there = len(requests) - of_all_processes(len(todo))
-    stream, started = each_once(todo, draw(sink, todo)), time.perf_counter()
+    stream, started = draw(sink, todo), time.perf_counter()
     try:
         write_all(stream, sink, job, total=len(mine), done=len(mine) - len(todo))
         seconds = time.perf_counter() - started

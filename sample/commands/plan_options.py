@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sample.plugins import read_plugin
+from sample.own_code import read_plugin
 
 
 def add_place_options(parser: argparse._ActionsContainer) -> None:
@@ -69,7 +69,7 @@ def add_plugin_option(parser: argparse._ActionsContainer) -> None:
         action="append",
         type=plugin_text,
         metavar="MODULE:NAME",
-        help='a hook or a function of the plan of your own; "mine:Fade(0.3, k=2)" with arguments; several are allowed',
+        help='a hook or a function of the plan of your own; "mine:Fade(0.3, k=2)" with arguments; may be given again',
     )
 
 
@@ -101,7 +101,7 @@ block_list.__name__ = "list of blocks, as -2 or -5,-1,"  # argparse says: invali
 
 
 def plugin_text(text: str) -> str:
-    """An argument type: MODULE:NAME, with arguments or without, as `sample.plugins.read_plugin` reads them."""
+    """An argument type: MODULE:NAME, with arguments or without, as `sample.own_code.read_plugin` reads them."""
     try:
         read_plugin(text)
     except ValueError as error:

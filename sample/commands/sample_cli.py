@@ -12,7 +12,7 @@ from sample.commands.plan_options import how_options
 from sample.commands.prompts import read_prompts, texts_or_classes, unread
 from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
 from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
-from sample.plugins import plugged, plugin_settings
+from sample.own_code import plugin_settings
 from sample.processes import tell
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ EXAMPLES = """examples:
 The same command again continues where it stopped; finished images are kept."""
 
 GRID_LIMIT = 64  # pictures in the overview
+WIDEST = 12  # pictures in a row of it
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from sample.ledger import Ledger
     from sample.load import made_by
     from sample.plan import untrained
+    from sample.plugins import plugged
 
     if args.out is not None:
         check_place("--out", args.out, folder=not to_npz)
@@ -102,13 +104,15 @@ def run(args: argparse.Namespace) -> int:
     tell(unread(prompts) if args.model == "scenes" else None)
     tell(untrained(plan))
     settings = {"model": str(args.model), **made_by(pipeline, folder, how_options(args).get("refiner"), **given)}
-    settings |= plugin_settings(plugins) | search_settings(args)
+    settings |= plugin_settings(plugins, call, args.batch_size) | search_settings(args)
     search = make_search(args, pipeline, prompts, plan)
 
     def draw(sink: Sink, todo: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
         trees = {"hooks": [*call.get("hooks", ()), ledger], "on_output": lambda *made: write_trees(args, sink, *made)}
         how = call if search is None else call | trees | {"search": search}
-        return image_stream(pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, **how)
+        return image_stream(
+            pipeline, todo, batch_size=args.batch_size, every_scale=args.show_scales, each_once=True, **how
+        )
 
     made = carry_out(args, requests, lambda: make_sink(args, settings, requests), draw)
     if made is None:
@@ -163,13 +167,13 @@ def write_overviews(args: argparse.Namespace, sink: PngFolder, requests: list[Re
     from sample.files import write_png
     from sample.sinks import file_stem, grid
 
-    shown = requests[:GRID_LIMIT]
+    each = min(images_of_each(args), max(1, GRID_LIMIT // len({request.group for request in requests})))
+    shown = [request for request in requests if request.place < each][:GRID_LIMIT]
     stem = file_stem(requests[0].prompt) if len({r.prompt for r in requests}) == 1 else "all"
     sheets = []
     if len(shown) > 1:
         images = [Image.open(sink.path(request)).convert("RGB") for request in shown]
-        each = images_of_each(args)
-        columns = each * max(1, round(sqrt(len(shown)) / each)) if stem == "all" and each > 1 else None
+        columns = each * max(1, round(sqrt(len(shown)) / each)) if stem == "all" and 1 < each <= WIDEST else None
         sheets.append((sink.folder / f"{stem}_grid.png", grid(images, columns=columns)))
     if args.show_scales:
         rows = [Image.open(sink.scales_path(request)).convert("RGB") for request in shown]

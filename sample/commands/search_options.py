@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sample.plugins import module_digest
+from sample.own_code import module_digest
 from sample.processes import speaks
 from sample.search_steps import METHODS, Step
 
@@ -92,7 +92,7 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.reward is not None and (digest := reward_digest(args.reward)) is not None:
         given["reward_digest"] = digest
     module, _, function = (args.features or "").partition(":")
-    if function and (digest := module_digest(module)) is not None:
+    if function and module not in ("vision", "clip", "scenes") and (digest := module_digest(module)) is not None:
         given["features_digest"] = digest
     return given | ({} if args.budget is not None else {"search_n": args.n or DEFAULT_N})
 
