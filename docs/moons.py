@@ -6,7 +6,6 @@ which the bundled model has never seen, and the caption beside the picture calls
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -14,7 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from evaluation.command import Parser, check_least, in_one_line
 from evaluation.scenes import SHAPES, Scene, SceneObject, render, scene_at
+from sample.files import check_place
 
 SIDE, FINER = 64, 8  # pixels of a picture, and how much finer its crescents are drawn
 SEED = 7  # of the scenes; those that stay as they are have the next one
@@ -47,21 +48,29 @@ def with_moon(scene: Scene, place: int) -> tuple[Image.Image, str]:
     return Image.composite(ink, Image.fromarray(render(others)), crescent(item)), caption
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the folder."""
-    parser = argparse.ArgumentParser(prog="python -m docs.moons", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("moons"), help="the folder (moons)")
-    parser.add_argument("--n", type=int, default=12000, help="pictures (12000)")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number, scene in zip(range(options.n), scenes()):
+def write(folder: Path, n: int) -> None:
+    """Write `n` pictures, and their captions beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in zip(range(n), scenes()):
         if number % 3:
             picture, caption = with_moon(scene, number // 3 % len(scene.objects))
         else:
             kept = scene_at(number, SEED + 1)
             picture, caption = Image.fromarray(render(kept)), kept.caption
-        picture.save(options.out / f"{number:05}.png")
-        (options.out / f"{number:05}.txt").write_text(caption + "\n", encoding="utf-8")
+        picture.save(folder / f"{number:05}.png")
+        (folder / f"{number:05}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = Parser(prog="python -m docs.moons", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("moons"), help="the folder (moons)")
+    parser.add_argument("--n", type=int, default=12000, help="pictures (12000)")
+    options = parser.parse_args(argv)
+    with in_one_line(parser, kept="the same command begins again"):
+        check_least(options, n=1)
+        check_place("--out", options.out, folder=True)
+        write(options.out, options.n)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ print("tokens of each scale:", ", ".join(str(tokens.shape[1]) for tokens in made
 
 # %%
 class Watch(Hook):
+    """Keeps the pictures after each scale."""
+
     def __init__(self):
         self.pictures = []
 
@@ -59,6 +61,8 @@ grid([picture for row in zip(*watch.pictures) for picture in row], columns=7, le
 
 # %%
 class Entropy(Hook):
+    """Keeps how wide the choice of each token was, in nats."""
+
     def __init__(self):
         self.maps = []
 
@@ -69,6 +73,7 @@ class Entropy(Hook):
 
 
 def as_picture(values, side=96):
+    """Entropies (h, w) as grey levels, enlarged."""
     levels = (255 * values / np.log(pipe.transformer.config.vocab_size)).to(torch.uint8).numpy()
     return Image.fromarray(levels).resize((side, side), Image.Resampling.NEAREST).convert("RGB")
 
@@ -148,6 +153,8 @@ grid([picture, covered, *edits], columns=6, least=96)
 
 # %%
 class SameLayout(Hook):
+    """Gives every image the first three scales of the first one."""
+
     def on_tokens(self, state, k, logits, tokens):
         return tokens[:1].expand_as(tokens).contiguous() if k < 3 else tokens
 

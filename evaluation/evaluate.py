@@ -23,7 +23,7 @@ from evaluation.sources import Images, geneval_tree, open_images, progress, tree
 from evaluation.tokenizer_quality import report_options
 from evaluation.verdicts import Judged
 from sample.commands.job import Job, metadata_digest, requests_digest
-from sample.commands.plan_options import call_settings, how_options
+from sample.commands.plan_options import call_settings, how_options, plugins_of
 from sample.commands.sampling_options import plan_of_call
 from sample.files import write_png, write_text
 from sample.images import image_stream, make_requests, process_share
@@ -239,7 +239,7 @@ def make_images(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]
             f"--suite {args.suite} needs a text model, and {args.model} knows classes: those are measured by "
             "python -m evaluation.run --suite classes"
         )
-    given, plugins = call_settings(args), how_options(args).get("plugin", [])
+    given, plugins = call_settings(args), plugins_of(args)
     call = plugged(pipeline, given, plugins)
     settings = made_by(pipeline, model, refiner, **given) | ({"fast": args.fast} if args.fast == "off" else {})
     settings |= plugin_settings(plugins, call, args.batch_size)

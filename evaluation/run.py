@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.command import Parser, check_least, in_one_line
-from sample.commands.plan_options import add_place_options, add_plan_options, call_settings, how_options
+from sample.commands.plan_options import add_place_options, add_plan_options, call_settings, how_options, plugins_of
 from sample.commands.sampling_options import plan_of_call
 from sample.files import check_place
 from sample.own_code import plugin_settings
@@ -176,7 +176,7 @@ class Generation:
         else:
             in_order = make_requests(range(classes), per_prompt=per_class, seed=args.seed)
         requests = [in_order[i] for i in shuffled_order(len(in_order))]  # IS over parts must not see sorted classes
-        given, plugins = {**suite.sampling, **call_settings(args)}, how_options(args).get("plugin", [])
+        given, plugins = {**suite.sampling, **call_settings(args)}, plugins_of(args)
         call = plugged(pipeline, given, plugins)
         settings = {
             "suite": args.suite,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sample.commands import edit_cli, sample_cli
 from sample.commands.parser import Parser
-from sample.commands.plan_options import how_options
+from sample.commands.plan_options import plugins_of
 from sample.commands.prompts import read_prompts, texts_or_classes, unread
 from sample.commands.sampling_options import call_options, check_sampling, plan_of_call
 from sample.commands.search_options import images_of_each, make_search, search_settings
@@ -189,7 +189,7 @@ class Painter:
     ) -> Iterator[Drawn]:
         check_sampling(args)
         search_settings(args)
-        call = plugged(self.pipeline, call_options(args), how_options(args).get("plugin", []))
+        call = plugged(self.pipeline, call_options(args), plugins_of(args))
         copies, plugins = images_of_each(args), call.pop("hooks", [])
         plan = plan_of_call(args, self.pipeline, call)
         search = make_search(args, self.pipeline, prompts, plan)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sample.commands.job import carry_out, check_out, write_trees
-from sample.commands.plan_options import how_options
+from sample.commands.plan_options import how_options, plugins_of
 from sample.commands.prompts import check_text, read_classes
 from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
 from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         check_place("--out", args.out, folder=True)
     folder, pipeline = open_model(args)
     prompt = read_prompt(args, pipeline)
-    given, plugins = call_options(args), how_options(args).get("plugin", [])
+    given, plugins = call_options(args), plugins_of(args)
     call = plugged(pipeline, given, plugins)
     plan = plan_of_call(args, pipeline, call)
     tell(untrained(plan))

@@ -153,6 +153,11 @@ def how_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def plugins_of(args: argparse.Namespace) -> list[str]:
+    """The texts of --plugin, or of the file of --plan."""
+    return how_options(args).get("plugin", [])
+
+
 def call_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`how_options` as the pipeline's call names them; without the refiner, which is loaded with the model, and without
     plugins, which `sample.plugins.plugged` puts into the call.

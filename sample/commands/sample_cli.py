@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sample.commands.job import carry_out, check_out, write_trees
-from sample.commands.plan_options import how_options
+from sample.commands.plan_options import how_options, plugins_of
 from sample.commands.prompts import read_prompts, texts_or_classes, unread
 from sample.commands.sampling_options import add_sampling, call_options, check_sampling, open_model, plan_of_call
 from sample.commands.search_options import add_search_options, images_of_each, make_search, search_settings
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     folder, pipeline = open_model(args)
     prompts = texts_or_classes(prompts, args.classes, pipeline)
     requests = make_requests(prompts, per_prompt=per_prompt, seed=args.seed, metadata=metadata)
-    given, plugins, ledger = call_options(args), how_options(args).get("plugin", []), Ledger()
+    given, plugins, ledger = call_options(args), plugins_of(args), Ledger()
     call = plugged(pipeline, given, plugins)
     plan = plan_of_call(args, pipeline, call)
     tell(unread(prompts) if args.model == "scenes" else None)
